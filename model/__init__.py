@@ -1,0 +1,1 @@
+"""Diffusion models: networks, noise schedules, samplers, training. Knows nothing of the service."""

@@ -1,0 +1,199 @@
+"""Model folders in diffusers' layout ⇄ a loaded model.
+
+Nested (`unet/`, `scheduler/`, `model_index.json`) and flat (config and weights at the root) folders
+are read; nested ones are written. Weights are safetensors, never pickles, which can run code when
+read. A `SHA256SUMS` beside them is checked when there is one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from model.schedule import SCHEDULERS, NoiseSchedule
+from model.unet import ConfigError, UNet, UNetConfig
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+MANIFEST = "SHA256SUMS"
+CONFIGS = {"model_index.json", "config.json", "scheduler_config.json"}
+LEGACY_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+class CheckpointError(ValueError):
+    """A model folder cannot be loaded; the message is one line that names the file and the reason."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded model: the network in eval mode, its noise schedule, and its class names in index order.
+
+    `null_class` is the label index of the unconditional branch, where the network was trained with one.
+    """
+
+    name: str
+    unet: UNet
+    schedule: NoiseSchedule
+    scheduler_config: Mapping[str, Any]
+    class_names: tuple[str, ...] = ()
+    null_class: int | None = None
+
+
+def load(folder: Path) -> Checkpoint:
+    """Load a diffusers folder. Raises CheckpointError, with one clear line, when anything is off."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
+    check_manifest(folder)
+    nested = (folder / "unet").is_dir()
+    place = folder / "unet" if nested else folder
+    index = _read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else {}
+    scheduler_folder = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
+    scheduler_config = _read_json(scheduler_folder / "scheduler_config.json")
+    try:
+        config = UNetConfig.from_diffusers(_read_json(place / "config.json"))
+        unet = UNet(config)
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{place / 'config.json'}: {error}") from error
+    try:
+        schedule = NoiseSchedule.from_diffusers(scheduler_config)
+    except (TypeError, ValueError) as error:  # a ScheduleError, or a number that is none
+        raise CheckpointError(f"{scheduler_folder / 'scheduler_config.json'}: {error}") from error
+    _load_weights(unet, place)
+    names, null_class = _class_names(index, config.num_class_embeds, folder)
+    return Checkpoint(folder.resolve().name, unet.eval(), schedule, scheduler_config, names, null_class)
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write a folder that diffusers loads too, with a manifest of its checksums.
+
+    Each file is replaced whole, and the manifest goes first and comes back last, so that the folder loads
+    whenever this is cut short.
+    """
+    (folder / "unet").mkdir(parents=True, exist_ok=True)
+    (folder / "scheduler").mkdir(exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    index: dict[str, Any] = {
+        "_class_name": "DDPMPipeline",
+        "unet": ["diffusers", "UNet2DModel"],
+        "scheduler": ["diffusers", checkpoint.scheduler_config.get("_class_name", SCHEDULERS[0])],
+    }
+    if checkpoint.class_names:
+        index["id2label"] = {str(i): name for i, name in enumerate(checkpoint.class_names)}
+    for path, content in (
+        (folder / "model_index.json", index),
+        (folder / "unet" / "config.json", checkpoint.unet.config.to_diffusers()),
+        (folder / "scheduler" / "scheduler_config.json", dict(checkpoint.scheduler_config)),
+    ):
+        _replace(path, json.dumps(content, indent=2) + "\n")
+    state = {name: tensor.detach().contiguous() for name, tensor in checkpoint.unet.state_dict().items()}
+    part = folder / "unet" / f"{WEIGHTS}.part"
+    save_file(state, part, metadata={"format": "pt"})
+    part.replace(folder / "unet" / WEIGHTS)
+    write_manifest(folder)
+
+
+def write_manifest(folder: Path) -> None:
+    """Record the sha256 of the files that make up the model, as `sha256sum` prints it.
+
+    What else lies in the folder (a training state, an evaluation) comes and goes without it.
+    """
+    places = [folder, folder / "unet", folder / "scheduler"]
+    found = [path for place in places for path in place.glob("*")]
+    files = sorted(path for path in found if path.suffix == ".safetensors" or path.name in CONFIGS)
+    lines = [f"{_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    _replace(folder / MANIFEST, "".join(lines))
+
+
+def check_manifest(folder: Path) -> None:
+    """Compare the folder with its manifest, when it has one. Raises CheckpointError at a difference."""
+    manifest = folder / MANIFEST
+    if not manifest.exists():
+        return
+    for line in manifest.read_text().splitlines():
+        expected, path = line[:64], folder / line[66:]  # two characters apart: "  ", or " *" for binary mode
+        if not path.is_file():
+            raise CheckpointError(f"{path}: listed in {MANIFEST} but missing")
+        if _sha256(path) != expected:
+            raise CheckpointError(f"{path}: its sha256 is not the one in {MANIFEST}")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write the file anew: all of it or none."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: missing") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: a JSON object is expected")
+    return content
+
+
+def _load_weights(unet: UNet, place: Path) -> None:
+    path = place / WEIGHTS
+    if not path.exists():
+        found = sorted(place.glob("*.safetensors"))
+        pickles = sorted(p.name for p in place.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
+        if len(found) == 1:
+            path = found[0]
+        elif pickles:
+            raise CheckpointError(
+                f"{place}: only a pickle ({pickles[0]}), which can run code when read; convert it once, where "
+                "you trust it, with diffusers: UNet2DModel.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            )
+        else:
+            raise CheckpointError(f"{path}: missing")
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+    legacy = re.compile(rf"\.({'|'.join(LEGACY_ATTENTION)})\.(weight|bias)$")
+    state = {
+        legacy.sub(lambda m: f".{LEGACY_ATTENTION[m[1]]}.{m[2]}", name): tensor.to(torch.float32)
+        for name, tensor in state.items()
+    }
+    own = unet.state_dict()
+    for name in (*own, *state):
+        if name not in state or name not in own:
+            raise CheckpointError(f"{path}: {name} is {'missing' if name in own else 'not in the network'}")
+        if own[name].shape != state[name].shape:
+            shapes = f"{tuple(state[name].shape)} where the network has {tuple(own[name].shape)}"
+            raise CheckpointError(f"{path}: {name} is {shapes}")
+    unet.load_state_dict(state)
+
+
+def _class_names(
+    index: Mapping[str, Any], embeds: int | None, folder: Path
+) -> tuple[tuple[str, ...], int | None]:
+    if embeds is None:
+        return (), None
+    labels = index.get("id2label")
+    if labels is None:
+        return tuple(str(i) for i in range(embeds)), None
+    try:
+        names = tuple(str(labels[str(i)]) for i in range(len(labels)))
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder}/model_index.json: id2label must count up from 0") from error
+    if len(names) not in (embeds, embeds - 1):
+        raise CheckpointError(f"{folder}/model_index.json: {len(names)} names for {embeds} class embeddings")
+    return names, (embeds - 1 if len(names) == embeds - 1 else None)

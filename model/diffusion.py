@@ -1,0 +1,129 @@
+"""The forward process, its posterior, and the training objectives of Ho et al. 2020.
+
+Everything takes one timestep per row. Coefficients are looked up in float64 and cast to the
+dtype of x at the end.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from model.schedule import Array, NoiseSchedule, VarianceType
+
+
+def _at(values: Array, t: Tensor, x: Tensor) -> Tensor:
+    """values[t] shaped to multiply x: [B, 1, 1, 1]."""
+    picked = torch.as_tensor(values, device=t.device)[t].to(x.dtype)
+    return picked.view(-1, *[1] * (x.ndim - 1))
+
+
+def q_sample(schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε (Ho et al. 2020, eq. 4).
+
+    x0, eps: [B, C, H, W], x0 in [-1, 1]; t: [B] int64 in [0, T). Returns [B, C, H, W].
+    """
+    ac = schedule.alphas_cumprod
+    return _at(ac**0.5, t, x0) * x0 + _at((1 - ac) ** 0.5, t, x0) * eps
+
+
+def predict_x0(schedule: NoiseSchedule, x: Tensor, t: Tensor, out: Tensor) -> Tensor:
+    """The x₀ guess the network's output implies, unclipped: eq. 15 for ε; Salimans & Ho 2022 for v.
+
+    x, out: [B, C, H, W]; t: [B] int64. Returns [B, C, H, W].
+    """
+    a_x, a_o = x0_coefficients(schedule)
+    return _at(a_x, t, x) * x + _at(a_o, t, x) * out
+
+
+def x0_coefficients(schedule: NoiseSchedule) -> tuple[Array, Array]:
+    """(a_x, a_o), each [T] float64, with x₀ = a_x·x + a_o·out for the schedule's parametrisation."""
+    ac = schedule.alphas_cumprod
+    match schedule.prediction_type:
+        case "epsilon":
+            return 1 / ac**0.5, -(((1 - ac) / ac) ** 0.5)
+        case "v_prediction":
+            return ac**0.5, -((1 - ac) ** 0.5)
+        case "sample":
+            return 0 * ac, 1 + 0 * ac
+
+
+def training_target(schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """What the network should output at x_t: ε, √ᾱ ε − √(1 − ᾱ) x₀, or x₀. [B, C, H, W]."""
+    ac = schedule.alphas_cumprod
+    match schedule.prediction_type:
+        case "epsilon":
+            return eps
+        case "v_prediction":
+            return _at(ac**0.5, t, x0) * eps - _at((1 - ac) ** 0.5, t, x0) * x0
+        case "sample":
+            return x0
+
+
+def l_simple(target: Tensor, out: Tensor) -> Tensor:
+    """‖target − out‖² averaged per row (Ho et al. 2020, eq. 14). [B, C, H, W] twice → [B] float32."""
+    return (target.float() - out.float()).square().flatten(1).mean(1)
+
+
+def q_posterior(schedule: NoiseSchedule, x0: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of q(x_{t−1} | x_t, x_0) (Ho et al. 2020, eq. 6 and 7).
+
+    x0, x: [B, C, H, W]; t: [B] int64. Returns the mean [B, C, H, W] and the variance [B, 1, 1, 1].
+    """
+    ac, prev = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
+    mean = (
+        _at(prev**0.5 * schedule.betas / (1 - ac), t, x) * x0
+        + _at((1 - schedule.betas) ** 0.5 * (1 - prev) / (1 - ac), t, x) * x
+    )
+    return mean, _at(schedule.posterior_variance("fixed_small"), t, x)
+
+
+def vlb_terms(
+    schedule: NoiseSchedule, x0: Tensor, x: Tensor, t: Tensor, out: Tensor, variance: VarianceType
+) -> Tensor:
+    """L_{t} of the variational bound in bits per dimension (Ho et al. 2020, eq. 5).
+
+    For t > 0 the divergence of p(x_{t−1} | x_t) from the posterior; for t = 0 the discretised
+    decoder's −log p(x_0 | x_1), eq. 13. x0: [B, C, H, W] exactly on the 256 levels of [-1, 1]; x: x_t;
+    out: the network's output there. Returns [B] float64.
+    """
+    x0, x, out = x0.double(), x.double(), out.double()
+    guess = predict_x0(schedule, x, t, out).clamp(-schedule.clip, schedule.clip)
+    true_mean, true_variance = q_posterior(schedule, x0, x, t)
+    mean, _ = q_posterior(schedule, guess, x, t)
+    # β̃_0 is zero; the decoder at t = 0 takes β̃_1 instead, for both variances, as the original code does.
+    variances = schedule.posterior_variance(variance).copy()
+    variances[0] = schedule.posterior_variance("fixed_small")[1]
+    model_variance = _at(variances, t, x)
+
+    ratio = true_variance / model_variance
+    # where() keeps log(0) at t = 0 out of the result; that row takes the decoder's term.
+    divergence = 0.5 * (
+        torch.where(ratio > 0, ratio, 1.0).log().neg() + ratio - 1 + (true_mean - mean) ** 2 / model_variance
+    )
+    decoder = -discretised_gaussian_log_likelihood(x0, mean, model_variance.sqrt())
+    nats = torch.where(t.view(-1, *[1] * (x.ndim - 1)) == 0, decoder, divergence)
+    return nats.flatten(1).mean(1) / math.log(2)
+
+
+def prior_term(schedule: NoiseSchedule, x0: Tensor) -> Tensor:
+    """L_T = KL(q(x_T | x_0) ‖ N(0, I)) in bits per dimension. x0: [B, C, H, W]. Returns [B] float64."""
+    last = float(schedule.alphas_cumprod[-1])
+    nats = 0.5 * (-math.log(1 - last) + (1 - last) - 1 + last * x0.double() ** 2)
+    return nats.flatten(1).mean(1) / math.log(2)
+
+
+def discretised_gaussian_log_likelihood(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Log p of 8-bit pixels scaled to [-1, 1] under a Gaussian integrated over each pixel's bin (eq. 13).
+
+    x, mean: [B, C, H, W]; std broadcastable. The lowest and highest levels take the whole tail.
+    Returns nats, [B, C, H, W].
+    """
+    upper = torch.special.ndtr((x - mean + 1 / 255) / std)
+    lower = torch.special.ndtr((x - mean - 1 / 255) / std)
+    # Where the difference of two CDFs near 1 cancels, it is below the floor that hides it.
+    upper_tail = torch.special.ndtr(-(x - mean - 1 / 255) / std)
+    probability = torch.where(x < -0.999, upper, torch.where(x > 0.999, upper_tail, upper - lower))
+    return probability.clamp(min=1e-12).log()
