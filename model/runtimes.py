@@ -1,0 +1,152 @@
+"""Ways to run the network behind one call: torch on any device, OpenVINO on a CPU.
+
+`forward(x, t, y)` takes and returns float32 torch tensors on `device`. A runtime says in
+`batch_sizes` which batch shapes it runs: () is any; otherwise a call is padded up to the next one, for
+networks that only give the same bits at the same shape.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from model.checkpoint import Checkpoint
+
+DtypeName = Literal["float32", "bfloat16", "float16"]
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class RuntimeUnavailableError(RuntimeError):
+    """The asked-for runtime, device or dtype cannot be had on this machine; the message says why."""
+
+
+class Runtime(Protocol):
+    """A network ready to run."""
+
+    name: str
+    dtype: DtypeName
+    device: torch.device
+    batch_sizes: tuple[int, ...]
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        """x: [B, C, H, W] float32; t: [B] int64; y: [B] int64 or None. Returns [B, C_out, H, W] float32."""
+
+
+class TorchRuntime:
+    """The network in eager PyTorch, on CUDA, MPS or CPU."""
+
+    name = "torch"
+
+    def __init__(
+        self,
+        model: Checkpoint,
+        device: str = "cpu",
+        dtype: DtypeName = "float32",
+        batch_sizes: Sequence[int] = (),
+    ) -> None:
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.batch_sizes = tuple(sorted(batch_sizes))
+        # A copy, so that neither the dtype nor the device of the caller's network changes.
+        self.unet = deepcopy(model.unet).to(self.device, TORCH_DTYPES[dtype]).eval()
+        if self.device.type == "cuda":
+            self.unet = self.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @torch.inference_mode()
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        """Run one batch, padded to a fixed shape where `batch_sizes` asks for it."""
+        rows = len(x)
+        size = next((size for size in self.batch_sizes if size >= rows), rows)
+        if size > rows:
+            x, t = _pad(x, size), _pad(t, size)
+            y = _pad(y, size) if y is not None else None
+        out: Tensor = self.unet(x.to(TORCH_DTYPES[self.dtype]), t, y)
+        return out[:rows].float()
+
+
+class OpenVinoRuntime:
+    """The network compiled by OpenVINO for this CPU. Bitwise independent of batch size and position."""
+
+    name = "openvino"
+
+    def __init__(self, model: Checkpoint, dtype: DtypeName = "float32", threads: int | None = None) -> None:
+        try:
+            import openvino as ov  # an optional extra, and heavy
+        except ImportError as error:
+            raise RuntimeUnavailableError("openvino is not installed: pip install openvino") from error
+        if dtype == "float16":
+            raise RuntimeUnavailableError("openvino on a CPU runs float32 or bfloat16, not float16")
+        self.device = torch.device("cpu")
+        self.dtype: DtypeName = dtype
+        self.batch_sizes: tuple[int, ...] = ()
+        config = model.unet.config
+        example = [torch.zeros(2, config.in_channels, config.sample_size, config.sample_size)]
+        example += [torch.zeros(2, dtype=torch.int64)] * (2 if config.num_class_embeds is not None else 1)
+        with torch.no_grad():
+            graph = ov.convert_model(model.unet, example_input=tuple(example))
+        options = {
+            "INFERENCE_PRECISION_HINT": "bf16" if dtype == "bfloat16" else "f32",
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        if threads is not None:
+            options["INFERENCE_NUM_THREADS"] = str(threads)
+        self._request = ov.Core().compile_model(graph, "CPU", options).create_infer_request()
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        """Run one batch of any size."""
+        inputs = [x.numpy(), t.numpy()] + ([y.numpy()] if y is not None else [])
+        # The result is the request's own buffer, overwritten by the next call.
+        return torch.from_numpy(self._request.infer(inputs)[0]).clone()
+
+
+def _pad(values: Tensor, size: int) -> Tensor:
+    return torch.cat((values, values[:1].expand(size - len(values), *values.shape[1:])))
+
+
+def choose_device(wanted: str) -> str:
+    """`auto` → the best there is; otherwise the wanted one. Raises RuntimeUnavailableError when absent."""
+    if wanted == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=wanted)
+    except (RuntimeError, AssertionError) as error:
+        raise RuntimeUnavailableError(f"device {wanted!r}: {str(error).splitlines()[0]}") from error
+    return wanted
+
+
+def load_runtime(
+    model: Checkpoint,
+    runtime: Literal["auto", "torch", "openvino"] = "auto",
+    device: str = "auto",
+    dtype: Literal["auto"] | DtypeName = "auto",
+    max_rows: int = 16,
+    batch_invariant: bool = True,
+) -> Runtime:
+    """Choose and build a runtime. On a CPU `auto` is OpenVINO where installed, else torch; always float32.
+
+    max_rows: the widest batch that will be asked for. batch_invariant: pad torch's batches to one shape.
+    Raises RuntimeUnavailableError when what was asked for cannot be had.
+    """
+    place = choose_device(device)
+    precision: DtypeName = "float32" if dtype == "auto" else dtype
+    if runtime == "openvino" and place != "cpu":
+        raise RuntimeUnavailableError(f"openvino runs on the CPU here, not on {place!r}")
+    if place == "cpu" and runtime in ("auto", "openvino"):
+        try:
+            return OpenVinoRuntime(model, precision)
+        except RuntimeUnavailableError:
+            if runtime == "openvino":
+                raise
+    return TorchRuntime(model, place, precision, (max_rows,) if batch_invariant else ())
+
+
+def threads() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
