@@ -1,0 +1,37 @@
+"""`python -m service`: read settings, load the model, run the server.
+
+Exit codes: 0 after an orderly stop, 1 when the worker died, 2 for a bad setting, 3 for an unusable model.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from pydantic import ValidationError
+
+from model import checkpoint
+from service.app import create_app
+from service.server import serve
+from service.settings import CommandLine
+from service.telemetry import configure_logging
+
+
+def main() -> int:
+    """Start the service as the environment and the command line say."""
+    try:
+        settings = CommandLine()
+    except ValidationError as error:
+        for found in error.errors(include_input=False):
+            print(f"DDPM_{'.'.join(map(str, found['loc'])).upper()}: {found['msg']}", file=sys.stderr)
+        return 2
+    configure_logging(settings.log_format)
+    try:
+        model = checkpoint.load(settings.model)
+    except checkpoint.CheckpointError as error:
+        print(error, file=sys.stderr)
+        return 3
+    return serve(create_app(model, settings), settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

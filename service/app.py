@@ -1,0 +1,247 @@
+"""create_app(): wiring, lifespan, and the one table that turns errors into status codes."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import math
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from model.checkpoint import Checkpoint
+from service import __version__
+from service.engine import Engine
+from service.errors import (
+    CancelledError,
+    ComputeError,
+    DeadlineError,
+    InvalidRequestError,
+    NotAcceptableError,
+    QueueFullError,
+    RefusedError,
+    ServiceError,
+    UnauthorizedError,
+)
+from service.routes import House, InHouse, generate, operations
+from service.schemas import DEFAULT_GUIDANCE, DEFAULT_STEPS, SAMPLERS, Catalogue, Problem
+from service.settings import Settings
+from service.streams import Streams
+from service.telemetry import Observe, Telemetry
+from service.warmup import Warm, warm_up
+from service.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 1 << 20
+# The most specific class of an error that is listed here decides.
+STATUS: dict[type[ServiceError], int] = {
+    InvalidRequestError: 422,
+    UnauthorizedError: 401,
+    NotAcceptableError: 406,
+    QueueFullError: 429,
+    RefusedError: 503,
+    DeadlineError: 504,
+    CancelledError: 499,
+    ComputeError: 500,
+    ServiceError: 500,
+}
+
+
+def to_problem(error: ServiceError) -> Problem:
+    """The RFC 9457 problem an error becomes."""
+    status = next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
+    title = HTTPStatus(status).phrase if status != 499 else "Client Closed Request"
+    errors = None
+    if isinstance(error, InvalidRequestError):
+        errors = [{"field": error.field, "message": error.detail}]
+    return Problem(title=title, status=status, detail=error.detail, code=error.code, errors=errors)
+
+
+def create_app(
+    model: Checkpoint, settings: Settings, warm: Callable[[Checkpoint, Settings], Warm] = warm_up
+) -> FastAPI:
+    """The application for a loaded model. `warm` builds the engine, on the worker's thread, once it starts."""
+    telemetry = Telemetry()
+
+    def build() -> Engine:
+        ready = warm(model, settings)
+        house.facts = describe(house.catalogue, settings, ready)
+        telemetry.model.labels(model.name, ready.runtime, ready.device, ready.dtype, __version__).set(1)
+        return ready.engine
+
+    streams = Streams(settings.stream_grace_s, abandon=lambda job_id: worker.cancel(job_id))
+    worker = Worker(
+        build, streams.publish, telemetry, capacity=settings.max_queue, stall_s=settings.stall_s
+    )
+    catalogue = describe_model(model, settings)
+    house = House(settings, catalogue, worker, streams, telemetry, to_problem, facts={})
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        worker.start()
+        lag = asyncio.create_task(_watch_lag(telemetry))
+        yield
+        lag.cancel()
+        worker.drain()
+        await asyncio.to_thread(worker.join, 5.0)
+        streams.close()
+
+    app = FastAPI(
+        title="DDPM service",
+        version=__version__,
+        summary="A diffusion model behind an API: every request in flight advances by one step per network call.",
+        lifespan=lifespan,
+        dependencies=[Depends(authorise)],
+        redoc_url=None,
+        max_body_size=MAX_BODY_BYTES,
+    )
+    app.state.house = house
+    app.include_router(operations.router)
+    app.include_router(generate.router)
+    app.mount("/web", operations.web_files)
+    app.add_exception_handler(ServiceError, _on_service_error)  # type: ignore[arg-type]  # Starlette types it by Exception
+    app.add_exception_handler(RequestValidationError, _on_invalid)  # type: ignore[arg-type]
+    app.add_exception_handler(HTTPException, _on_http_error)  # type: ignore[arg-type]
+    app.add_exception_handler(Exception, _on_bug)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After", "X-Request-ID", "X-Job-ID"],
+        )
+    app.add_middleware(Observe, telemetry=telemetry)
+    return app
+
+
+async def authorise(request: Request, house: InHouse) -> None:
+    """Deny by default: where keys are set, every route but the open ones needs one as a bearer token."""
+    keys = house.settings.api_keys
+    if not keys or request.url.path in operations.OPEN_ROUTES:
+        return
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    # Every key is compared, so that the time taken tells nothing about which one was close.
+    matches = [hmac.compare_digest(given.encode(), key.get_secret_value().encode()) for key in keys]
+    if scheme.lower() != "bearer" or not any(matches):
+        raise UnauthorizedError("This route needs a key: Authorization: Bearer …")
+
+
+def describe_model(model: Checkpoint, settings: Settings) -> Catalogue:
+    """What can be asked of a checkpoint under these settings."""
+    config = model.unet.config
+    return Catalogue(
+        name=model.name,
+        schedule=model.schedule,
+        shape=(config.in_channels, config.sample_size, config.sample_size),
+        class_names=model.class_names,
+        conditional=config.num_class_embeds is not None,
+        guided=model.null_class is not None,
+        parameters=sum(parameter.numel() for parameter in model.unet.parameters()),
+        max_images=settings.max_images,
+        deadline_s=settings.deadline_s,
+    )
+
+
+def describe(catalogue: Catalogue, settings: Settings, warm: Warm) -> dict[str, Any]:
+    """What `/info` says."""
+    channels, height, width = catalogue.shape
+    return {
+        "version": __version__,
+        "model": {
+            "name": catalogue.name,
+            "classes": list(catalogue.class_names),
+            "guidance": catalogue.guided,
+            "channels": channels,
+            "height": height,
+            "width": width,
+            "parameters": catalogue.parameters,
+            "timesteps": catalogue.schedule.timesteps,
+            "prediction_type": catalogue.schedule.prediction_type,
+        },
+        "samplers": list(SAMPLERS),
+        "defaults": {
+            "sampler": "ddim",
+            "num_inference_steps": min(DEFAULT_STEPS, catalogue.schedule.timesteps),
+            "eta": 0.0,
+            "guidance_scale": DEFAULT_GUIDANCE if catalogue.guided else 1.0,
+        },
+        "limits": {
+            "max_images": settings.max_images,
+            "max_batch": warm.engine.scheduler.max_rows,
+            "max_queue": settings.max_queue,
+            "deadline_s": settings.deadline_s,
+        },
+        "runtime": {
+            "name": warm.runtime,
+            "device": warm.device,
+            "dtype": warm.dtype,
+            "step_seconds": {str(rows): round(seconds, 5) for rows, seconds in warm.step_times},
+        },
+        "batch_invariance": {
+            "invariant": warm.invariance.holds,
+            "max_abs_difference": warm.invariance.max_abs_difference,
+            "batch_sizes": list(warm.invariance.batch_sizes),
+        },
+    }
+
+
+async def _watch_lag(telemetry: Telemetry, every_s: float = 0.5) -> None:
+    """Export how late the event loop is."""
+    while True:
+        due = time.perf_counter() + every_s
+        await asyncio.sleep(every_s)
+        telemetry.loop_lag.set(max(0.0, time.perf_counter() - due))
+
+
+def _answer(problem: Problem, headers: dict[str, str] | None = None) -> JSONResponse:
+    return JSONResponse(
+        problem.model_dump(exclude_none=True),
+        problem.status,
+        {"Vary": "Accept", **(headers or {})},
+        media_type="application/problem+json",
+    )
+
+
+async def _on_service_error(_: Request, error: ServiceError) -> JSONResponse:
+    headers = {}
+    if isinstance(error, RefusedError):
+        headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+    if isinstance(error, UnauthorizedError):
+        headers["WWW-Authenticate"] = "Bearer"
+    return _answer(to_problem(error), headers)
+
+
+async def _on_invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+    """Which fields are wrong and why, never what was sent: it may be huge, secret, or not JSON at all."""
+    errors = [
+        {"field": ".".join(str(part) for part in found["loc"][1:]), "message": found["msg"]}
+        for found in error.errors()
+    ]
+    detail = "; ".join(f"{e['field']}: {e['message']}" if e["field"] else e["message"] for e in errors[:5])
+    return _answer(
+        Problem(title="Unprocessable Content", status=422, detail=detail, code="invalid_request", errors=errors)
+    )
+
+
+async def _on_http_error(_: Request, error: HTTPException) -> JSONResponse:
+    title = HTTPStatus(error.status_code).phrase
+    code = title.lower().replace(" ", "_")
+    problem = Problem(title=title, status=error.status_code, detail=str(error.detail), code=code)
+    return _answer(problem, dict(error.headers or {}))
+
+
+async def _on_bug(_: Request, error: Exception) -> JSONResponse:
+    logger.error("unhandled error", exc_info=error)
+    detail = "An error of ours; the log has it."
+    return _answer(Problem(title="Internal Server Error", status=500, detail=detail, code="internal"))

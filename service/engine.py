@@ -1,0 +1,146 @@
+"""One step: choose the samples, denoise them, apply what was cancelled meanwhile, commit. Owns the latents.
+
+What goes wrong is narrowed down here: a step that raises is retried in halves until the culprit alone
+fails, running out of memory also narrows the batch for good, and a result that is not finite fails its
+own job. Mates go on, bit for bit as without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from time import monotonic, perf_counter
+from typing import Protocol
+
+import torch
+
+from model.denoiser import Chain, Latent
+from service.errors import ComputeError, NonFiniteError
+from service.events import Event, Picture, Pixels
+from service.jobs import Sample
+from service.scheduler import Scheduler, StepPlan
+
+
+class Denoises(Protocol):
+    """What the engine needs of `model.denoiser.Denoiser`; tests put a fake in its place."""
+
+    def start(self, chain: Chain) -> Latent:
+        """x_T of a chain."""
+
+    def step(
+        self, chains: Sequence[Chain], latents: Sequence[Latent], rows: Sequence[int]
+    ) -> Sequence[Latent]:
+        """New latents, in order."""
+
+
+class FatalError(RuntimeError):
+    """The device is broken for good; the process has to be replaced."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step was: rows of its network call, samples advanced, seconds, and what happened."""
+
+    rows: int
+    samples: int
+    seconds: float
+    events: list[Event]
+    nonfinite: int
+
+
+@dataclass
+class Engine:
+    """Runs the scheduler's plans. Everything here happens on the worker's thread."""
+
+    denoiser: Denoises
+    scheduler: Scheduler
+    _latents: dict[Sample, Latent] = field(default_factory=dict)
+
+    def step(self, poll: Callable[[], list[Event]] = list) -> StepReport | None:
+        """Advance a batch of samples by one row. None when there is nothing to do.
+
+        `poll` is called between the network call and the commit: it applies arrivals and cancellations, so
+        that a job cancelled during the call leaves before its result counts, and returns their events.
+        """
+        events = self.scheduler.expire(monotonic())
+        plan = self.scheduler.schedule(monotonic())
+        if not plan.samples:
+            self._forget()
+            return StepReport(0, 0, 0.0, events, 0) if events else None
+        begun = perf_counter()
+        latents, failures = self._denoise(plan.samples)
+        seconds = perf_counter() - begun
+        if not failures:
+            self.scheduler.times.observe(plan.rows, seconds)
+
+        events += poll()
+        nonfinite = self._check_finite(latents, failures)
+        for sample, error in failures.items():
+            events += self.scheduler.fail(sample.job.id, error)
+        self._latents.update(latents)
+        events += self.scheduler.commit(
+            StepPlan(tuple(latents), plan.rows), monotonic(), self._draw
+        )
+        self._forget()
+        return StepReport(plan.rows, len(latents), seconds, events, nonfinite)
+
+    def _denoise(self, samples: Sequence[Sample]) -> tuple[dict[Sample, Latent], dict[Sample, ComputeError]]:
+        """Latents of the samples that could be advanced, and errors of those that could not."""
+        try:
+            known = [self._latents.get(sample) or self.denoiser.start(_chain(sample)) for sample in samples]
+            advanced = self.denoiser.step(
+                [_chain(sample) for sample in samples], known, [sample.row for sample in samples]
+            )
+            return dict(zip(samples, advanced, strict=True)), {}
+        except torch.OutOfMemoryError as error:
+            out_of_memory, cause = True, error
+        except Exception as error:
+            if type(error).__name__ == "AcceleratorError":  # CUDA's state is lost with the first of these
+                raise FatalError(str(error)) from error
+            out_of_memory, cause = False, error  # type: ignore[assignment]
+        # Outside the except block, so that the traceback no longer holds the failed call's tensors.
+        reason = f"{type(cause).__name__} in the step of this image."
+        del cause
+        if out_of_memory:
+            torch.cuda.empty_cache()
+            self.scheduler.max_rows = max(1, self.scheduler.max_rows // 2)
+        if len(samples) == 1:
+            return {}, {samples[0]: ComputeError(reason)}
+        half = len(samples) // 2
+        first, second = self._denoise(samples[:half]), self._denoise(samples[half:])
+        return first[0] | second[0], first[1] | second[1]
+
+    def _check_finite(
+        self, latents: dict[Sample, Latent], failures: dict[Sample, ComputeError]
+    ) -> int:
+        """Move samples whose latents are not finite over to the failures. Returns how many."""
+        if not latents:
+            return 0
+        finite = torch.stack([latent.x.isfinite().all() for latent in latents.values()]).tolist()
+        broken = [sample for sample, fine in zip(latents, finite, strict=True) if not fine]
+        for sample in broken:
+            del latents[sample]
+            failures[sample] = NonFiniteError("The network gave a NaN or an infinity for this image.")
+        return len(broken)
+
+    def _draw(self, sample: Sample, kind: str) -> Picture:
+        latent = self._latents[sample]
+        return Picture(sample.index, sample.chain.seed, kind, to_pixels(latent.x0 if kind == "x0" else latent.x))
+
+    def _forget(self) -> None:
+        """Drop the latents of samples that are finished or whose jobs are over."""
+        done = [s for s in self._latents if s.job.over or s.row == s.steps]
+        for sample in done:
+            del self._latents[sample]
+
+
+def to_pixels(x: torch.Tensor) -> Pixels:
+    """[C, H, W] float in [-1, 1], clamped → [H, W, C] uint8."""
+    levels = (x.clamp(-1, 1) + 1) * 127.5
+    return levels.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy().copy()
+
+
+def _chain(sample: Sample) -> Chain:
+    chain = sample.chain
+    assert isinstance(chain, Chain)  # jobs.py knows only the protocol; what the service builds is the real one
+    return chain

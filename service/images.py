@@ -1,0 +1,59 @@
+"""Pixels → encoded pictures, with the parameters that made them inside; contact sheets."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from service.events import Pixels
+
+ImageFormat = Literal["png", "jpeg", "webp"]
+MEDIA_TYPES: dict[ImageFormat, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+
+
+def encode(pixels: Pixels, image_format: ImageFormat, parameters: Mapping[str, Any] | None = None) -> bytes:
+    """[H, W, C] uint8, C 1 or 3 → a file. The same input gives the same bytes.
+
+    parameters: written as JSON into a PNG's `parameters` text chunk (the field's habit) or, in JPEG and WebP,
+    into the EXIF user comment.
+    """
+    picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+    text = json.dumps(parameters, sort_keys=True) if parameters is not None else None
+    options: dict[str, Any] = {}
+    if image_format == "png":
+        options["compress_level"] = 6
+        if text is not None:
+            options["pnginfo"] = PngInfo()
+            options["pnginfo"].add_text("parameters", text)
+    else:
+        options["quality"] = 95
+        if text is not None:
+            exif = Image.Exif()
+            exif.get_ifd(0x8769)[0x9286] = b"ASCII\0\0\0" + text.encode("ascii")  # Exif IFD, UserComment
+            options["exif"] = exif
+        if image_format == "webp":
+            options["lossless"] = True
+    buffer = BytesIO()
+    picture.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def contact_sheet(pictures: Sequence[Pixels], gap: int = 2) -> Pixels:
+    """Pictures of one size [H, W, C] side by side in a grid about as wide as high, on white."""
+    if len(pictures) == 1:
+        return pictures[0]
+    columns = math.ceil(math.sqrt(len(pictures)))
+    rows = math.ceil(len(pictures) / columns)
+    height, width, channels = pictures[0].shape
+    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, channels), 255, np.uint8)
+    for i, pixels in enumerate(pictures):
+        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        sheet[top : top + height, left : left + width] = pixels
+    return sheet

@@ -1,0 +1,124 @@
+"""Jobs and their samples, and which changes of state are legal.
+
+A job is one request: n samples that share their parameters but for the seed. A job moves
+
+    WAITING ──▶ RUNNING ──▶ FINISHED
+       │           │
+       └───────────┴──────▶ FAILED, CANCELLED
+
+An illegal change raises and changes nothing. A sample's whole state is its row (the latent lies with
+the engine); its remaining work is therefore known exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Literal, Protocol
+
+PreviewKind = Literal["x0", "xt", "both", "none"]
+
+
+class State(Enum):
+    """Where a job is in its life."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+LEGAL: dict[State, frozenset[State]] = {
+    State.WAITING: frozenset({State.RUNNING, State.FAILED, State.CANCELLED}),
+    State.RUNNING: frozenset({State.FINISHED, State.FAILED, State.CANCELLED}),
+    State.FINISHED: frozenset(),
+    State.FAILED: frozenset(),
+    State.CANCELLED: frozenset(),
+}
+
+
+class IllegalTransitionError(RuntimeError):
+    """A job was moved to a state it cannot reach from where it is."""
+
+
+class Plan(Protocol):
+    """A sampler's course: one row per step."""
+
+    def __len__(self) -> int:
+        """Rows."""
+
+    @property
+    def timesteps(self) -> Sequence[int]:
+        """The timestep of each row."""
+
+
+class Chain(Protocol):
+    """What the engine runs for a sample; the scheduler only needs its length and cost."""
+
+    @property
+    def plan(self) -> Plan:
+        """One row per step."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of the network call per step."""
+
+    @property
+    def seed(self) -> int:
+        """The seed of the sample's noise."""
+
+
+@dataclass(eq=False, slots=True)
+class Sample:
+    """One image in the making. `row` is the next row of its plan; `result` is set once it is finished."""
+
+    job: Job
+    index: int
+    chain: Chain
+    row: int = 0
+    result: Any = None
+
+    @property
+    def steps(self) -> int:
+        """Rows of the whole plan."""
+        return len(self.chain.plan)
+
+    @property
+    def remaining(self) -> int:
+        """Rows of network calls until it is finished."""
+        return (self.steps - self.row) * self.chain.rows
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """One request. Times are on the caller's monotonic clock, in seconds."""
+
+    id: str
+    sampler: str
+    deadline: float | None = None
+    preview: PreviewKind = "none"
+    preview_every: int = 1
+    created: float = 0.0
+    started: float | None = None
+    state: State = State.WAITING
+    samples: list[Sample] = field(default_factory=list)
+    remaining: int = 0
+
+    def add(self, chain: Chain) -> None:
+        """Append a sample."""
+        sample = Sample(self, len(self.samples), chain)
+        self.samples.append(sample)
+        self.remaining += sample.remaining
+
+    def move_to(self, state: State) -> None:
+        """Change state. Raises IllegalTransitionError, and changes nothing, when the change is not legal."""
+        if state not in LEGAL[self.state]:
+            raise IllegalTransitionError(f"job {self.id}: {self.state.value} → {state.value}")
+        self.state = state
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more will happen to it."""
+        return not LEGAL[self.state]

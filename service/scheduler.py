@@ -1,0 +1,292 @@
+"""Who runs in the next step. Pure: no tensors, no threads, no clock; the simulation drives the same code.
+
+Samples, not requests, are scheduled: a step takes any samples whose rows fit into `max_rows` of one network
+call, whatever their samplers, step counts and timesteps. Policies:
+
+remaining  the job with the least remaining work first, so that a request for one image overtakes a request
+           for 64. Every `turn`-th step goes in order of arrival instead, which bounds starvation: the oldest
+           job has at least 1/turn of the machine, so it is finished within `turn` times what it would take
+           if it were alone with the jobs before it, whatever comes later.
+fifo       in order of arrival.
+sharing    whoever has waited longest for a step.
+
+Within a job the least advanced sample goes first, so that all its images sharpen together.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Literal
+
+from sortedcontainers import SortedDict, SortedList
+
+from service.errors import CancelledError, DeadlineError, ServiceError
+from service.events import Cancelled, Event, Failed, Finished, Picture, Preview, Queued
+from service.jobs import Job, Sample, State
+
+Policy = Literal["remaining", "fifo", "sharing"]
+Draw = Callable[[Sample, str], Picture]
+"""(sample, "x0" or "xt") → what it looks like after the step being committed."""
+
+
+class StepTimes:
+    """Seconds a step takes by rows: measured points, kept up to date, straight lines between."""
+
+    def __init__(self, points: Sequence[tuple[int, float]]) -> None:
+        self._seconds: SortedDict[int, float] = SortedDict(points)
+
+    def observe(self, rows: int, seconds: float) -> None:
+        """Move the estimate at `rows` a tenth of the way to what was just seen."""
+        old = self.at(rows)
+        self._seconds[rows] = old + 0.1 * (seconds - old)
+
+    def at(self, rows: int) -> float:
+        """Expected seconds of a step of `rows` rows; beyond the last point, in proportion."""
+        known = self._seconds.keys()
+        place = bisect_left(known, rows)
+        if place == len(known):
+            return float(self._seconds[known[-1]] * rows / known[-1])
+        high = known[place]
+        if place == 0 or high == rows:
+            return float(self._seconds[high])
+        low = known[place - 1]
+        share = (rows - low) / (high - low)
+        return float(self._seconds[low] * (1 - share) + self._seconds[high] * share)
+
+    def knee(self, tolerance: float = 0.05) -> int:
+        """The narrowest measured batch whose rows per second are within `tolerance` of the best."""
+        rates = {rows: rows / seconds for rows, seconds in self._seconds.items()}
+        best = max(rates.values())
+        return min(rows for rows, rate in rates.items() if rate >= (1 - tolerance) * best)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The samples of one step, and the rows their network call has."""
+
+    samples: tuple[Sample, ...]
+    rows: int
+
+
+@dataclass
+class Scheduler:
+    """Holds every job from arrival to end. `max_rows` may be lowered while running (out of memory)."""
+
+    max_rows: int
+    times: StepTimes
+    policy: Policy = "remaining"
+    turn: int = 8
+    _jobs: dict[str, Job] = field(default_factory=dict)  # in order of arrival
+    _arrivals: int = 0
+    _steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_rows < 1 or self.turn < 2:
+            raise ValueError("max_rows must be at least 1 and turn at least 2")
+        # (key, arrival, job), smallest first; a job's entry is taken out before its key changes.
+        self._order: SortedList[tuple[int, int, str]] = SortedList()
+        self._entries: dict[str, tuple[int, int, str]] = {}
+        self._active: dict[str, SortedList[tuple[int, int]]] = {}
+        self._deadlines: SortedList[tuple[float, str]] = SortedList()
+        self._backlog = self._running = self._waiting = 0
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    @property
+    def backlog(self) -> int:
+        """Rows of network calls still to be done for everybody."""
+        return self._backlog
+
+    @property
+    def running(self) -> int:
+        """Unfinished samples of jobs that have had a step."""
+        return self._running
+
+    @property
+    def waiting(self) -> int:
+        """Samples of jobs that have not had a step yet."""
+        return self._waiting
+
+    def add(self, job: Job, now: float) -> list[Event]:
+        """Take a job in, or fail it at once when its deadline is certain to pass."""
+        queued = Queued(job.id, self._ahead(job)[0], self.eta(job))
+        if job.deadline is not None and now + self.shortest(job) > job.deadline:
+            job.move_to(State.FAILED)
+            needed = f"it needs {self.shortest(job):.1f} s even alone"
+            return [Failed(job.id, DeadlineError(f"The deadline cannot be met: {needed}."))]
+        self._arrivals += 1
+        self._jobs[job.id] = job
+        self._active[job.id] = SortedList((sample.row, sample.index) for sample in job.samples)
+        if job.deadline is not None:
+            self._deadlines.add((job.deadline, job.id))
+        self._backlog += job.remaining
+        self._waiting += len(job.samples)
+        self._enter(job, self._arrivals)
+        return [queued]
+
+    def cancel(self, job_id: str) -> list[Event]:
+        """Drop a job; nothing when it is already over."""
+        job = self._jobs.get(job_id)
+        if job is None:
+            return []
+        self._leave(job, State.CANCELLED)
+        return [Cancelled(job_id)]
+
+    def fail(self, job_id: str, error: ServiceError) -> list[Event]:
+        """End a job with an error; nothing when it is already over."""
+        job = self._jobs.get(job_id)
+        if job is None:
+            return []
+        self._leave(job, State.CANCELLED if isinstance(error, CancelledError) else State.FAILED)
+        return [Failed(job_id, error)]
+
+    def fail_all(self, error: ServiceError) -> list[Event]:
+        """End every job with an error."""
+        return [event for job_id in list(self._jobs) for event in self.fail(job_id, error)]
+
+    def expire(self, now: float) -> list[Event]:
+        """Fail the jobs whose deadline has passed, before more is computed for them."""
+        events: list[Event] = []
+        while self._deadlines and self._deadlines[0][0] < now:
+            events += self.fail(self._deadlines[0][1], DeadlineError("The deadline has passed."))
+        return events
+
+    def schedule(self, now: float) -> StepPlan:
+        """Choose the samples of the step that begins now. Empty when there is nothing to do."""
+        free = self.max_rows
+        chosen: list[Sample] = []
+        # A bounded look ahead: a last odd row is not worth walking a long queue for.
+        for job in islice(self._by_priority(), 4 * self.max_rows):
+            for _, index in islice(self._active[job.id], 4 * self.max_rows):
+                sample = job.samples[index]
+                # A guided sample costs two rows, and has to run even where one row is all there is.
+                if sample.chain.rows <= free or not chosen:
+                    self._start(job, now)
+                    chosen.append(sample)
+                    free -= sample.chain.rows
+                if free <= 0:
+                    break
+            if free <= 0:
+                break
+        return StepPlan(tuple(chosen), self.max_rows - free)
+
+    def commit(self, plan: StepPlan, now: float, draw: Draw) -> list[Event]:
+        """Advance the plan's samples by a row, except those whose jobs have ended since. Returns what happened."""
+        self._steps += 1
+        events: list[Event] = []
+        touched: dict[str, list[Sample]] = {}
+        for sample in plan.samples:
+            if sample.job.id in self._jobs:
+                touched.setdefault(sample.job.id, []).append(sample)
+        for job_id, samples in touched.items():
+            job = self._jobs[job_id]
+            arrival = self._exit(job)
+            for sample in samples:
+                self._advance(sample, draw)
+            events += self._previews(job, samples, draw)
+            if self._active[job_id]:
+                self._enter(job, arrival)
+            else:
+                self._leave(job, State.FINISHED)
+                events.append(self._finished(job, now))
+        return events
+
+    def eta(self, job: Job) -> float:
+        """Seconds until `job` is expected to be finished, should nobody else come.
+
+        The work that goes before it and its own, at the full batch's rate; never less than `shortest`.
+        """
+        rate = self.max_rows / self.times.at(self.max_rows)
+        return max((self._ahead(job)[1] + job.remaining) / rate, self.shortest(job))
+
+    def shortest(self, job: Job) -> float:
+        """Seconds `job` would take with the machine to itself."""
+        longest = max((sample.steps - sample.row for sample in job.samples), default=0)
+        rows = min(self.max_rows, sum(s.chain.rows for s in job.samples if s.row < s.steps))
+        if rows == 0:
+            return 0.0
+        return max(longest * self.times.at(rows), job.remaining * self.times.at(rows) / rows)
+
+    def _ahead(self, job: Job) -> tuple[int, int]:
+        """(jobs, rows) that go before a job."""
+        if self.policy != "remaining":
+            others = [other for other in self._jobs.values() if other is not job]
+            return len(others), sum(other.remaining for other in others)
+        entry = self._entries.get(job.id, (job.remaining, self._arrivals + 1, job.id))
+        rows = 0
+        for count, (remaining, arrival, _) in enumerate(self._order):
+            if (remaining, arrival) >= entry[:2]:
+                return count, rows
+            rows += remaining
+        return len(self._order), rows
+
+    def _by_priority(self) -> Iterator[Job]:
+        if self.policy == "fifo" or (self.policy == "remaining" and self._steps % self.turn == self.turn - 1):
+            return iter(self._jobs.values())
+        return (self._jobs[job_id] for _, _, job_id in self._order)
+
+    def _start(self, job: Job, now: float) -> None:
+        if job.state is State.WAITING:
+            job.move_to(State.RUNNING)
+            job.started = now
+            self._waiting -= len(job.samples)
+            self._running += len(job.samples)
+
+    def _advance(self, sample: Sample, draw: Draw) -> None:
+        active = self._active[sample.job.id]
+        active.remove((sample.row, sample.index))
+        sample.row += 1
+        sample.job.remaining -= sample.chain.rows
+        self._backlog -= sample.chain.rows
+        if sample.row < sample.steps:
+            active.add((sample.row, sample.index))
+        else:
+            sample.result = draw(sample, "xt")
+            self._running -= 1
+
+    def _previews(self, job: Job, samples: Sequence[Sample], draw: Draw) -> Iterator[Preview]:
+        """One event per row that some of the job's samples have reached and that is due a look."""
+        if job.preview == "none":
+            return
+        kinds = ("x0", "xt") if job.preview == "both" else (job.preview,)
+        by_row: dict[int, list[Sample]] = {}
+        for sample in samples:
+            if sample.row % job.preview_every == 0 or sample.row == sample.steps:
+                by_row.setdefault(sample.row, []).append(sample)
+        eta = self.eta(job) if by_row else 0.0
+        for row, group in by_row.items():
+            timestep = group[0].chain.plan.timesteps[row - 1]
+            pictures = tuple(draw(sample, kind) for sample in group for kind in kinds)
+            yield Preview(job.id, row, group[0].steps, timestep, eta, pictures)
+
+    def _finished(self, job: Job, now: float) -> Finished:
+        started = job.started if job.started is not None else now
+        pictures = tuple(sample.result for sample in job.samples)
+        return Finished(job.id, pictures, started - job.created, now - started)
+
+    def _enter(self, job: Job, arrival: int) -> None:
+        key = {"remaining": job.remaining, "fifo": 0, "sharing": self._steps}[self.policy]
+        self._entries[job.id] = (key, arrival, job.id)
+        self._order.add(self._entries[job.id])
+
+    def _exit(self, job: Job) -> int:
+        entry = self._entries.pop(job.id)
+        self._order.remove(entry)
+        return entry[1]
+
+    def _leave(self, job: Job, state: State) -> None:
+        if job.id in self._entries:
+            self._exit(job)
+        if job.deadline is not None:
+            self._deadlines.remove((job.deadline, job.id))
+        if job.state is State.WAITING:
+            self._waiting -= len(job.samples)
+        else:
+            self._running -= len(self._active[job.id])
+        job.move_to(state)
+        self._backlog -= job.remaining
+        del self._jobs[job.id], self._active[job.id]

@@ -1,0 +1,215 @@
+"""Wire models, and the way from a request to a job."""
+
+from __future__ import annotations
+
+import base64
+import secrets
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from model.denoiser import Chain
+from model.samplers import SAMPLERS, Plan, build_plan
+from model.schedule import NoiseSchedule
+from service.errors import InvalidRequestError
+from service.events import Finished, Picture, Preview, Queued
+from service.images import MEDIA_TYPES, ImageFormat, encode
+from service.jobs import Job, PreviewKind
+
+MAX_SEED = 2**53 - 1  # what every JSON reader can hold
+DEFAULT_STEPS = 50
+DEFAULT_GUIDANCE = 2.0
+Sampler = Literal["ddpm", "ddim", "dpmpp_2m"]
+
+
+class GenerateRequest(BaseModel):
+    """What `POST /generate` takes. Fields left out get the defaults that `/info` reports."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    n: int = Field(1, ge=1, description="images; image i has seed + i")
+    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="seed of the first image; random if absent")
+    sampler: Sampler = Field("ddim", description="which reverse process")
+    num_inference_steps: int | None = Field(None, ge=1, description="denoising steps, at most the model's T")
+    eta: float = Field(0.0, ge=0, le=1, description="DDIM's η: 0 deterministic, 1 as random as DDPM")
+    guidance_scale: float | None = Field(
+        None, ge=0, le=100, description="classifier-free guidance; 1 is none. Needs a class"
+    )
+    class_label: int | str | None = Field(None, description="class index or name; absent: unconditional")
+    deadline_s: float | None = Field(None, gt=0, description="give up (504) after this many seconds")
+    output_format: ImageFormat = Field("png", description="of pictures inside JSON and events")
+    preview: PreviewKind = Field("x0", description="what a stream shows: the x₀ guess, x_t, both or none")
+    preview_every: int | None = Field(None, ge=1, description="steps between a stream's previews")
+
+
+class StreamQuery(GenerateRequest):
+    """The same as query parameters, where every value arrives as text."""
+
+    model_config = ConfigDict(extra="forbid", strict=False, allow_inf_nan=False, frozen=True)
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """What can be asked for: the model's facts and the service's limits."""
+
+    name: str
+    schedule: NoiseSchedule
+    shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    conditional: bool
+    guided: bool
+    parameters: int
+    max_images: int
+    deadline_s: float
+
+    def label(self, wanted: int | str) -> int:
+        """Index of a class given by name (any case) or index. Raises InvalidRequestError when there is none."""
+        names = [name.lower() for name in self.class_names]
+        if isinstance(wanted, str) and wanted.strip().lower() in names:
+            return names.index(wanted.strip().lower())
+        if isinstance(wanted, str) and wanted.isascii() and wanted.isdigit():
+            wanted = int(wanted)
+        if isinstance(wanted, int) and 0 <= wanted < len(names):
+            return wanted
+        if not names:
+            raise InvalidRequestError("class_label", "This model is unconditional and has no classes.")
+        known = ", ".join(self.class_names)
+        raise InvalidRequestError("class_label", f"No such class; there are {known} (0 to {len(names) - 1}).")
+
+
+@dataclass(frozen=True)
+class Order:
+    """A job and what was understood of its request: `parameters` repeats it with every default filled in."""
+
+    job: Job
+    parameters: dict[str, Any]
+    output_format: ImageFormat
+
+
+@lru_cache(maxsize=64)
+def _plan(schedule: NoiseSchedule, sampler: str, steps: int, eta: float) -> Plan:
+    return build_plan(schedule, sampler, steps, eta=eta)
+
+
+def to_job(request: GenerateRequest, catalogue: Catalogue, *, streamed: bool) -> Order:
+    """Build a job. Raises InvalidRequestError for what this model or these limits do not allow."""
+    if request.n > catalogue.max_images:
+        raise InvalidRequestError("n", f"At most {catalogue.max_images} images per request.")
+    steps = request.num_inference_steps or min(DEFAULT_STEPS, catalogue.schedule.timesteps)
+    if steps > catalogue.schedule.timesteps:
+        raise InvalidRequestError(
+            "num_inference_steps", f"This model has {catalogue.schedule.timesteps} timesteps."
+        )
+    label = None if request.class_label is None else catalogue.label(request.class_label)
+    scale = _guidance(request, catalogue, label)
+    seed = secrets.randbits(32) if request.seed is None else request.seed
+    now = time.monotonic()
+    allowed = min(request.deadline_s or catalogue.deadline_s, catalogue.deadline_s)
+    job = Job(
+        id=secrets.token_hex(8),
+        sampler=request.sampler,
+        deadline=now + allowed,
+        preview=request.preview if streamed else "none",
+        # About two dozen looks at a chain of any length, unless asked otherwise.
+        preview_every=request.preview_every or max(1, steps // 25),
+        created=now,
+    )
+    plan = _plan(catalogue.schedule, request.sampler, steps, request.eta)
+    for i in range(request.n):
+        job.add(Chain(plan, seed + i, label, scale))
+    parameters = {
+        "n": request.n,
+        "seed": seed,
+        "sampler": request.sampler,
+        "num_inference_steps": steps,
+        "eta": request.eta,
+        "guidance_scale": scale,
+        "class_label": None if label is None else catalogue.class_names[label],
+        "output_format": request.output_format,
+    }
+    return Order(job, parameters, request.output_format)
+
+
+def _guidance(request: GenerateRequest, catalogue: Catalogue, label: int | None) -> float:
+    if catalogue.conditional and not catalogue.guided and label is None:
+        raise InvalidRequestError("class_label", "This model has no unconditional branch: name a class.")
+    if request.guidance_scale is None:
+        return DEFAULT_GUIDANCE if catalogue.guided and label is not None else 1.0
+    if request.guidance_scale != 1.0 and not catalogue.guided:
+        raise InvalidRequestError("guidance_scale", "This model was trained without a null class.")
+    if request.guidance_scale != 1.0 and label is None:
+        raise InvalidRequestError("guidance_scale", "Guidance needs a class_label to guide towards.")
+    return request.guidance_scale
+
+
+# ── Answers ────────────────────────────────────────────────────────────────────────────────────
+
+
+def queued_body(event: Queued, order: Order) -> dict[str, Any]:
+    """Data of a stream's `queued` event."""
+    return {
+        "id": event.job_id,
+        "position": event.position,
+        "eta_s": round(event.eta_s, 3),
+        "seed": order.parameters["seed"],
+    }
+
+
+def preview_body(event: Preview, order: Order) -> dict[str, Any]:
+    """Data of a stream's `preview` event."""
+    return {
+        "step": event.step,
+        "steps": event.steps,
+        "timestep": event.timestep,
+        "eta_s": round(event.eta_s, 3),
+        "images": [{**image_body(p, order.output_format), "kind": p.kind} for p in event.pictures],
+    }
+
+
+def finished_body(event: Finished, order: Order, model: str) -> dict[str, Any]:
+    """The answer to `/generate`, and data of a stream's `completed` event."""
+    return {
+        "id": event.job_id,
+        "model": model,
+        "images": list(result_images(event.pictures, order, model)),
+        "parameters": order.parameters,
+        "timings": {
+            "queue_s": round(event.queue_s, 4),
+            "run_s": round(event.run_s, 4),
+            "total_s": round(event.queue_s + event.run_s, 4),
+        },
+    }
+
+
+def result_images(pictures: Iterable[Picture], order: Order, model: str) -> Iterable[dict[str, Any]]:
+    """Finished pictures with their provenance inside. It says what makes this one image alone: n is 1."""
+    for picture in pictures:
+        provenance = {**order.parameters, "n": 1, "seed": picture.seed, "model": model}
+        yield image_body(picture, order.output_format, provenance)
+
+
+def image_body(
+    picture: Picture, image_format: ImageFormat, provenance: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """One image inside JSON."""
+    return {
+        "index": picture.index,
+        "seed": picture.seed,
+        "b64_json": base64.b64encode(encode(picture.pixels, image_format, provenance)).decode(),
+        "media_type": MEDIA_TYPES[image_format],
+    }
+
+
+class Problem(BaseModel):
+    """RFC 9457 problem details; `code` is stable."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+    code: str
+    errors: list[dict[str, Any]] | None = None

@@ -1,0 +1,57 @@
+"""The only reader of the environment and the command line. Read once, checked, frozen, passed in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Every knob: `DDPM_<NAME>` in the environment or `.env`, or `--<name>` on the command line."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="DDPM_",
+        env_file=".env",
+        frozen=True,
+        extra="ignore",  # .env may hold other programs' variables
+        cli_prog_name="python -m service",
+        cli_kebab_case=True,
+        cli_avoid_json=True,
+        env_ignore_empty=True,
+    )
+
+    model: Path = Field(Path("weights/fashion-mnist"), description="model folder in diffusers layout")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
+    runtime: Literal["auto", "torch", "openvino"] = Field("auto", description="what runs the network")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="its precision")
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    max_batch: int = Field(0, ge=0, le=4096, description="rows per network call; 0 follows the step times")
+    max_queue: int = Field(256, ge=1, description="images in the house at once; more are refused with 429")
+    max_images: int = Field(64, ge=1, description="images per request")
+    deadline_s: float = Field(300.0, gt=0, description="longest a request may take, in seconds")
+    drain_s: float = Field(30.0, ge=0, description="seconds that running work gets after SIGTERM")
+    stall_s: float = Field(60.0, gt=0, description="a step that takes longer counts as hung (/livez)")
+    stream_grace_s: float = Field(10.0, ge=0, description="seconds a lost stream may be resumed for")
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        (), description="accepted bearer keys, comma-separated; none leaves the service open"
+    )
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="origins whose pages may call, comma-separated"
+    )
+    log_format: Literal["text", "json"] = Field("text", description="how log lines look")
+    batch_invariant: bool = Field(True, description="pad torch's batches so that mates cannot change a result")
+
+    @field_validator("api_keys", "cors_origins", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+
+class CommandLine(Settings, cli_parse_args=True):
+    """The settings with the command line read on top of the environment."""

@@ -1,0 +1,168 @@
+"""Prometheus instruments, the log format, and the middleware that counts requests. A leaf: imports nothing of ours."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import sys
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from contextvars import ContextVar
+from typing import Any
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
+
+disable_created_metrics()
+
+# From a step of one row on a fast GPU to one of a wide batch on a slow CPU.
+STEP_BUCKETS = (0.002, 0.004, 0.008, 0.012, 0.016, 0.024, 0.032, 0.048, 0.064, 0.096, 0.128, 0.256, 0.512, 1, 2)
+REQUEST_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600)
+ROW_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128)
+
+
+class Telemetry:
+    """Every metric of the service, on a registry of its own so that tests and apps do not share counts."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "ddpm_requests_total", "Requests answered.", ["route", "outcome"], registry=registry
+        )
+        self.request_duration = Histogram(
+            "ddpm_request_duration_seconds",
+            "Time from a request's first byte to the last of its answer.",
+            ["route"],
+            buckets=REQUEST_BUCKETS,
+            registry=registry,
+        )
+        self.queue_duration = Histogram(
+            "ddpm_queue_duration_seconds",
+            "Time a job waited for its first step.",
+            buckets=(0.001, 0.005, 0.01, 0.02, *REQUEST_BUCKETS),
+            registry=registry,
+        )
+        self.first_preview = Histogram(
+            "ddpm_time_to_first_preview_seconds",
+            "Time from a stream's start to its first preview.",
+            buckets=(0.005, 0.01, 0.02, *REQUEST_BUCKETS),
+            registry=registry,
+        )
+        self.images = Counter(
+            "ddpm_images_generated_total", "Images finished.", ["sampler"], registry=registry
+        )
+        self.steps = Counter("ddpm_steps_total", "Steps of single images.", registry=registry)
+        self.step_duration = Histogram(
+            "ddpm_step_duration_seconds",
+            "Time of a network call with its table update.",
+            buckets=STEP_BUCKETS,
+            registry=registry,
+        )
+        self.batch_rows = Histogram(
+            "ddpm_batch_rows", "Rows per network call.", buckets=ROW_BUCKETS, registry=registry
+        )
+        self.running = Gauge("ddpm_samples_running", "Unfinished images being denoised.", registry=registry)
+        self.waiting = Gauge("ddpm_samples_waiting", "Images waiting for their first step.", registry=registry)
+        self.rejected = Counter(
+            "ddpm_rejected_total", "Jobs refused at the door.", ["reason"], registry=registry
+        )
+        self.cancelled = Counter("ddpm_cancelled_total", "Jobs stopped before their end.", registry=registry)
+        self.nonfinite = Counter("ddpm_nonfinite_total", "Images that came out not finite.", registry=registry)
+        self.last_step = Gauge(
+            "ddpm_last_step_timestamp_seconds", "Unix time of the latest step.", registry=registry
+        )
+        self.loop_lag = Gauge(
+            "ddpm_event_loop_lag_seconds", "How late the event loop last woke up.", registry=registry
+        )
+        self.model = Gauge(
+            "ddpm_model_info",
+            "1, with what is loaded as labels.",
+            ["model", "runtime", "device", "dtype", "version"],
+            registry=registry,
+        )
+        self.ready = Gauge("ddpm_ready", "1 while new work is taken.", registry=registry)
+
+    def render(self) -> bytes:
+        """All metrics in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+request_id: ContextVar[str] = ContextVar("request_id", default="-")
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object per line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Time, level, logger, message and request; the traceback where there is one."""
+        line = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            "request_id": request_id.get(),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def configure_logging(style: str) -> None:
+    """Send the root logger to standard error, as `text` or `json`."""
+    handler = logging.StreamHandler(sys.stderr)
+    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler.setFormatter(JsonFormatter() if style == "json" else text)
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class Observe:
+    """Counts and times every request by route, and passes `X-Request-ID` through or makes one up.
+
+    Plain ASGI: a middleware that wraps the response would hide disconnects from the routes.
+    """
+
+    def __init__(self, app: App, telemetry: Telemetry) -> None:
+        self.app, self.telemetry = app, telemetry
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"x-request-id", b"")
+        # Only what is safe to log and to send back; anything else is replaced.
+        safe = 0 < len(given) <= 128 and all(33 <= byte <= 126 for byte in given)
+        identity = given if safe else secrets.token_hex(8).encode()
+        token = request_id.set(identity.decode())
+        status = 499  # what proxies log when the client has gone before the answer
+
+        async def observed(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", identity)]
+            await send(message)
+
+        begun = time.perf_counter()
+        try:
+            await self.app(scope, receive, observed)
+        finally:
+            # The route's template, not the path: paths are an open set.
+            route = getattr(scope.get("route"), "path", "unmatched")
+            self.telemetry.requests.labels(route, f"{status // 100}xx").inc()
+            self.telemetry.request_duration.labels(route).observe(time.perf_counter() - begun)
+            request_id.reset(token)

@@ -1,0 +1,114 @@
+"""From a loaded checkpoint to a warm engine: build the runtime, time its steps, measure its invariance."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+
+from model.checkpoint import Checkpoint
+from model.denoiser import Chain, Denoiser, Latent
+from model.runtimes import load_runtime
+from model.samplers import build_plan
+from service.engine import Engine
+from service.scheduler import Scheduler, StepTimes
+from service.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+# A CPU's rows per second stop growing at a few rows; a GPU's go on for longer.
+CPU_WIDTHS = (1, 2, 4, 8, 16)
+GPU_WIDTHS = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Invariance:
+    """What batch mates did to a result when it was tried: largest difference over the batch sizes."""
+
+    batch_sizes: tuple[int, ...]
+    max_abs_difference: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether every result was the same to the last bit."""
+        return self.max_abs_difference == 0.0
+
+
+@dataclass(frozen=True)
+class Warm:
+    """A warm engine and what was found out on the way. step_times: (rows, seconds)."""
+
+    engine: Engine
+    runtime: str
+    device: str
+    dtype: str
+    step_times: tuple[tuple[int, float], ...]
+    invariance: Invariance
+
+
+def warm_up(model: Checkpoint, settings: Settings) -> Warm:
+    """Build, time and check. Raises RuntimeUnavailableError when the machine cannot do what is asked for."""
+    runtime = load_runtime(model, settings.runtime, settings.device, settings.dtype)
+    config = model.unet.config
+    denoiser = Denoiser(
+        runtime,
+        (config.in_channels, config.sample_size, config.sample_size),
+        conditional=config.num_class_embeds is not None,
+        null_class=model.null_class,
+    )
+    widths: Sequence[int] = CPU_WIDTHS if runtime.device.type == "cpu" else GPU_WIDTHS
+    if settings.max_batch:
+        widths = sorted({width for width in widths if width < settings.max_batch} | {settings.max_batch})
+    plan = build_plan(model.schedule, "ddim", min(4, model.schedule.timesteps))
+    label = 0 if config.num_class_embeds is not None else None
+    chains = [Chain(plan, seed, label) for seed in range(max(widths))]
+
+    points = [(width, _time_step(denoiser, chains[:width])) for width in widths]
+    max_rows = settings.max_batch or StepTimes(points).knee()
+    if settings.batch_invariant and runtime.name == "torch":
+        # Torch gives a row the same bits only at the same shape, so every call gets the widest one.
+        runtime.batch_sizes = (max_rows,)
+        points = [(max_rows, _time_step(denoiser, chains[:max_rows]))]
+    invariance = measure_invariance(denoiser, chains[: max(2, max_rows)], max_rows)
+    logger.info(
+        "%s %s on %s: %d rows per step, %.0f rows/s, results %s of batch mates",
+        runtime.name, runtime.dtype, runtime.device, max_rows, max_rows / dict(points)[max_rows],
+        "independent" if invariance.holds else f"within {invariance.max_abs_difference:.1e}",
+    )  # fmt: skip
+    engine = Engine(denoiser, Scheduler(max_rows, StepTimes(points)))
+    return Warm(engine, runtime.name, str(runtime.device), runtime.dtype, tuple(points), invariance)
+
+
+def _time_step(denoiser: Denoiser, chains: Sequence[Chain], repeats: int = 3) -> float:
+    """Seconds of a step of these chains: the best of a few, after one that is not counted."""
+    latents = [denoiser.start(chain) for chain in chains]
+    times = []
+    for _ in range(repeats + 1):
+        begun = perf_counter()
+        advanced = denoiser.step(chains, latents, [0] * len(chains))
+        advanced[0].x.cpu()  # waits for a device that computes in the background
+        times.append(perf_counter() - begun)
+    return min(times[1:])
+
+
+def measure_invariance(denoiser: Denoiser, chains: Sequence[Chain], max_rows: int) -> Invariance:
+    """Run the first chain's first row alone and amid others, first and last, and compare bit for bit."""
+    latents = [denoiser.start(chain) for chain in chains]
+
+    def first_amid(count: int, place: int) -> Latent:
+        order = [*range(1, count)]
+        order.insert(place, 0)
+        stepped = denoiser.step([chains[i] for i in order], [latents[i] for i in order], [0] * count)
+        return stepped[place]
+
+    alone = first_amid(1, 0).x
+    sizes = sorted({size for size in (2, 3, max_rows // 2, max_rows) if 2 <= size <= max_rows})
+    worst = 0.0
+    for size in sizes:
+        for place in (0, size - 1):
+            difference = (first_amid(size, place).x - alone).abs().max().item()
+            worst = float(np.maximum(worst, difference))
+    return Invariance(tuple(sizes), worst)
