@@ -1,0 +1,89 @@
+// Server-sent events over fetch: EventSource hides the body of a 422 or 429, which is where the reason is.
+
+const RETRY_AFTER_MS = [500, 2000];
+
+export class Problem extends Error {
+  constructor({ title, detail }, retryAfter = null) {
+    const text = [title ?? "The request failed", detail].filter(Boolean).join(": ").trim();
+    super((/[.!?]$/.test(text) ? text : `${text}.`) + (retryAfter ? ` Try again in ${retryAfter} s.` : ""));
+  }
+
+  static async from(response) {
+    const problem = await response.json().catch(() => ({ title: `The service answered ${response.status}` }));
+    return new Problem(problem, response.headers.get("Retry-After"));
+  }
+}
+
+// Yields {type, id, data} until `completed` or `error`. A dropped connection is taken up again where it broke, but
+// only once an event has been seen: without its id the server would start a second job.
+export async function* follow(url, signal) {
+  let lastId = "";
+  let drops = 0;
+  for (;;) {
+    try {
+      const headers = { Accept: "text/event-stream" };
+      if (lastId) headers["Last-Event-ID"] = lastId;
+      const response = await fetch(url, { headers, signal, cache: "no-store" });
+      if (response.status === 204) throw new Problem({ title: "The connection was lost, and the job with it" });
+      if (!response.ok) throw await Problem.from(response);
+      for await (const event of parse(response.body)) {
+        lastId = event.id || lastId;
+        drops = 0;
+        yield { ...event, data: JSON.parse(event.data) };
+        if (event.type === "completed" || event.type === "error") return;
+      }
+    } catch (error) {
+      if (!(error instanceof TypeError)) throw error; // fetch reports a broken network as a TypeError
+      if (!lastId) throw new Problem({ title: "The service cannot be reached" });
+    }
+    if (!lastId || drops === RETRY_AFTER_MS.length) throw new Problem({ title: "The connection was lost" });
+    await pause(RETRY_AFTER_MS[drops++], signal);
+  }
+}
+
+// The event-stream format of the HTML standard; an event cut off by the end of the stream is discarded, as it says.
+export async function* parse(body) {
+  const reader = body.getReader();
+  const decoder = new TextDecoder();
+  let rest = "";
+  let id = "";
+  let type = "";
+  let data = [];
+  try {
+    for (;;) {
+      const { done, value } = await reader.read();
+      if (done) return;
+      rest += decoder.decode(value, { stream: true });
+      const lines = rest.split(/\r\n|\n|\r(?!$)/); // a CR that ends a chunk may be half of a CRLF
+      rest = lines.pop();
+      for (const line of lines) {
+        if (line === "") {
+          if (data.length) yield { type: type || "message", id, data: data.join("\n") };
+          type = "";
+          data = [];
+          continue;
+        }
+        const [, field, text] = /^([^:]*):? ?(.*)$/s.exec(line);
+        if (field === "data") data.push(text);
+        else if (field === "event") type = text;
+        else if (field === "id") id = text;
+      }
+    }
+  } finally {
+    reader.cancel().catch(() => {}); // it may be broken already, and that has been reported
+  }
+}
+
+function pause(ms, signal) {
+  return new Promise((resolve, reject) => {
+    const cancel = () => {
+      clearTimeout(timer);
+      reject(signal.reason);
+    };
+    const timer = setTimeout(() => {
+      signal.removeEventListener("abort", cancel);
+      resolve();
+    }, ms);
+    signal.addEventListener("abort", cancel, { once: true });
+  });
+}

@@ -1,0 +1,43 @@
+// Every preview received, per image, so that a run can be replayed. No DOM in here.
+
+export class Trajectory {
+  // images: [{label, seed}]; stops: the steps a preview is expected at, which the scrubber moves over.
+  constructor(images, steps, every) {
+    this.images = images.map((image) => ({ ...image, frames: [], done: 0 }));
+    this.steps = steps;
+    this.stops = [];
+    for (let step = every; step < steps; step += every) this.stops.push(step);
+    this.stops.push(steps);
+    this.timesteps = new Map();
+  }
+
+  record(index, { step, timestep, kind, url }) {
+    const { frames } = this.images[index];
+    // A re-attached stream may repeat a step; x0 and x_t of one step arrive as two pictures.
+    let at = frames.findLastIndex((frame) => frame.step <= step);
+    if (frames[at]?.step !== step) frames.splice(++at, 0, { step });
+    frames[at][kind] = url;
+    if (timestep !== undefined) this.timesteps.set(step, timestep);
+    this.images[index].done = Math.max(this.images[index].done, step);
+  }
+
+  // After the last step the latent and the prediction are one and the same picture.
+  finish(index, url) {
+    this.record(index, { step: this.steps, kind: "x0", url });
+    this.record(index, { step: this.steps, kind: "xt", url });
+  }
+
+  // The newest frame of an image at or before a step, if it has got that far.
+  frame(index, step) {
+    return this.images[index].frames.findLast((frame) => frame.step <= step);
+  }
+
+  get furthest() {
+    return Math.max(...this.images.map((image) => image.done));
+  }
+
+  get fraction() {
+    const done = this.images.reduce((sum, image) => sum + image.done, 0);
+    return done / (this.images.length * this.steps);
+  }
+}
