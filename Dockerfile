@@ -1,0 +1,63 @@
+# The service with its weights.
+#
+# Which torch? By default the one that pip's own index holds for the platform. On x86-64 Linux that is the CUDA
+# build: several gigabytes, but it runs everywhere, with and without a GPU, and one image then serves both. For
+# a far smaller image that only ever uses the CPU, name PyTorch's index of CPU wheels (the "CPU" choice of its
+# installation page gives the address):
+#
+#     TORCH_VARIANT=cpu TORCH_INDEX_URL=<address> docker compose build
+#
+# TORCH_VARIANT (any, cpu, cuda) picks nothing: it says what must have come out, and a build that got another
+# fails here, instead of in production.
+ARG BASE_IMAGE=python:3.11-slim-bookworm
+
+FROM ${BASE_IMAGE} AS packages
+ARG TORCH_VARIANT=any
+ARG TORCH_INDEX_URL=
+WORKDIR /build
+RUN python -m venv /opt/venv
+ENV PATH=/opt/venv/bin:$PATH
+COPY requirements-serve.txt ./
+# torch first and alone, so that its index answers for nothing else; the lock then finds it there.
+RUN --mount=type=cache,target=/root/.cache/pip \
+    if [ -n "$TORCH_INDEX_URL" ]; then \
+        pip install --no-deps --index-url "$TORCH_INDEX_URL" "$(grep '^torch==' requirements-serve.txt)"; \
+    fi \
+    && pip install --requirement requirements-serve.txt
+RUN python -c "import sys, torch; got = 'cuda' if torch.version.cuda else 'cpu'; \
+    sys.exit(None if '$TORCH_VARIANT' in ('any', got) else f'TORCH_VARIANT=$TORCH_VARIANT, but this torch is {got}')"
+
+FROM ${BASE_IMAGE}
+LABEL org.opencontainers.image.title="ddpm-service" \
+      org.opencontainers.image.description="Diffusion models over HTTP, with continuous batching of denoising steps" \
+      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.licenses="Apache-2.0"
+
+# OpenVINO's converter reports its use unless this file says no.
+RUN useradd --uid 10001 --create-home --shell /usr/sbin/nologin ddpm \
+    && mkdir /home/ddpm/intel \
+    && printf 0 > /home/ddpm/intel/openvino_telemetry
+
+COPY --from=packages /opt/venv /opt/venv
+WORKDIR /app
+COPY LICENSE docker/healthcheck.py ./
+COPY model model
+COPY service service
+COPY weights weights
+# Nothing is written at run time but below /tmp: compile here. And weights fresh from training may be its owner's alone.
+RUN /opt/venv/bin/python -m compileall -q model service \
+    && chmod -R a+rX /app
+
+ENV PATH=/opt/venv/bin:$PATH \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    XDG_CACHE_HOME=/tmp/cache \
+    CUDA_CACHE_PATH=/tmp/cache/cuda \
+    DDPM_HOST=0.0.0.0 \
+    DDPM_PORT=8000
+USER 10001:10001
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 CMD ["python", "/app/healthcheck.py"]
+# The exec form: python is process 1 and gets SIGTERM itself. Flags of the service may follow `docker run IMAGE`.
+ENTRYPOINT ["python", "-m", "service"]

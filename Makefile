@@ -1,0 +1,69 @@
+# Two commands matter: `make serve` and `make test`. Both work from a fresh clone with Python 3.11 or newer.
+.DEFAULT_GOAL := help
+.PHONY: help install serve test check train evaluate bench lock clean
+
+PYTHON ?=
+DATA   ?= /usr/share/datasets/fashion-mnist
+OUT    ?= weights/fashion-mnist
+ARGS   ?=
+
+VENV := .venv
+RUN  := $(VENV)/bin/python
+# A copy of the lock, laid down when all of it is installed: newer than the lock means up to date.
+STAMP := $(VENV)/requirements.installed
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "  variables: PYTHON (which interpreter makes .venv), DATA, OUT (training), ARGS (passed on to the program)"
+
+install: $(STAMP) ## make .venv and install the locked dependencies; costs nothing when up to date
+
+$(STAMP): requirements.txt
+	@if cmp -s requirements.txt $@; then touch $@; exit 0; fi; \
+	set -e; \
+	if [ ! -x $(RUN) ]; then \
+		for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python); do \
+			if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$python; break; fi; \
+		done; \
+		if [ -z "$$found" ]; then echo "Python 3.11 or newer is needed; name one with PYTHON=..." >&2; exit 1; fi; \
+		echo "making $(VENV) with $$($$found --version)"; \
+		$$found -m venv $(VENV); \
+	fi; \
+	echo "installing requirements.txt into $(VENV)"; \
+	$(RUN) -m pip install --disable-pip-version-check --requirement requirements.txt; \
+	cp requirements.txt $@
+
+serve: install ## run the service on http://127.0.0.1:8000 (flags in ARGS)
+	$(RUN) -m service $(ARGS)
+
+test: install ## run the tests
+	$(RUN) -m pytest $(ARGS)
+
+check: install ## formatting, lint, types, container and alert files
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+	$(VENV)/bin/hadolint Dockerfile
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml docker/compose.gpu.yml
+	@if command -v promtool >/dev/null; then \
+		set -ex; \
+		promtool check config docker/prometheus.yml; \
+		promtool test rules docker/alerts_test.yml; \
+	else \
+		echo "SKIPPED: promtool is not installed, so docker/prometheus.yml and the alerts are not checked"; \
+	fi
+
+train: install ## train the default model; stops and resumes (DATA, OUT, ARGS)
+	$(RUN) -m model.train --data $(DATA) --out $(OUT) --bf16 --compile $(ARGS)
+
+evaluate: install ## measure a trained model (DATA, OUT, ARGS)
+	$(RUN) -m model.evaluate --data $(DATA) --model $(OUT) $(ARGS)
+
+bench: install ## simulate load on the scheduler
+	$(RUN) -m bench.simulate $(ARGS)
+
+lock: ## rewrite the lock files from pyproject.toml and what .venv holds
+	$(RUN) -m tests.locks
+
+clean: ## remove .venv and the tools' caches
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

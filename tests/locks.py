@@ -1,0 +1,72 @@
+"""The lock files: every package that pyproject.toml asks for, directly or not, at the version installed here.
+
+`python -m tests.locks` rewrites them from the environment it runs in (`make lock`); test_house.py compares.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from importlib.metadata import distribution
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).parent.parent
+FILES = {
+    "requirements.txt": ("openvino", "train", "dev"),
+    "requirements-serve.txt": ("openvino",),
+}
+# torch's CUDA build pins these itself, each at one version; its other builds don't want them.
+CUDA = ("cuda-", "nvidia-", "triton")
+
+HEADER = """\
+# Written by `make lock` from pyproject.toml ({what}); do not edit.
+# The CUDA libraries of torch's CUDA build are not listed: that build pins them itself.
+"""
+
+
+def direct(extras: tuple[str, ...] = ()) -> list[Requirement]:
+    """What pyproject.toml asks for, with these extras."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"]]
+    for extra in extras:
+        wanted += project["optional-dependencies"][extra]
+    return [Requirement(line) for line in wanted]
+
+
+def closure(extras: tuple[str, ...]) -> dict[str, str]:
+    """Name → installed version of everything that is needed with these extras on this machine.
+
+    Raises PackageNotFoundError for one that is not installed.
+    """
+    found: dict[str, str] = {}
+    waiting = [(requirement, "") for requirement in direct(extras)]
+    seen = set()
+    while waiting:
+        requirement, extra = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
+            continue
+        if name.startswith(CUDA):
+            continue
+        package = distribution(name)
+        found[name] = Version(package.version).public
+        for wanted in ("", *requirement.extras):
+            if (name, wanted) not in seen:
+                seen.add((name, wanted))
+                waiting += [(Requirement(line), wanted) for line in package.requires or ()]
+    return dict(sorted(found.items()))
+
+
+def render(extras: tuple[str, ...]) -> str:
+    """The text of the lock file with these extras."""
+    what = ", ".join(["dependencies", *extras])
+    pins = "".join(f"{name}=={version}\n" for name, version in closure(extras).items())
+    return HEADER.format(what=what) + pins
+
+
+if __name__ == "__main__":
+    for file, extras in FILES.items():
+        (ROOT / file).write_text(render(extras))

@@ -1,0 +1,128 @@
+"""The container keeps its promises: no root, nothing writable, no capabilities, and time to drain."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+DOCKERFILE = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
+FINAL_STAGE = re.split(r"^FROM ", DOCKERFILE, flags=re.MULTILINE)[-1]
+COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+SERVICES = COMPOSE["services"]
+
+
+def instruction(name: str) -> str:
+    """The argument of the only such instruction in the image's last stage."""
+    [found] = re.finditer(rf"^{name} +(.+)$", FINAL_STAGE, re.MULTILINE)
+    return found[1].strip()
+
+
+def test_the_image_runs_as_nobody_in_particular():
+    user, group = instruction("USER").split(":")
+    assert int(user) > 0
+    assert int(group) > 0
+
+
+def test_sigterm_reaches_python():
+    assert json.loads(instruction("ENTRYPOINT")) == ["python", "-m", "service"]
+    assert instruction("STOPSIGNAL") == "SIGTERM"
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_service_is_locked_down(name):
+    service = SERVICES[name]
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert [mount.split(":")[0] for mount in service["tmpfs"]] == ["/tmp"]
+    assert not service.get("privileged")
+    assert not service.get("cap_add")
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_no_port_is_open_to_the_network_unless_asked_for(name):
+    assert all(re.match(r"\$\{\w+:-127\.0\.0\.1:\d+\}:\d+$", port) for port in SERVICES[name]["ports"])
+
+
+def test_the_grace_is_longer_than_the_drain():
+    drain = float(SERVICES["ddpm"]["environment"]["DDPM_DRAIN_S"])
+    grace = re.fullmatch(r"(\d+)s", SERVICES["ddpm"]["stop_grace_period"])
+    assert grace is not None
+    assert float(grace[1]) >= drain + 5
+
+
+def test_every_setting_passes_through_compose():
+    from service.settings import Settings
+
+    fixed_in_the_image = {"DDPM_HOST", "DDPM_PORT"}
+    wanted = {f"DDPM_{name}".upper() for name in Settings.model_fields} - fixed_in_the_image
+    assert set(SERVICES["ddpm"]["environment"]) == wanted
+
+
+def test_only_what_is_copied_goes_to_the_builder():
+    copied = {
+        source
+        for line in re.findall(r"^COPY (?!--from)(.+)$", DOCKERFILE, re.MULTILINE)
+        for source in line.split()[:-1]
+    }
+    ignore = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
+    assert ignore[0] == "*"
+    assert {line[1:] for line in ignore if line.startswith("!")} == copied
+    assert all((ROOT / source).exists() for source in copied)
+
+
+class Ready(BaseHTTPRequestHandler):
+    """Answers every GET with its server's `status`, and notes the paths."""
+
+    def do_GET(self) -> None:
+        self.server.asked.append(self.path)  # type: ignore[attr-defined]
+        self.send_response(self.server.status)  # type: ignore[attr-defined]
+        self.end_headers()
+
+    def log_message(self, *args: object) -> None:
+        """Say nothing."""
+
+
+def check_health(port: int) -> subprocess.CompletedProcess[str]:
+    # A proxy that would swallow the probe, were it asked.
+    environment = os.environ | {"DDPM_PORT": str(port), "http_proxy": "http://127.0.0.1:9"}
+    script = ROOT / "docker" / "healthcheck.py"
+    return subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize(("status", "code"), [(200, 0), (503, 1), (404, 1)])
+def test_healthy_means_ready(status, code):
+    server = HTTPServer(("127.0.0.1", 0), Ready)
+    server.status, server.asked = status, []  # type: ignore[attr-defined]
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        result = check_health(server.server_port)
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert result.returncode == code, result.stderr
+    assert server.asked == ["/readyz"]  # type: ignore[attr-defined]
+
+
+def test_nobody_there_is_not_healthy():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound and not listening: a connection is refused
+        result = check_health(taken.getsockname()[1])
+    assert result.returncode == 1
+    assert "no answer" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,333 @@
+"""The conventions as tests: who may import whom, what the documents must name, how big a file gets."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from fnmatch import fnmatch
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.utils import canonicalize_name
+
+from tests import locks
+
+ROOT = Path(__file__).parent.parent
+OURS = ("model", "service")
+MAX_LINES = 450
+
+# ----------------------------------------------------------------------------------------------------
+# Imports: all that a module may import besides the standard library, from the door down; a room may look at
+# what is below it or beside it, never up. errors and telemetry are leaves: they import nothing of ours.
+
+BELOW_ROUTES = "service.schemas service.streams service.worker service.images"
+BELOW_ENGINE = "service.scheduler service.jobs service.events"
+BELOW_WORKER = f"service.engine {BELOW_ENGINE}"
+LEAVES = "service.errors service.telemetry"
+DOOR = "service service.app service.server service.settings"
+HTTP = "fastapi starlette pydantic"
+
+SERVICE = {
+    "service": "",
+    "service.__main__": f"{DOOR} {LEAVES} uvicorn model.checkpoint",
+    "service.cluster": f"{DOOR} {LEAVES} ray model.checkpoint",
+    # Wiring: the one place where the network meets the service.
+    "service.app": (
+        f"{DOOR} service.warmup service.routes service.routes.* {BELOW_ROUTES} {BELOW_WORKER} {LEAVES}"
+        f" model.* {HTTP}"
+    ),
+    "service.warmup": f"service.settings {BELOW_WORKER} {LEAVES} model.* numpy",
+    "service.server": f"service.settings service.routes {BELOW_ROUTES} {LEAVES} uvicorn",
+    "service.settings": "service.errors pydantic pydantic_settings",
+    # HTTP: no tensors.
+    "service.routes": f"service service.routes.* {BELOW_ROUTES} {BELOW_WORKER} {LEAVES} {HTTP}",
+    "service.routes.*": f"service service.routes {BELOW_ROUTES} {BELOW_WORKER} {LEAVES} {HTTP}",
+    "service.schemas": (
+        "service.images service.jobs service.events service.errors"
+        f" model.samplers model.schedule model.denoiser {HTTP}"
+    ),
+    # Between the two: threads, queues and pictures, and neither HTTP nor tensors.
+    "service.streams": f"service.jobs service.events {LEAVES}",
+    "service.images": "service.events service.errors numpy PIL",
+    "service.worker": f"{BELOW_WORKER} service.streams {LEAVES}",
+    # The engine owns the tensors; what is below it has never heard of them.
+    "service.engine": f"{BELOW_ENGINE} service.errors model.denoiser torch numpy",
+    "service.scheduler": "service.jobs service.events service.errors sortedcontainers",
+    "service.jobs": "service.events service.errors",
+    "service.events": "service.errors numpy",
+    "service.errors": "",
+    "service.telemetry": "prometheus_client",
+}
+MODEL = {
+    "model.unet": "torch",
+    "model.schedule": "numpy",
+    "model.noise": "numpy",
+    "model.samplers": "model.schedule model.diffusion numpy",
+    "model.runtimes": "model.checkpoint model.unet model.schedule torch numpy openvino",
+    "model.denoiser": "model.runtimes model.samplers model.noise torch numpy",
+    "model*": "model model.* numpy torch safetensors PIL tqdm matplotlib",
+}
+ALLOWED = SERVICE | MODEL
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name → file of every module of ours."""
+    found = {}
+    for path in sorted(path for package in OURS for path in (ROOT / package).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(source: str, name: str, is_package: bool, known: set[str]) -> set[str]:
+    """What a module imports, wherever in it: our modules by dotted name, others by their top one."""
+    found = set()
+    package = name.split(".") if is_package else name.split(".")[:-1]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            origin = ".".join([*base, *(node.module or "").split(".")]).rstrip(".")
+            # `from service import engine` imports a module, `from service import __version__` a name in one
+            for alias in node.names:
+                inner = f"{origin}.{alias.name}"
+                found.add(inner if inner in known else origin)
+    return {module if module.split(".")[0] in OURS else module.split(".")[0] for module in found}
+
+
+def room_of(name: str) -> str | None:
+    """The key in the table that a module goes by: its own name first, then the first pattern that fits."""
+    if name in ALLOWED:
+        return name
+    return next((key for key in ALLOWED if "*" in key and fnmatch(name, key)), None)
+
+
+def forbidden(source: str, name: str, is_package: bool = False, known: set[str] | None = None) -> set[str]:
+    """What this module imports and may not. Raises LookupError for a module that the table doesn't know."""
+    room = room_of(name)
+    if room is None:
+        raise LookupError(f"{name}: a new module; give it a room in this table")
+    allowed = ALLOWED[room].split()
+    found = imports(source, name, is_package, known if known is not None else set(modules()))
+    return {
+        module
+        for module in found
+        if module not in sys.stdlib_module_names and not any(fnmatch(module, entry) for entry in allowed)
+    }
+
+
+@pytest.mark.parametrize("name", modules())
+def test_imports_point_downward(name):
+    path = modules()[name]
+    found = forbidden(path.read_text(), name, path.name == "__init__.py")
+    assert not found, (
+        f"{name} may not import {', '.join(sorted(found))}: see the table in {Path(__file__).name}"
+    )
+
+
+KNOWN = {"service", "model", *(key for key in ALLOWED if "*" not in key)}
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "found"),
+    [
+        ("model.unet", "import service", {"service"}),
+        ("model.train", "from service import jobs", {"service.jobs"}),
+        ("model.train", "import fastapi", {"fastapi"}),
+        ("service.scheduler", "import torch.nn as nn", {"torch"}),
+        ("service.scheduler", "from torch import Tensor", {"torch"}),
+        ("service.scheduler", "from service import engine", {"service.engine"}),
+        ("service.scheduler", "from . import engine, jobs", {"service.engine"}),
+        ("service.scheduler", "from .engine import Engine", {"service.engine"}),
+        ("service.scheduler", "def f():\n    import service.engine", {"service.engine"}),
+        ("service.engine", "import fastapi.sse", {"fastapi"}),
+        ("service.engine", "from service.worker import Worker", {"service.worker"}),
+        ("service.worker", "from service.routes.generate import router", {"service.routes.generate"}),
+        ("service.routes.generate", "import torch", {"torch"}),
+        ("service.routes.generate", "from ..app import create_app", {"service.app"}),
+        ("service.routes.generate", "from service import app", {"service.app"}),
+        ("service.errors", "from service.events import Event", {"service.events"}),
+        ("service.telemetry", "from service import errors", {"service.errors"}),
+        ("service.jobs", "import pydantic", {"pydantic"}),
+    ],
+)
+def test_a_forbidden_import_is_caught(name, source, found):
+    assert forbidden(source, name, known=KNOWN) == found
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        (
+            "service.scheduler",
+            "import math\nfrom collections.abc import Sequence\nfrom . import jobs, events",
+        ),
+        ("service.engine", "import torch\nfrom model.denoiser import Chain"),
+        ("service.routes.generate", "from fastapi import APIRouter\nfrom service import __version__"),
+        ("service.app", "from model import runtimes"),
+        ("model.train", "from model import checkpoint"),
+    ],
+)
+def test_a_rightful_import_is_not(name, source):
+    assert forbidden(source, name, known=KNOWN | {"model.checkpoint", "model.runtimes"}) == set()
+
+
+def test_an_unknown_module_has_no_room():
+    with pytest.raises(LookupError, match="give it a room in this table"):
+        forbidden("", "service.brandnew", known=KNOWN)
+
+
+def import_graph() -> dict[str, set[str]]:
+    known = modules()
+    return {
+        name: {
+            module
+            for module in imports(path.read_text(), name, path.name == "__init__.py", set(known))
+            if module in known and module != name
+        }
+        for name, path in known.items()
+    }
+
+
+def test_no_two_modules_import_each_other():
+    try:
+        TopologicalSorter(import_graph()).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle of imports: {' → '.join(error.args[1])}")
+
+
+# ----------------------------------------------------------------------------------------------------
+# Files.
+
+
+def test_the_packages_are_there():
+    assert {"model.samplers", "service.scheduler", "service.routes"} <= set(modules())
+
+
+@pytest.mark.parametrize("path", modules().values(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_holds_one_trade(path):
+    lines = len(path.read_text().splitlines())
+    assert lines <= MAX_LINES, f"{lines} lines: is there a second module in it?"
+
+
+def test_no_file_is_a_junk_room():
+    junk = {"utils", "util", "helpers", "helper", "manager", "common", "misc"}
+    ours = [path for package in (*OURS, "tests", "bench", "docker") for path in (ROOT / package).rglob("*")]
+    assert not [path for path in ours if path.stem.lower() in junk]
+
+
+# ----------------------------------------------------------------------------------------------------
+# The version is one.
+
+
+def project() -> dict[str, object]:
+    table: dict[str, object] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return table
+
+
+def test_the_changelog_opens_with_this_version():
+    newest = re.search(r"^## \[?([^\]\s]+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest is not None
+    assert newest[1] == project()["version"]
+
+
+def test_the_service_has_this_version():
+    tree = ast.parse((ROOT / "service" / "__init__.py").read_text())
+    versions = [
+        node.value.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+        if [getattr(target, "id", None) for target in node.targets] == ["__version__"]
+    ]
+    assert versions == [project()["version"]]
+
+
+def test_the_image_has_this_version():
+    version = project()["version"]
+    assert f'org.opencontainers.image.version="{version}"' in (ROOT / "Dockerfile").read_text()
+    compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    assert compose["services"]["ddpm"]["image"] == f"ddpm-service:{version}"
+
+
+# ----------------------------------------------------------------------------------------------------
+# The documents name what there is, and nothing else.
+
+# Read by docker-compose.yml itself, for the port on the host.
+COMPOSE_ONLY = {"DDPM_PUBLISH"}
+
+
+def settings() -> set[str]:
+    """The environment variables that the service reads."""
+    from service.settings import Settings
+
+    prefix = Settings.model_config["env_prefix"]
+    return {f"{prefix}{name}".upper() for name in Settings.model_fields}
+
+
+def metrics() -> set[str]:
+    """The names of the metrics as PromQL knows them."""
+    from service.telemetry import Telemetry
+
+    families = list(Telemetry().registry.collect())
+    return {f"{family.name}_total" if family.type == "counter" else family.name for family in families}
+
+
+def named(file: str, prefix: str) -> set[str]:
+    """Every name with this prefix in a file."""
+    return set(re.findall(rf"\b{prefix}\w*[a-zA-Z0-9]\b", (ROOT / file).read_text()))
+
+
+def test_every_setting_is_in_the_readme():
+    assert settings() - named("README.md", "DDPM_") == set()
+
+
+def test_every_metric_is_in_the_readme():
+    assert metrics() - named("README.md", "ddpm_") == set()
+
+
+@pytest.mark.parametrize(
+    "file", ["README.md", "CONTRIBUTING.md", "Dockerfile", "docker-compose.yml", "docker/compose.gpu.yml"]
+)
+def test_no_file_names_a_setting_that_is_not(file):
+    assert named(file, "DDPM_") - settings() - COMPOSE_ONLY == set()
+
+
+@pytest.mark.parametrize("file", ["README.md", "docker/alerts.yml", "docker/alerts_test.yml"])
+def test_no_file_names_a_metric_that_is_not(file):
+    found = {re.sub(r"_(bucket|sum|count)$", "", name) for name in named(file, "ddpm_")}
+    assert found - metrics() == set()
+
+
+def test_a_name_must_be_whole():
+    assert "ddpm_ready" not in set(re.findall(r"\bddpm_\w*[a-zA-Z0-9]\b", "ddpm_ready_or_not"))
+
+
+# ----------------------------------------------------------------------------------------------------
+# The lock files.
+
+
+def pins(file: str) -> dict[str, str]:
+    lines = (ROOT / file).read_text().splitlines()
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+
+@pytest.mark.parametrize("file", locks.FILES)
+def test_a_lock_names_all_that_is_needed_and_no_more(file):
+    found = locks.closure(locks.FILES[file])
+    assert pins(file) == found, "run `make lock`, or install what the lock says"
+
+
+@pytest.mark.parametrize("file", locks.FILES)
+def test_a_lock_is_within_the_ranges(file):
+    for requirement in locks.direct(locks.FILES[file]):
+        version = pins(file)[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version), f"{requirement} does not take {version}"
+
+
+def test_what_is_served_is_what_is_tested():
+    assert pins("requirements-serve.txt").items() <= pins("requirements.txt").items()
