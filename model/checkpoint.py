@@ -133,8 +133,11 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -158,7 +161,7 @@ def _load_weights(unet: UNet, place: Path) -> None:
             path = found[0]
         elif pickles:
             raise CheckpointError(
-                f"{place}: only a pickle ({pickles[0]}), which can run code when read; convert it once, where "
+                f"{place}: only a pickle ({pickles[0]}), which can run code when read; convert it once, if "
                 "you trust it, with diffusers: UNet2DModel.from_pretrained(FOLDER).save_pretrained(FOLDER)"
             )
         else:

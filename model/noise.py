@@ -44,8 +44,10 @@ Floats = NDArray[np.float64]
 def normal(seed: int, row: int, shape: Sequence[int]) -> NDArray[np.float32]:
     """Standard normal noise of a sample's row (START, 0, 1, …): float32 of `shape`.
 
-    seed: 0 … MAX_SEED. The same arguments give the same bytes on every machine.
+    seed: 0 … MAX_SEED, else ValueError. The same arguments give the same bytes on every machine.
     """
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"a seed is from 0 to {MAX_SEED}, got {seed}")
     bits = np.random.Philox(key=seed, counter=[0, 0, row + 1, 0]).random_raw(int(np.prod(shape)))
     # The top 52 bits, at the middle of their interval: exact in float64, so strictly between 0 and 1.
     uniform = ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52

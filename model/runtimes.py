@@ -8,6 +8,8 @@ networks that only give the same bits at the same shape.
 from __future__ import annotations
 
 import os
+import sys
+import warnings
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import Literal, Protocol
@@ -76,6 +78,8 @@ class OpenVinoRuntime:
 
     def __init__(self, model: Checkpoint, dtype: DtypeName = "float32", threads: int | None = None) -> None:
         try:
+            # Without this its converter reports its use to its maker, from wherever the service runs.
+            sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None: "not installed"
             import openvino as ov  # an optional extra, and heavy
         except ImportError as error:
             raise RuntimeUnavailableError("openvino is not installed: pip install openvino") from error
@@ -87,8 +91,13 @@ class OpenVinoRuntime:
         config = model.unet.config
         example = [torch.zeros(2, config.in_channels, config.sample_size, config.sample_size)]
         example += [torch.zeros(2, dtype=torch.int64)] * (2 if config.num_class_embeds is not None else 1)
-        with torch.no_grad():
-            graph = ov.convert_model(model.unet, example_input=tuple(example))
+        # A copy, since the compiled network shares the memory of the weights it was made from.
+        unet = deepcopy(model.unet).eval()
+        with torch.no_grad(), warnings.catch_warnings():
+            # OpenVINO traces with torch.jit, which warns of its own age and of group norm's look at shapes.
+            warnings.filterwarnings("ignore", r"`torch\.jit", DeprecationWarning)
+            warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
+            graph = ov.convert_model(unet, example_input=tuple(example))
         options = {
             "INFERENCE_PRECISION_HINT": "bf16" if dtype == "bfloat16" else "f32",
             "PERFORMANCE_HINT": "LATENCY",

@@ -202,6 +202,8 @@ class Trainer:
             except RuntimeError as error:
                 raise checkpoint.CheckpointError(f"{path}: the state of another network") from error
         for name, parameter in self.net.named_parameters():
+            if f"optimizer.step.{name}" not in state:  # saved before the first step
+                continue
             self.optimizer.state[parameter] = {
                 key: state[f"optimizer.{key}.{name}"].clone(memory_format=torch.preserve_format)
                 if key == "step"

@@ -7,22 +7,19 @@ from __future__ import annotations
 
 import sys
 
-from pydantic import ValidationError
-
 from model import checkpoint
 from service.app import create_app
 from service.server import serve
-from service.settings import CommandLine
+from service.settings import SettingsError, read
 from service.telemetry import configure_logging
 
 
 def main() -> int:
     """Start the service as the environment and the command line say."""
     try:
-        settings = CommandLine()
-    except ValidationError as error:
-        for found in error.errors(include_input=False):
-            print(f"DDPM_{'.'.join(map(str, found['loc'])).upper()}: {found['msg']}", file=sys.stderr)
+        settings = read()
+    except SettingsError as error:
+        print(error, file=sys.stderr)
         return 2
     configure_logging(settings.log_format)
     try:
@@ -30,7 +27,8 @@ def main() -> int:
     except checkpoint.CheckpointError as error:
         print(error, file=sys.stderr)
         return 3
-    return serve(create_app(model, settings), settings)
+    app = create_app(model, settings)
+    return serve(app, app.state.house, settings)
 
 
 if __name__ == "__main__":

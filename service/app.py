@@ -7,7 +7,7 @@ import hmac
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import Any
@@ -16,9 +16,11 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
+from pydantic import SecretStr
 from starlette.exceptions import HTTPException
 
 from model.checkpoint import Checkpoint
+from model.samplers import SAMPLERS
 from service import __version__
 from service.engine import Engine
 from service.errors import (
@@ -32,11 +34,11 @@ from service.errors import (
     ServiceError,
     UnauthorizedError,
 )
-from service.routes import House, InHouse, generate, operations
-from service.schemas import DEFAULT_GUIDANCE, DEFAULT_STEPS, SAMPLERS, Catalogue, Problem
+from service.routes import House, generate, operations
+from service.schemas import DEFAULT_GUIDANCE, DEFAULT_STEPS, Catalogue, Problem
 from service.settings import Settings
 from service.streams import Streams
-from service.telemetry import Observe, Telemetry
+from service.telemetry import Observe, Telemetry, request_id
 from service.warmup import Warm, warm_up
 from service.worker import Worker
 
@@ -55,22 +57,27 @@ STATUS: dict[type[ServiceError], int] = {
     ComputeError: 500,
     ServiceError: 500,
 }
+# Phrases that Python's versions do not agree on, or do not know.
+TITLES = {413: "Content Too Large", 422: "Unprocessable Content", 499: "Client Closed Request"}
 
 
 def to_problem(error: ServiceError) -> Problem:
     """The RFC 9457 problem an error becomes."""
     status = next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
-    title = HTTPStatus(status).phrase if status != 499 else "Client Closed Request"
     errors = None
     if isinstance(error, InvalidRequestError):
         errors = [{"field": error.field, "message": error.detail}]
-    return Problem(title=title, status=status, detail=error.detail, code=error.code, errors=errors)
+    return Problem(title=_title(status), status=status, detail=error.detail, code=error.code, errors=errors)
+
+
+def _title(status: int) -> str:
+    return TITLES.get(status) or HTTPStatus(status).phrase
 
 
 def create_app(
     model: Checkpoint, settings: Settings, warm: Callable[[Checkpoint, Settings], Warm] = warm_up
 ) -> FastAPI:
-    """The application for a loaded model. `warm` builds the engine, on the worker's thread, once it starts."""
+    """The application for a loaded model. `warm` builds the engine, on the worker's thread, at its start."""
     telemetry = Telemetry()
 
     def build() -> Engine:
@@ -80,11 +87,9 @@ def create_app(
         return ready.engine
 
     streams = Streams(settings.stream_grace_s, abandon=lambda job_id: worker.cancel(job_id))
-    worker = Worker(
-        build, streams.publish, telemetry, capacity=settings.max_queue, stall_s=settings.stall_s
-    )
+    worker = Worker(build, streams.publish, telemetry, capacity=settings.max_queue, stall_s=settings.stall_s)
     catalogue = describe_model(model, settings)
-    house = House(settings, catalogue, worker, streams, telemetry, to_problem, facts={})
+    house = House(catalogue, worker, streams, telemetry, to_problem, facts={})
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -99,9 +104,9 @@ def create_app(
     app = FastAPI(
         title="DDPM service",
         version=__version__,
-        summary="A diffusion model behind an API: every request in flight advances by one step per network call.",
+        summary="A diffusion model behind an API: each network call advances every request by one step.",
         lifespan=lifespan,
-        dependencies=[Depends(authorise)],
+        dependencies=[Depends(authorise(settings.api_keys))],
         redoc_url=None,
         max_body_size=MAX_BODY_BYTES,
     )
@@ -109,7 +114,8 @@ def create_app(
     app.include_router(operations.router)
     app.include_router(generate.router)
     app.mount("/web", operations.web_files)
-    app.add_exception_handler(ServiceError, _on_service_error)  # type: ignore[arg-type]  # Starlette types it by Exception
+    # Starlette types a handler by Exception, not by the class it is registered for.
+    app.add_exception_handler(ServiceError, _on_service_error)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, _on_invalid)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _on_http_error)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _on_bug)
@@ -125,16 +131,20 @@ def create_app(
     return app
 
 
-async def authorise(request: Request, house: InHouse) -> None:
-    """Deny by default: where keys are set, every route but the open ones needs one as a bearer token."""
-    keys = house.settings.api_keys
-    if not keys or request.url.path in operations.OPEN_ROUTES:
-        return
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    # Every key is compared, so that the time taken tells nothing about which one was close.
-    matches = [hmac.compare_digest(given.encode(), key.get_secret_value().encode()) for key in keys]
-    if scheme.lower() != "bearer" or not any(matches):
-        raise UnauthorizedError("This route needs a key: Authorization: Bearer …")
+def authorise(keys: Sequence[SecretStr]) -> Callable[[Request], Awaitable[None]]:
+    """Deny by default: where there are keys, every route but the open ones needs one as a bearer token."""
+
+    async def check(request: Request) -> None:
+        # The scope's path, not the URL's, which a Host header has a say in.
+        if not keys or request.scope["path"] in operations.OPEN_ROUTES:
+            return
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        # Every key is compared, so that the time taken tells nothing about which one was close.
+        matches = [hmac.compare_digest(given.encode(), key.get_secret_value().encode()) for key in keys]
+        if scheme.lower() != "bearer" or not any(matches):
+            raise UnauthorizedError("This route needs a key: Authorization: Bearer …")
+
+    return check
 
 
 def describe_model(model: Checkpoint, settings: Settings) -> Catalogue:
@@ -148,7 +158,7 @@ def describe_model(model: Checkpoint, settings: Settings) -> Catalogue:
         conditional=config.num_class_embeds is not None,
         guided=model.null_class is not None,
         parameters=sum(parameter.numel() for parameter in model.unet.parameters()),
-        max_images=settings.max_images,
+        max_images=min(settings.max_images, settings.max_queue),  # more would be refused for ever
         deadline_s=settings.deadline_s,
     )
 
@@ -177,7 +187,7 @@ def describe(catalogue: Catalogue, settings: Settings, warm: Warm) -> dict[str, 
             "guidance_scale": DEFAULT_GUIDANCE if catalogue.guided else 1.0,
         },
         "limits": {
-            "max_images": settings.max_images,
+            "max_images": catalogue.max_images,
             "max_batch": warm.engine.scheduler.max_rows,
             "max_queue": settings.max_queue,
             "deadline_s": settings.deadline_s,
@@ -224,18 +234,22 @@ async def _on_service_error(_: Request, error: ServiceError) -> JSONResponse:
 
 async def _on_invalid(_: Request, error: RequestValidationError) -> JSONResponse:
     """Which fields are wrong and why, never what was sent: it may be huge, secret, or not JSON at all."""
-    errors = [
-        {"field": ".".join(str(part) for part in found["loc"][1:]), "message": found["msg"]}
-        for found in error.errors()
-    ]
+    errors = [{"field": _field(found["loc"]), "message": found["msg"]} for found in error.errors()[:20]]
     detail = "; ".join(f"{e['field']}: {e['message']}" if e["field"] else e["message"] for e in errors[:5])
     return _answer(
-        Problem(title="Unprocessable Content", status=422, detail=detail, code="invalid_request", errors=errors)
+        Problem(title=_title(422), status=422, detail=detail, code="invalid_request", errors=errors)
     )
 
 
+def _field(location: Sequence[int | str]) -> str:
+    """The field an error is about. An unknown field's name is input: told if it is a short plain word."""
+    name = location[1] if len(location) > 1 else ""
+    plain = isinstance(name, str) and len(name) <= 40 and name.isascii() and name.isidentifier()
+    return str(name) if plain else ""
+
+
 async def _on_http_error(_: Request, error: HTTPException) -> JSONResponse:
-    title = HTTPStatus(error.status_code).phrase
+    title = _title(error.status_code)
     code = title.lower().replace(" ", "_")
     problem = Problem(title=title, status=error.status_code, detail=str(error.detail), code=code)
     return _answer(problem, dict(error.headers or {}))
@@ -244,4 +258,6 @@ async def _on_http_error(_: Request, error: HTTPException) -> JSONResponse:
 async def _on_bug(_: Request, error: Exception) -> JSONResponse:
     logger.error("unhandled error", exc_info=error)
     detail = "An error of ours; the log has it."
-    return _answer(Problem(title="Internal Server Error", status=500, detail=detail, code="internal"))
+    problem = Problem(title=_title(500), status=500, detail=detail, code="internal")
+    # Starlette answers a bug outside all middleware, where nobody else adds this.
+    return _answer(problem, {"X-Request-ID": request_id.get()})

@@ -50,10 +50,14 @@ class StepReport:
 
 @dataclass
 class Engine:
-    """Runs the scheduler's plans. Everything here happens on the worker's thread."""
+    """Runs the scheduler's plans. Everything here happens on the worker's thread.
+
+    narrow: told how many rows a network call has at most from now on, after one ran out of memory.
+    """
 
     denoiser: Denoises
     scheduler: Scheduler
+    narrow: Callable[[int], None] = lambda _rows: None
     _latents: dict[Sample, Latent] = field(default_factory=dict)
 
     def step(self, poll: Callable[[], list[Event]] = list) -> StepReport | None:
@@ -78,9 +82,7 @@ class Engine:
         for sample, error in failures.items():
             events += self.scheduler.fail(sample.job.id, error)
         self._latents.update(latents)
-        events += self.scheduler.commit(
-            StepPlan(tuple(latents), plan.rows), monotonic(), self._draw
-        )
+        events += self.scheduler.commit(StepPlan(tuple(latents), plan.rows), monotonic(), self._draw)
         self._forget()
         return StepReport(plan.rows, len(latents), seconds, events, nonfinite)
 
@@ -94,25 +96,25 @@ class Engine:
             return dict(zip(samples, advanced, strict=True)), {}
         except torch.OutOfMemoryError as error:
             out_of_memory, cause = True, error
-        except Exception as error:
-            if type(error).__name__ == "AcceleratorError":  # CUDA's state is lost with the first of these
-                raise FatalError(str(error)) from error
+        except torch.AcceleratorError as error:  # CUDA's state is lost with the first of these
+            raise FatalError(str(error)) from error
+        except Exception as error:  # noqa: BLE001 (whatever it is, it ends one image and not the service)
             out_of_memory, cause = False, error  # type: ignore[assignment]
         # Outside the except block, so that the traceback no longer holds the failed call's tensors.
         reason = f"{type(cause).__name__} in the step of this image."
         del cause
         if out_of_memory:
             torch.cuda.empty_cache()
-            self.scheduler.max_rows = max(1, self.scheduler.max_rows // 2)
+            fits = max(1, sum(sample.chain.rows for sample in samples) // 2)
+            self.scheduler.max_rows = min(self.scheduler.max_rows, fits)
+            self.narrow(self.scheduler.max_rows)
         if len(samples) == 1:
             return {}, {samples[0]: ComputeError(reason)}
         half = len(samples) // 2
         first, second = self._denoise(samples[:half]), self._denoise(samples[half:])
         return first[0] | second[0], first[1] | second[1]
 
-    def _check_finite(
-        self, latents: dict[Sample, Latent], failures: dict[Sample, ComputeError]
-    ) -> int:
+    def _check_finite(self, latents: dict[Sample, Latent], failures: dict[Sample, ComputeError]) -> int:
         """Move samples whose latents are not finite over to the failures. Returns how many."""
         if not latents:
             return 0
@@ -125,7 +127,8 @@ class Engine:
 
     def _draw(self, sample: Sample, kind: str) -> Picture:
         latent = self._latents[sample]
-        return Picture(sample.index, sample.chain.seed, kind, to_pixels(latent.x0 if kind == "x0" else latent.x))
+        pixels = to_pixels(latent.x0 if kind == "x0" else latent.x)
+        return Picture(sample.index, sample.chain.seed, kind, pixels)
 
     def _forget(self) -> None:
         """Drop the latents of samples that are finished or whose jobs are over."""
@@ -142,5 +145,5 @@ def to_pixels(x: torch.Tensor) -> Pixels:
 
 def _chain(sample: Sample) -> Chain:
     chain = sample.chain
-    assert isinstance(chain, Chain)  # jobs.py knows only the protocol; what the service builds is the real one
+    assert isinstance(chain, Chain)  # jobs.py knows only the protocol; the service builds the real one
     return chain

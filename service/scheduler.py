@@ -175,7 +175,7 @@ class Scheduler:
         return StepPlan(tuple(chosen), self.max_rows - free)
 
     def commit(self, plan: StepPlan, now: float, draw: Draw) -> list[Event]:
-        """Advance the plan's samples by a row, except those whose jobs have ended since. Returns what happened."""
+        """Advance the plan's samples by a row, but for those whose jobs have ended since."""
         self._steps += 1
         events: list[Event] = []
         touched: dict[str, list[Sample]] = {}
@@ -187,10 +187,10 @@ class Scheduler:
             arrival = self._exit(job)
             for sample in samples:
                 self._advance(sample, draw)
-            events += self._previews(job, samples, draw)
             if self._active[job_id]:
                 self._enter(job, arrival)
-            else:
+            events += self._previews(job, samples, draw)
+            if not self._active[job_id]:
                 self._leave(job, State.FINISHED)
                 events.append(self._finished(job, now))
         return events
@@ -212,17 +212,16 @@ class Scheduler:
         return max(longest * self.times.at(rows), job.remaining * self.times.at(rows) / rows)
 
     def _ahead(self, job: Job) -> tuple[int, int]:
-        """(jobs, rows) that go before a job."""
-        if self.policy != "remaining":
-            others = [other for other in self._jobs.values() if other is not job]
-            return len(others), sum(other.remaining for other in others)
-        entry = self._entries.get(job.id, (job.remaining, self._arrivals + 1, job.id))
-        rows = 0
-        for count, (remaining, arrival, _) in enumerate(self._order):
-            if (remaining, arrival) >= entry[:2]:
-                return count, rows
-            rows += remaining
-        return len(self._order), rows
+        """(jobs, rows) that go before a job; when sharing, all the others do."""
+        entry = self._entries.get(job.id) or (self._key(job), self._arrivals + 1, job.id)
+        if self.policy == "sharing":
+            before = [other for other in self._jobs.values() if other is not job]
+        else:
+            before = [
+                self._jobs[other]
+                for _, _, other in self._order.irange(maximum=entry, inclusive=(True, False))
+            ]
+        return len(before), sum(other.remaining for other in before)
 
     def _by_priority(self) -> Iterator[Job]:
         if self.policy == "fifo" or (self.policy == "remaining" and self._steps % self.turn == self.turn - 1):
@@ -269,9 +268,11 @@ class Scheduler:
         return Finished(job.id, pictures, started - job.created, now - started)
 
     def _enter(self, job: Job, arrival: int) -> None:
-        key = {"remaining": job.remaining, "fifo": 0, "sharing": self._steps}[self.policy]
-        self._entries[job.id] = (key, arrival, job.id)
+        self._entries[job.id] = (self._key(job), arrival, job.id)
         self._order.add(self._entries[job.id])
+
+    def _key(self, job: Job) -> int:
+        return {"remaining": job.remaining, "fifo": 0, "sharing": self._steps}[self.policy]
 
     def _exit(self, job: Job) -> int:
         entry = self._entries.pop(job.id)

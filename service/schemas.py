@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from model.denoiser import Chain
-from model.samplers import SAMPLERS, Plan, build_plan
+from model.samplers import Plan, build_plan
 from model.schedule import NoiseSchedule
 from service.errors import InvalidRequestError
 from service.events import Finished, Picture, Preview, Queued
@@ -67,14 +67,12 @@ class Catalogue:
     deadline_s: float
 
     def label(self, wanted: int | str) -> int:
-        """Index of a class given by name (any case) or index. Raises InvalidRequestError when there is none."""
+        """Index of a class given by name (any case) or index. Raises InvalidRequestError for others."""
         names = [name.lower() for name in self.class_names]
-        if isinstance(wanted, str) and wanted.strip().lower() in names:
-            return names.index(wanted.strip().lower())
-        if isinstance(wanted, str) and wanted.isascii() and wanted.isdigit():
-            wanted = int(wanted)
-        if isinstance(wanted, int) and 0 <= wanted < len(names):
-            return wanted
+        indices = [str(index) for index in range(len(names))]
+        for known_as in (names, indices):
+            if str(wanted).strip().lower() in known_as:
+                return known_as.index(str(wanted).strip().lower())
         if not names:
             raise InvalidRequestError("class_label", "This model is unconditional and has no classes.")
         known = ", ".join(self.class_names)
@@ -107,6 +105,8 @@ def to_job(request: GenerateRequest, catalogue: Catalogue, *, streamed: bool) ->
     label = None if request.class_label is None else catalogue.label(request.class_label)
     scale = _guidance(request, catalogue, label)
     seed = secrets.randbits(32) if request.seed is None else request.seed
+    if seed + request.n - 1 > MAX_SEED:
+        raise InvalidRequestError("seed", f"Image i has seed + i, and seeds end at {MAX_SEED}.")
     now = time.monotonic()
     allowed = min(request.deadline_s or catalogue.deadline_s, catalogue.deadline_s)
     job = Job(

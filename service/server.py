@@ -11,11 +11,11 @@ import time
 from types import FrameType
 
 import uvicorn
-from fastapi import FastAPI
 
 from service.errors import DrainingError
 from service.routes import House
 from service.settings import Settings
+from service.telemetry import App
 from service.worker import Phase
 
 logger = logging.getLogger(__name__)
@@ -32,46 +32,37 @@ class DrainingServer(uvicorn.Server):
         self.house, self.drain_s = house, drain_s
         self._signals = 0
         self._deadline: float | None = None
-        self._aborted = False
+        self._flush_until: float | None = None
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 (uvicorn's signature)
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 (its base's signature)
         """Take note of a signal, and nothing else."""
         self._signals += 1
 
     async def on_tick(self, counter: int) -> bool:
-        """uvicorn's tick, ten times a second: carry the drain forward."""
+        """Carry the drain forward; called ten times a second."""
         self._drain()
         return await super().on_tick(counter)
 
     def _drain(self) -> None:
         worker, now = self.house.worker, time.monotonic()
-        if worker.phase is Phase.DEAD:
-            self._leave_after_flush(now)
-        elif self._signals > 1:
+        if self._signals > 1:
             self.force_exit = self.should_exit = True
+        elif self._flush_until is not None:
+            if self.house.streams.unread == 0 or now > self._flush_until:
+                self.should_exit = True
+        elif worker.phase is Phase.DEAD or (self._deadline is not None and worker.idle):
+            self._flush_until = now + FLUSH_S
         elif self._signals and self._deadline is None:
             logger.info("draining: nothing new is taken, running work has %.0f s", self.drain_s)
             worker.drain()
             self._deadline = now + self.drain_s
-        elif self._deadline is not None and worker.idle:
-            self._leave_after_flush(now)
-        elif self._deadline is not None and now > self._deadline and not self._aborted:
-            self._aborted = True
+        elif self._deadline is not None and now > self._deadline:
             worker.abort(DrainingError("The service stopped before this was finished.", 5.0))
-            self._leave_after_flush(now)
-
-    def _leave_after_flush(self, now: float) -> None:
-        """Exit once every last event has been taken, or after FLUSH_S."""
-        if self._deadline is None or not hasattr(self, "_flush_until"):
-            self._deadline = self._deadline or now
             self._flush_until = now + FLUSH_S
-        if self.house.streams.unread == 0 or now > self._flush_until:
-            self.should_exit = True
 
 
-def serve(app: FastAPI, settings: Settings) -> int:
+def serve(app: App, house: House, settings: Settings) -> int:
     """Run until told to stop. Returns the exit code: 0 after a drain, 1 when the worker died."""
-    house: House = app.state.house
     config = uvicorn.Config(
         app,
         host=settings.host,

@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+
+class SettingsError(ValueError):
+    """Some settings are malformed; the message has a line for each, which never repeats the value."""
 
 
 class Settings(BaseSettings):
@@ -21,10 +25,13 @@ class Settings(BaseSettings):
         cli_kebab_case=True,
         cli_avoid_json=True,
         env_ignore_empty=True,
+        allow_inf_nan=False,
     )
 
     model: Path = Field(Path("weights/fashion-mnist"), description="model folder in diffusers layout")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N or mps"
+    )
     runtime: Literal["auto", "torch", "openvino"] = Field("auto", description="what runs the network")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="its precision")
     host: str = Field("127.0.0.1", description="address to listen on")
@@ -43,7 +50,7 @@ class Settings(BaseSettings):
         (), description="origins whose pages may call, comma-separated"
     )
     log_format: Literal["text", "json"] = Field("text", description="how log lines look")
-    batch_invariant: bool = Field(True, description="pad torch's batches so that mates cannot change a result")
+    batch_invariant: bool = Field(True, description="pad torch's batches: mates then change nothing")
 
     @field_validator("api_keys", "cors_origins", mode="before")
     @classmethod
@@ -55,3 +62,15 @@ class Settings(BaseSettings):
 
 class CommandLine(Settings, cli_parse_args=True):
     """The settings with the command line read on top of the environment."""
+
+
+def read() -> Settings:
+    """Read the environment and the command line. Raises SettingsError for malformed values."""
+    try:
+        return CommandLine()
+    except ValidationError as error:
+        lines = [
+            f"DDPM_{'.'.join(map(str, found['loc'])).upper()}: {found['msg']}"
+            for found in error.errors(include_input=False)
+        ]
+        raise SettingsError("\n".join(lines)) from error

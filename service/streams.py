@@ -38,7 +38,7 @@ class Stream:
         self._taken: deque[Numbered] = deque()
         self._number = 0
         self._last_number: int | None = None
-        self._reader = 0
+        self.reader = 0
 
     def publish(self, event: Event) -> None:
         """Hand over an event. Called from any thread; never blocks for a reader."""
@@ -67,15 +67,18 @@ class Stream:
         """Whether a reader who has seen event `number` has seen the last one."""
         return self._last_number is not None and number >= self._last_number
 
-    async def events(self) -> AsyncIterator[Numbered]:
-        """Every event until the last. A new reader takes over from one that is still there."""
-        self._reader += 1
-        reader = self._reader
+    def attach(self) -> int:
+        """A new reader, by the number it goes by; it takes over from one that is still there."""
+        self.reader += 1
         self._wake.set()  # lets the former reader notice
+        return self.reader
+
+    async def events(self, reader: int) -> AsyncIterator[Numbered]:
+        """Every event until the last, or until another reader takes over."""
         if self._last_number is not None and self._last is not None and not self._taken:
             yield Numbered(self._last_number, self._last)  # it was sent, but did not arrive
             return
-        while reader == self._reader:
+        while reader == self.reader:
             if not self._taken:
                 self._take()
             if not self._taken:
@@ -86,9 +89,9 @@ class Stream:
             if item.number == self._last_number:
                 return
 
-    async def last(self) -> Terminal:
+    async def last(self, reader: int) -> Terminal:
         """The last event, skipping the others."""
-        async for item in self.events():
+        async for item in self.events(reader):
             if isinstance(item.event, Terminal):
                 return item.event
         raise asyncio.CancelledError  # another reader took over
@@ -144,18 +147,24 @@ class Streams:
             stream.publish(event)
 
     def find(self, job_id: str) -> Stream | None:
-        """The stream of a job for a reader who comes back; its removal is called off."""
-        timer = self._leaving.pop(job_id, None)
-        if timer is not None:
-            timer.cancel()
+        """The stream of a job, as long as a reader may come back to it."""
         return self._streams.get(job_id)
 
-    def leave(self, stream: Stream, grace_s: float | None = None) -> None:
-        """The reader is gone: forget the stream after the grace period, and abandon a job still running."""
-        grace = self.grace_s if grace_s is None else grace_s
-        timer = self._leaving.pop(stream.job_id, None)
+    def stay(self, stream: Stream, reader: int) -> None:
+        """The reader is here: the stream's removal is called off."""
+        timer = self._leaving.pop(stream.job_id, None) if reader == stream.reader else None
         if timer is not None:
             timer.cancel()
+
+    def leave(self, stream: Stream, reader: int, grace_s: float | None = None) -> None:
+        """The reader is gone: forget the stream after the grace period, and abandon a job still running.
+
+        Nothing happens when another reader has taken over meanwhile.
+        """
+        if reader != stream.reader:
+            return
+        self.stay(stream, reader)
+        grace = self.grace_s if grace_s is None else grace_s
         if grace <= 0:
             self._forget(stream)
         else:

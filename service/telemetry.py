@@ -1,4 +1,4 @@
-"""Prometheus instruments, the log format, and the middleware that counts requests. A leaf: imports nothing of ours."""
+"""Prometheus instruments, the log format, and the middleware that counts requests. A leaf."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from prometheus_client import (
 disable_created_metrics()
 
 # From a step of one row on a fast GPU to one of a wide batch on a slow CPU.
-STEP_BUCKETS = (0.002, 0.004, 0.008, 0.012, 0.016, 0.024, 0.032, 0.048, 0.064, 0.096, 0.128, 0.256, 0.512, 1, 2)
+STEP_BUCKETS = (0.002, 0.004, 0.008, 0.012, 0.016, 0.024, 0.032, 0.048, 0.064, 0.096, 0.128, 0.256, 0.5, 1, 2)
 REQUEST_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600)
 ROW_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128)
 
@@ -69,12 +69,16 @@ class Telemetry:
             "ddpm_batch_rows", "Rows per network call.", buckets=ROW_BUCKETS, registry=registry
         )
         self.running = Gauge("ddpm_samples_running", "Unfinished images being denoised.", registry=registry)
-        self.waiting = Gauge("ddpm_samples_waiting", "Images waiting for their first step.", registry=registry)
+        self.waiting = Gauge(
+            "ddpm_samples_waiting", "Images waiting for their first step.", registry=registry
+        )
         self.rejected = Counter(
             "ddpm_rejected_total", "Jobs refused at the door.", ["reason"], registry=registry
         )
         self.cancelled = Counter("ddpm_cancelled_total", "Jobs stopped before their end.", registry=registry)
-        self.nonfinite = Counter("ddpm_nonfinite_total", "Images that came out not finite.", registry=registry)
+        self.nonfinite = Counter(
+            "ddpm_nonfinite_total", "Images that came out not finite.", registry=registry
+        )
         self.last_step = Gauge(
             "ddpm_last_step_timestamp_seconds", "Unix time of the latest step.", registry=registry
         )
@@ -147,7 +151,7 @@ class Observe:
         # Only what is safe to log and to send back; anything else is replaced.
         safe = 0 < len(given) <= 128 and all(33 <= byte <= 126 for byte in given)
         identity = given if safe else secrets.token_hex(8).encode()
-        token = request_id.set(identity.decode())
+        request_id.set(identity.decode())  # the server runs each request in a context of its own
         status = 499  # what proxies log when the client has gone before the answer
 
         async def observed(message: Message) -> None:
@@ -160,9 +164,11 @@ class Observe:
         begun = time.perf_counter()
         try:
             await self.app(scope, receive, observed)
+        except Exception:
+            status = 500  # the answer to a bug is given further out
+            raise
         finally:
             # The route's template, not the path: paths are an open set.
             route = getattr(scope.get("route"), "path", "unmatched")
             self.telemetry.requests.labels(route, f"{status // 100}xx").inc()
             self.telemetry.request_duration.labels(route).observe(time.perf_counter() - begun)
-            request_id.reset(token)

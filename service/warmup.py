@@ -51,7 +51,8 @@ class Warm:
 
 def warm_up(model: Checkpoint, settings: Settings) -> Warm:
     """Build, time and check. Raises RuntimeUnavailableError when the machine cannot do what is asked for."""
-    runtime = load_runtime(model, settings.runtime, settings.device, settings.dtype)
+    # Not padded yet: the times of narrow steps decide how wide a batch is worth it.
+    runtime = load_runtime(model, settings.runtime, settings.device, settings.dtype, batch_invariant=False)
     config = model.unet.config
     denoiser = Denoiser(
         runtime,
@@ -78,7 +79,12 @@ def warm_up(model: Checkpoint, settings: Settings) -> Warm:
         runtime.name, runtime.dtype, runtime.device, max_rows, max_rows / dict(points)[max_rows],
         "independent" if invariance.holds else f"within {invariance.max_abs_difference:.1e}",
     )  # fmt: skip
-    engine = Engine(denoiser, Scheduler(max_rows, StepTimes(points)))
+
+    def narrow(rows: int) -> None:
+        if runtime.batch_sizes:  # or a narrower batch would be padded to what did not fit
+            runtime.batch_sizes = (rows,)
+
+    engine = Engine(denoiser, Scheduler(max_rows, StepTimes(points)), narrow)
     return Warm(engine, runtime.name, str(runtime.device), runtime.dtype, tuple(points), invariance)
 
 

@@ -14,7 +14,14 @@ from enum import Enum
 from queue import Empty, SimpleQueue
 
 from service.engine import Engine, StepReport
-from service.errors import DrainingError, LoadingError, QueueFullError, RefusedError, ServiceError, WorkerDeadError
+from service.errors import (
+    DrainingError,
+    LoadingError,
+    QueueFullError,
+    RefusedError,
+    ServiceError,
+    WorkerDeadError,
+)
 from service.events import Cancelled, Event, Failed, Finished, Terminal
 from service.jobs import Job
 from service.telemetry import Telemetry
@@ -59,7 +66,6 @@ class Worker:
         self._progress = time.monotonic()
         self._backlog_s = 0.0
         self._thread = threading.Thread(target=self._run, name="ddpm-worker", daemon=True)
-        self.stopped = threading.Event()
 
     # ── Called from other threads ──────────────────────────────────────────────────────────────
 
@@ -78,10 +84,12 @@ class Worker:
         return not self._held
 
     def submit(self, job: Job) -> None:
-        """Reserve room for a job and put it into the inbox. Raises a RefusedError and keeps nothing otherwise."""
+        """Reserve room for a job and put it into the inbox. Raises a RefusedError, and keeps nothing then."""
         with self._lock:
             refusal = self.refusal() or self._full(len(job.samples))
             if refusal is None:
+                if not self._held:
+                    self._progress = time.monotonic()  # being idle was no delay
                 self._held[job.id] = job
                 self._samples += len(job.samples)
         if refusal is not None:
@@ -105,7 +113,7 @@ class Worker:
         self._inbox.put(lambda: self._engine.scheduler.fail_all(error))
 
     def alive(self, now: float | None = None) -> bool:
-        """False when the worker is dead, or has work and has not made a step for `stall_s` (monotonic clock)."""
+        """False when the worker is dead, or has work but made no step for `stall_s`. now: monotonic clock."""
         if self._phase is Phase.DEAD:
             return False
         late = (time.monotonic() if now is None else now) - self._progress > self._stall_s
@@ -148,8 +156,6 @@ class Worker:
         except Exception:
             logger.exception("the worker has failed")
             self._die()
-        finally:
-            self.stopped.set()
 
     def _tick(self) -> None:
         """One turn of the loop: what has arrived, then a step. Waits when there is nothing to do."""
@@ -158,6 +164,7 @@ class Worker:
             self._progress = time.monotonic()
         self._deliver(self._poll())
         report = self._engine.step(self._poll)
+        self._show_load()
         if report is not None:
             self._record(report)
             self._deliver(report.events)
@@ -193,12 +200,15 @@ class Worker:
             case Failed() if job.started is None:
                 self._telemetry.rejected.labels(event.error.code).inc()
 
+    def _show_load(self) -> None:
+        scheduler = self._engine.scheduler
+        self._backlog_s = scheduler.backlog * scheduler.times.at(scheduler.max_rows) / scheduler.max_rows
+        self._telemetry.running.set(scheduler.running)
+        self._telemetry.waiting.set(scheduler.waiting)
+
     def _record(self, report: StepReport) -> None:
         self._progress = time.monotonic()
-        scheduler, telemetry = self._engine.scheduler, self._telemetry
-        self._backlog_s = scheduler.backlog * scheduler.times.at(scheduler.max_rows) / scheduler.max_rows
-        telemetry.running.set(scheduler.running)
-        telemetry.waiting.set(scheduler.waiting)
+        telemetry = self._telemetry
         if report.rows:
             telemetry.last_step.set_to_current_time()
             telemetry.steps.inc(report.samples)

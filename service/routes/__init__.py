@@ -10,7 +10,6 @@ from fastapi import Depends, Request
 
 from service.errors import ServiceError
 from service.schemas import Catalogue, Problem
-from service.settings import Settings
 from service.streams import Streams
 from service.telemetry import Telemetry
 from service.worker import Worker
@@ -20,7 +19,6 @@ from service.worker import Worker
 class House:
     """What the routes share, wired up in app.py. `facts` are filled in once the network is warm."""
 
-    settings: Settings
     catalogue: Catalogue
     worker: Worker
     streams: Streams

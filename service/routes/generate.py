@@ -50,15 +50,16 @@ Result = TypeVar("Result")
 @router.post("/generate", responses=REFUSALS)  # type: ignore[arg-type]  # FastAPI types the keys int | str
 async def generate(body: GenerateRequest, request: Request, house: InHouse) -> Response:
     """Generate images. `Accept` chooses JSON with base64 (default), the picture itself, or events."""
-    answer = choose_answer(request.headers.get("accept", "*/*"))
+    answer = choose_answer(", ".join(request.headers.getlist("accept")))
     order = to_job(body, house.catalogue, streamed=answer == EVENTS)
     stream, queued = await _admit(order, house)
     if answer == EVENTS:
         return _event_response(stream, order, house, queued)
+    reader = stream.attach()
     try:
-        finished = await _unless_gone(request, stream.last())
+        finished = await _unless_gone(request, stream.last(reader))
     finally:
-        house.streams.leave(stream, grace_s=0)
+        house.streams.leave(stream, reader, grace_s=0)
     result = _result(finished)
     headers = {"Vary": "Accept", "X-Job-ID": order.job.id}
     if answer == "application/json":
@@ -83,10 +84,13 @@ async def stream(
 
 
 def choose_answer(accept: str) -> str:
-    """The answer's media type for an Accept header (RFC 9110, §12.5.1). Raises NotAcceptableError for none."""
+    """The answer's media type for an Accept header (RFC 9110, §12.5.1); any when it is empty.
+
+    Raises NotAcceptableError when there is none.
+    """
     best, quality = "", 0.0
     for offered in ANSWERS:  # in our order of preference
-        found = max((_quality(part, offered) for part in accept.split(",")), default=(0, 0.0))
+        found = max(_quality(part, offered) for part in (accept or "*/*").split(","))
         if found[1] > quality:
             best, quality = offered, found[1]
     if not best:
@@ -115,15 +119,15 @@ async def _admit(order: Order, house: House) -> tuple[Stream, Numbered]:
     This happens before an answer begins, so that a refusal is a status and not a broken 200.
     """
     stream = house.streams.open(order.job.id, order)
+    reader = stream.attach()
     try:
         house.worker.submit(order.job)
-        first = await anext(aiter(stream.events()))
+        first = await anext(aiter(stream.events(reader)))
+        if isinstance(first.event, Terminal):
+            _result(first.event)
     except BaseException:
-        house.streams.leave(stream, grace_s=0)
+        house.streams.leave(stream, reader, grace_s=0)
         raise
-    if isinstance(first.event, Terminal):
-        house.streams.leave(stream, grace_s=0)
-        _result(first.event)
     return stream, first
 
 
@@ -132,9 +136,10 @@ def _event_response(
 ) -> EventSourceResponse:
     # On its way out from the start: should the client be gone before the generator runs, nobody else
     # would notice. The generator calls it off.
-    house.streams.leave(stream, grace_s=max(house.streams.grace_s, 5.0))
+    reader = stream.attach()
+    house.streams.leave(stream, reader, grace_s=max(house.streams.grace_s, 5.0))
     return EventSourceResponse(
-        _chunks(stream, order, house, queued),
+        _chunks(stream, reader, order, house, queued),
         headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", "Vary": "Accept"},
     )
 
@@ -143,23 +148,22 @@ def _resume(last_event_id: str, house: House) -> Response:
     """Go back to a job's stream; 204, which tells an EventSource to stop, once there is nothing left."""
     job_id, _, number = last_event_id.rpartition(":")
     found = house.streams.find(job_id)
-    if found is None or not number.isdecimal() or found.delivered(int(number)):
-        if found is not None:
-            house.streams.leave(found)
+    known = number.isdecimal() and len(number) < 10  # int() refuses thousands of digits
+    if found is None or not known or found.delivered(int(number)):
         return Response(status_code=204)
     return _event_response(found, found.tag, house)
 
 
 async def _chunks(
-    stream: Stream, order: Order, house: House, queued: Numbered | None
+    stream: Stream, reader: int, order: Order, house: House, queued: Numbered | None
 ) -> AsyncIterator[bytes]:
     """The stream's events as bytes, with a ping where nothing happens for a while."""
-    house.streams.find(stream.job_id)
+    house.streams.stay(stream, reader)
     begun, previewed = time.monotonic(), False
     try:
         if queued is not None:
             yield await asyncio.to_thread(_chunk, queued, order, house)
-        async for item in _with_pings(stream.events()):
+        async for item in _with_pings(stream.events(reader)):
             if item is None:
                 yield b": ping\n\n"
                 continue
@@ -169,7 +173,7 @@ async def _chunks(
             # Encoding pictures takes long enough to hold up every other connection.
             yield await asyncio.to_thread(_chunk, item, order, house)
     finally:
-        house.streams.leave(stream)
+        house.streams.leave(stream, reader)
 
 
 async def _with_pings(events: AsyncIterator[Numbered]) -> AsyncIterator[Numbered | None]:
@@ -178,7 +182,7 @@ async def _with_pings(events: AsyncIterator[Numbered]) -> AsyncIterator[Numbered
     try:
         while True:
             if waiting is None:
-                waiting = asyncio.ensure_future(anext(events))  # type: ignore[arg-type]  # an Awaitable, not a Coroutine
+                waiting = asyncio.ensure_future(anext(events))
             done, _ = await asyncio.wait({waiting}, timeout=PING_S)
             if not done:
                 yield None
@@ -206,9 +210,7 @@ def _chunk(item: Numbered, order: Order, house: House) -> bytes:
         case Cancelled():
             error = CancelledError("The job was cancelled.")
             name, data = "error", house.to_problem(error).model_dump(exclude_none=True)
-    return format_sse_event(
-        event=name, data_str=json.dumps(data), id=f"{order.job.id}:{item.number}"
-    )
+    return format_sse_event(event=name, data_str=json.dumps(data), id=f"{order.job.id}:{item.number}")
 
 
 async def _unless_gone(request: Request, answer: Awaitable[Result]) -> Result:

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Response
 from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 
-from service.errors import WorkerDeadError
+from service.errors import LoadingError, WorkerDeadError
 from service.routes import InHouse
 from service.worker import Phase
 
@@ -49,6 +49,8 @@ async def metrics(house: InHouse) -> Response:
 @router.get("/info")
 async def info(house: InHouse) -> dict[str, Any]:
     """The model, the samplers, defaults, limits, the device, and how far batch mates change a result."""
+    if not house.facts:
+        raise house.worker.refusal() or LoadingError("The network is being loaded.", 2.0)
     return house.facts
 
 

@@ -1,0 +1,200 @@
+"""Pictures of sampling, training and evaluation, each returned as a PIL image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from model.checkpoint import Checkpoint
+from model.data import Pixels
+from model.denoiser import Chain, Denoiser, generate, trajectory
+from model.runtimes import load_runtime
+from model.samplers import build_plan
+
+RuntimeName = Literal["auto", "torch", "openvino"]
+GAP = 2
+FONT_SIZE = 13
+
+
+def denoiser_of(model: Checkpoint, runtime: RuntimeName = "auto", device: str = "auto") -> Denoiser:
+    """A denoiser for the weights as they are now. The model is neither changed nor held on to."""
+    # A copy: a runtime may share the weights' memory, and those of a model in training move on.
+    frozen = replace(model, unet=deepcopy(model.unet).eval())
+    config = model.unet.config
+    return Denoiser(
+        load_runtime(frozen, runtime, device, batch_invariant=False),
+        (config.in_channels, config.sample_size, config.sample_size),
+        conditional=config.num_class_embeds is not None,
+        null_class=model.null_class,
+    )
+
+
+def to_pixels(x: Tensor) -> Pixels:
+    """Samples as 8-bit images: [..., C, H, W] in about [-1, 1] → the same shape, uint8 in [0, 255]."""
+    levels = ((x.clamp(-1, 1) + 1) * 127.5).round()
+    return np.asarray(levels.to(torch.uint8).cpu().numpy())
+
+
+def class_sheet(
+    model: Checkpoint,
+    per_class: int,
+    steps: int,
+    sampler: str = "ddim",
+    guidance_scale: float = 1.0,
+    seed: int = 0,
+    scale: int = 2,
+    runtime: RuntimeName = "auto",
+) -> Image.Image:
+    """A row of `per_class` samples for each class, its name at the left; a square for unconditional models.
+
+    The first image has `seed`, and they count up row by row. scale: pixels per pixel.
+    """
+    denoiser = denoiser_of(model, runtime)
+    plan = build_plan(model.schedule, sampler, steps)
+    labels: Sequence[int | None] = range(len(model.class_names)) if model.class_names else [None] * per_class
+    rows = []
+    for row, label in enumerate(labels):
+        first = seed + row * per_class
+        chains = [Chain(plan, first + i, label, guidance_scale) for i in range(per_class)]
+        rows.append(to_pixels(generate(denoiser, chains)))
+    return contact_sheet(np.stack(rows), model.class_names, scale=scale)
+
+
+def trajectory_strip(
+    model: Checkpoint,
+    labels: Sequence[int | None],
+    steps: int = 50,
+    columns: int = 10,
+    sampler: str = "ddim",
+    guidance_scale: float = 1.0,
+    seed: int = 0,
+    scale: int = 2,
+    runtime: RuntimeName = "auto",
+) -> Image.Image:
+    """How samples come about: for each label a row of x_t, and below each what the network guesses x₀ to be.
+
+    The columns are `columns` moments of the chain, evenly spread, the first and last among them; sample i
+    has seed `seed` + i. The last guess is the finished sample.
+    """
+    denoiser = denoiser_of(model, runtime)
+    plan = build_plan(model.schedule, sampler, steps)
+    chains = [Chain(plan, seed + i, label, guidance_scale) for i, label in enumerate(labels)]
+    shown = np.unique(np.linspace(0, steps - 1, columns).round().astype(int))
+    x = torch.stack([denoiser.start(chain).x for chain in chains])
+    moments = []
+    for row, latents in enumerate(trajectory(denoiser, chains)):
+        if row in shown:
+            moments.append(torch.stack((x, torch.stack([latent.x0 for latent in latents])), dim=1))
+        x = torch.stack([latent.x for latent in latents])
+    grid = torch.stack(moments, dim=2).flatten(0, 1)  # [2·labels, columns, C, H, W]
+    names = []
+    for label in labels:
+        names += ["" if label is None else model.class_names[label], "x0 guess"]
+    return contact_sheet(to_pixels(grid), names, [f"t={plan.timesteps[row]}" for row in shown], scale)
+
+
+def contact_sheet(
+    images: Pixels, names: Sequence[str] = (), heads: Sequence[str] = (), scale: int = 2
+) -> Image.Image:
+    """Images on a white sheet, a name left of each row and a head above each column.
+
+    images: [rows, columns, C, H, W] uint8, C 1 or 3; enlarged `scale` times without smoothing.
+    """
+    rows, columns, _, height, width = images.shape
+    font = ImageFont.load_default(FONT_SIZE)
+    left = int(max((font.getlength(name) for name in names), default=-2 * GAP)) + 3 * GAP
+    top = FONT_SIZE + 3 * GAP if heads else GAP
+    step_x, step_y = width * scale + GAP, height * scale + GAP
+    sheet = Image.new("RGB", (left + columns * step_x, top + rows * step_y), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, name in enumerate(names):
+        draw.text((left - 2 * GAP, top + (row + 0.5) * step_y), name, "black", font, anchor="rm")
+    for column, head in enumerate(heads):
+        draw.text((left + (column + 0.5) * step_x, top / 2), head, "black", font, anchor="mm")
+    for row in range(rows):
+        for column in range(columns):
+            pixels = images[row, column].transpose(1, 2, 0)
+            picture = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+            large = picture.resize((width * scale, height * scale), Image.Resampling.NEAREST)
+            sheet.paste(large.convert("RGB"), (left + column * step_x, top + row * step_y))
+    return sheet
+
+
+def loss_curve(records: Sequence[Mapping[str, float]]) -> Image.Image:
+    """L_simple against images seen, in training and held out, from the records that model.train logs."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="images seen", ylabel="L_simple", yscale="log")
+    axes.plot([r["images"] for r in records], [r["loss"] for r in records], lw=0.8, label="training")
+    held_out = [r for r in records if "held_out_loss" in r]
+    if held_out:
+        axes.plot(
+            [r["images"] for r in held_out],
+            [r["held_out_loss"] for r in held_out],
+            marker=".",
+            label="held out (averaged weights)",
+        )
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    return _drawn(figure)
+
+
+def quality_plot(evaluation: Mapping[str, Any]) -> Image.Image:
+    """The table of model.evaluate: each measure against network evaluations per image, a line per sampler.
+
+    evaluation: the content of evaluation.json. Guidance scales differ in line style; the dashed grey line is
+    what real images reach.
+    """
+    rows, floor = evaluation["rows"], evaluation["floor"]
+    panels = [
+        ("frechet", "Fréchet distance (lower is better)", floor["frechet"]),
+        ("precision", "precision", floor["precision"]),
+        ("recall", "recall", floor["recall"]),
+    ]
+    if any(row["agreement"] is not None for row in rows):
+        real = evaluation["classifier"]["accuracy"]
+        panels.insert(1, ("agreement", "agreement with the requested class", real))
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    all_axes: list[Axes] = list(figure.subplots(2, 2).flat)
+    for axes, (measure, title, real) in zip(all_axes, panels, strict=False):
+        axes.set(title=title, xscale="log", xlabel="network evaluations per image")
+        if measure == "frechet":
+            axes.set_yscale("log")
+        axes.axhline(real, color="grey", ls="--", label="real images")
+        _quality_lines(axes, rows, measure)
+        axes.grid(alpha=0.3, which="both")
+    for axes in all_axes[len(panels) :]:
+        axes.remove()
+    all_axes[0].legend(fontsize="small")
+    return _drawn(figure)
+
+
+def _quality_lines(axes: Axes, rows: Sequence[Mapping[str, Any]], measure: str) -> None:
+    samplers = list(dict.fromkeys(row["sampler"] for row in rows))
+    scales = sorted({row["guidance_scale"] for row in rows})
+    for i, sampler in enumerate(samplers):
+        for j, scale in enumerate(scales):
+            line = [r for r in rows if (r["sampler"], r["guidance_scale"]) == (sampler, scale)]
+            line.sort(key=lambda row: row["evaluations"])
+            if not line:
+                continue
+            label = sampler if len(scales) == 1 else f"{sampler}, guidance {scale:g}"
+            x, y = ([row[key] for row in line] for key in ("evaluations", measure))
+            axes.plot(x, y, color=f"C{i}", ls=("-", ":", "-.", "--")[j % 4], marker=".", label=label)
+
+
+def _drawn(figure: Figure) -> Image.Image:
+    """Draw with Agg, which needs no display and leaves matplotlib's global state alone."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # type: ignore[no-untyped-call]  # matplotlib leaves these two without annotations
+    pixels = np.asarray(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
+    return Image.fromarray(pixels).convert("RGB")

@@ -1,0 +1,94 @@
+"""The page in a real browser, against the real service with a tiny model: it must do what it shows."""
+
+import shutil
+from contextlib import closing
+
+import pytest
+from playwright.sync_api import Page, expect, sync_playwright
+
+from tests.service.fakes import until
+
+CHROMIUM = shutil.which("chromium")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine"),
+]
+# Without these a browser in a closed network keeps trying to reach its maker.
+QUIET = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture
+def page(launch, tiny_folder):
+    """The page, open and ready, and proof at the end that its console stayed clean."""
+    with (
+        closing(launch("--model", str(tiny_folder)).connect()) as client,
+        sync_playwright() as playwright,
+    ):
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        opened = browser.new_page()
+        complaints: list[str] = []
+        opened.on("console", lambda message: complaints.append(message.text))
+        opened.on("pageerror", lambda error: complaints.append(str(error)))
+        opened.goto(str(client.base_url))
+        expect(opened.locator("#generate")).not_to_have_attribute("aria-disabled", "true")
+        yield opened
+        browser.close()
+        assert complaints == []
+
+
+def pictures(page: Page) -> list[str]:
+    """What the tiles show of x₀ now."""
+    sources: list[str] = page.locator("#grid .frame.x0 img").evaluate_all("all => all.map(one => one.src)")
+    return sources
+
+
+def generate(page: Page, **fields: str) -> None:
+    for name, value in fields.items():
+        page.locator(f"#{name}").fill(value)
+    page.locator("#generate").click()
+    expect(page.locator("#stop")).to_be_hidden(timeout=30_000)
+
+
+def test_images_appear_and_can_be_replayed(page):
+    generate(page, n="2", steps="12", seed="5")
+    final = pictures(page)
+    assert final
+    assert all(source.startswith("data:image/png;base64,") for source in final)
+
+    scrubber = page.locator("#scrubber")
+    scrubber.focus()
+    scrubber.press("Home")
+    until(lambda: pictures(page) not in ([], final), "an early look")
+    scrubber.press("End")
+    until(lambda: pictures(page) == final, "the last look")
+
+
+def test_a_pinned_seed_gives_the_same_images_and_another_seed_others(page):
+    generate(page, n="1", steps="4", seed="5")
+    first = pictures(page)
+    generate(page, n="1", steps="4", seed="5")
+    assert pictures(page) == first
+    generate(page, n="1", steps="4", seed="6")
+    assert pictures(page) != first
+
+
+def test_the_curl_line_names_the_seed(page):
+    generate(page, n="1", steps="4", seed="987654")
+    expect(page.locator("#curl")).to_contain_text("987654")
+
+
+def test_stop_ends_the_run(page):
+    page.locator("#steps").fill("100")  # all the steps the tiny model has, for long enough
+    page.locator("#n").fill("40")
+    page.locator("#generate").click()
+    page.locator("#stop").click()
+    expect(page.locator("#stop")).to_be_hidden()
+    expect(page.locator("#status")).to_contain_text("topped")
