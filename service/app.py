@@ -18,6 +18,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from pydantic import SecretStr
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from model.checkpoint import Checkpoint
 from model.samplers import SAMPLERS
@@ -108,7 +109,6 @@ def create_app(
         lifespan=lifespan,
         dependencies=[Depends(authorise(settings.api_keys))],
         redoc_url=None,
-        max_body_size=MAX_BODY_BYTES,
     )
     app.state.house = house
     app.include_router(operations.router)
@@ -127,8 +127,30 @@ def create_app(
             allow_headers=["*"],
             expose_headers=["Retry-After", "X-Request-ID", "X-Job-ID"],
         )
+    app.add_middleware(LimitBody)
     app.add_middleware(Observe, telemetry=telemetry)
     return app
+
+
+class LimitBody:
+    """Refuses a body that is too large, with a problem like any other; FastAPI's own limit answers in plain text."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run one request; whoever reads too much of its body gets an HTTPException."""
+        size = 0
+
+        async def limited() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > MAX_BODY_BYTES:
+                raise HTTPException(413, f"A body has at most {MAX_BODY_BYTES} bytes.")
+            return message
+
+        await self.app(scope, limited, send)
 
 
 def authorise(keys: Sequence[SecretStr]) -> Callable[[Request], Awaitable[None]]:
@@ -248,7 +270,9 @@ def _field(location: Sequence[int | str]) -> str:
     return str(name) if plain else ""
 
 
-async def _on_http_error(_: Request, error: HTTPException) -> JSONResponse:
+async def _on_http_error(request: Request, error: HTTPException) -> JSONResponse:
+    if error.status_code == 400:  # a body that breaks the JSON parser: nested too deep, not UTF-8, …
+        return await _on_invalid(request, RequestValidationError([{"loc": (), "msg": str(error.detail)}]))
     title = _title(error.status_code)
     code = title.lower().replace(" ", "_")
     problem = Problem(title=title, status=error.status_code, detail=str(error.detail), code=code)

@@ -4,9 +4,9 @@ Samples, not requests, are scheduled: a step takes any samples whose rows fit in
 call, whatever their samplers, step counts and timesteps. Policies:
 
 remaining  the job with the least remaining work first, so that a request for one image overtakes a request
-           for 64. Every `turn`-th step goes in order of arrival instead, which bounds starvation: the oldest
-           job has at least 1/turn of the machine, so it is finished within `turn` times what it would take
-           if it were alone with the jobs before it, whatever comes later.
+           for 64. Every `turn`-th step goes in order of arrival instead, which bounds starvation: whatever
+           comes later, a job is finished within `turn` times the full-width steps, plus one, that serving
+           everybody in order of arrival could take (docs/scheduling.md has the proof).
 fifo       in order of arrival.
 sharing    whoever has waited longest for a step.
 

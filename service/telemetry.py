@@ -165,7 +165,8 @@ class Observe:
         try:
             await self.app(scope, receive, observed)
         except Exception:
-            status = 500  # the answer to a bug is given further out
+            if status == 499:
+                status = 500  # the answer to a bug is given further out
             raise
         finally:
             # The route's template, not the path: paths are an open set.
