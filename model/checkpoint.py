@@ -96,6 +96,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     state = {name: tensor.detach().contiguous() for name, tensor in checkpoint.unet.state_dict().items()}
     part = folder / "unet" / f"{WEIGHTS}.part"
     save_file(state, part, metadata={"format": "pt"})
+    part.chmod(0o644)  # safetensors keeps it to its owner, and a service often runs as someone else
     part.replace(folder / "unet" / WEIGHTS)
     write_manifest(folder)
 

@@ -5,6 +5,9 @@ sampler, step count and guidance scale: how often they show the requested class,
 a set from the test images (Fréchet distance), how real (precision) and how complete (recall) they look.
 Beside them stands the floor: the same measures for real training images, in sets of the same size.
 
+The measures see different faults. Gaussian noise of 25 grey levels on 1000 real Fashion-MNIST images takes
+the distance from 4 to 117 and recall from 0.88 to 0.35, yet leaves precision at 0.89.
+
 Every row of the table uses the same seeds and the same test images. FOLDER/evaluation.json is written after
 each row, and rows it already has for the same weights and settings are not computed again;
 evaluation.md and evaluation.png show the same to people.
@@ -242,7 +245,9 @@ def markdown(evaluation: dict[str, Any]) -> str:
         f"compare with one another and with no other paper's; the Fréchet distance also falls with the "
         f"number of images, here {n} on each side. The first row is real training images against the same "
         f"test images (mean of {real['draws']} disjoint sets of {n}; standard deviation of the Fréchet "
-        f"distance {real['frechet_sd']:.3f}): no sampler can be expected to do better.",
+        f"distance {real['frechet_sd']:.2g}): no sampler can be expected to beat their distance and recall. "
+        "A precision above theirs says that samples are more typical than real images, not more real, and "
+        "precision hardly notices speckle, which distance and recall do.",
     ]
     if conditional:
         lines.append(
@@ -253,13 +258,13 @@ def markdown(evaluation: dict[str, Any]) -> str:
         "| sampler | steps | guidance | evaluations | agreement | Fréchet ↓ | precision ↑ | recall ↑ |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
         f"| real images | | | | {_share(judge['accuracy'], judge['interval']) if conditional else ''} "
-        f"| {real['frechet']:.3f} | {real['precision']:.3f} | {real['recall']:.3f} |",
+        f"| {real['frechet']:.4g} | {real['precision']:.3f} | {real['recall']:.3f} |",
     ]
     for row in rows:
         share = _share(row["agreement"], row["agreement_interval"]) if conditional else ""
         table.append(
             f"| {row['sampler']} | {row['steps']} | {row['guidance_scale']:g} | {row['evaluations']} "
-            f"| {share} | {row['frechet']:.3f} | {row['precision']:.3f} | {row['recall']:.3f} |"
+            f"| {share} | {row['frechet']:.4g} | {row['precision']:.3f} | {row['recall']:.3f} |"
         )
     lines.append("\n".join(table))
     if conditional and rows:

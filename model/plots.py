@@ -1,10 +1,16 @@
-"""Pictures of sampling, training and evaluation, each returned as a PIL image."""
+"""Pictures of sampling, training and evaluation, each returned as a PIL image.
+
+`python -m model.plots --model FOLDER --out PLACE` draws a model's sample sheets, with and without guidance,
+and what becomes of a few samples along their chains.
+"""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -12,9 +18,11 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.data import Pixels
 from model.denoiser import Chain, Denoiser, generate, trajectory
@@ -143,6 +151,7 @@ def loss_curve(records: Sequence[Mapping[str, float]]) -> Image.Image:
             marker=".",
             label="held out (averaged weights)",
         )
+    _plain_numbers(axes)
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     return _drawn(figure)
@@ -167,14 +176,18 @@ def quality_plot(evaluation: Mapping[str, Any]) -> Image.Image:
     all_axes: list[Axes] = list(figure.subplots(2, 2).flat)
     for axes, (measure, title, real) in zip(all_axes, panels, strict=False):
         axes.set(title=title, xscale="log", xlabel="network evaluations per image")
-        if measure == "frechet":
-            axes.set_yscale("log")
         axes.axhline(real, color="grey", ls="--", label="real images")
         _quality_lines(axes, rows, measure)
+        counts = sorted({row["evaluations"] for row in rows})
+        axes.set_xticks(counts, [str(count) for count in counts])
+        axes.set_xticks([], minor=True)
+        if measure == "frechet":
+            axes.set_yscale("log")
+            _plain_numbers(axes)
         axes.grid(alpha=0.3, which="both")
     for axes in all_axes[len(panels) :]:
         axes.remove()
-    all_axes[0].legend(fontsize="small")
+    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return _drawn(figure)
 
 
@@ -192,9 +205,41 @@ def _quality_lines(axes: Axes, rows: Sequence[Mapping[str, Any]], measure: str) 
             axes.plot(x, y, color=f"C{i}", ls=("-", ":", "-.", "--")[j % 4], marker=".", label=label)
 
 
+def _plain_numbers(axes: Axes) -> None:
+    """On a logarithmic axis: 0.04 and 200, not 4 × 10⁻² and 2 × 10²."""
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+
+
 def _drawn(figure: Figure) -> Image.Image:
     """Draw with Agg, which needs no display and leaves matplotlib's global state alone."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # type: ignore[no-untyped-call]  # matplotlib leaves these two without annotations
     pixels = np.asarray(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
     return Image.fromarray(pixels).convert("RGB")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw samples.png, samples-guided.png and trajectory.png."""
+    parser = argparse.ArgumentParser("python -m model.plots", description="Draw a model's samples.")
+    parser.add_argument("--model", type=Path, required=True, help="model folder")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
+    parser.add_argument("--steps", type=int, default=50, help="DDIM steps")
+    parser.add_argument("--guidance", type=float, default=2.0, help="scale of the guided pictures")
+    parser.add_argument("--per-class", type=int, default=10, help="samples in a row")
+    args = parser.parse_args(argv)
+    model = checkpoint.load(args.model)
+    args.out.mkdir(parents=True, exist_ok=True)
+    class_sheet(model, args.per_class, args.steps).save(args.out / "samples.png")
+    labels: list[int | None] = list(range(len(model.class_names)))[-3:] or [None] * 3
+    scale = args.guidance if model.null_class is not None else 1.0
+    if scale != 1.0:
+        guided = class_sheet(model, args.per_class, args.steps, guidance_scale=scale)
+        guided.save(args.out / "samples-guided.png")
+    strip = trajectory_strip(model, labels, args.steps, guidance_scale=scale)
+    strip.save(args.out / "trajectory.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -94,7 +94,7 @@ class OpenVinoRuntime:
         # A copy, since the compiled network shares the memory of the weights it was made from.
         unet = deepcopy(model.unet).eval()
         with torch.no_grad(), warnings.catch_warnings():
-            # OpenVINO reads torch.jit's traces; torch.jit warns of its age, and of group norm's look at shapes.
+            # OpenVINO reads torch.jit's traces; that warns of its age, and of group norm's look at shapes.
             warnings.filterwarnings("ignore", r"`torch\.jit", DeprecationWarning)
             warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
             # The converter would trace too, but check the trace by a second one: three quarters of its time.
@@ -111,8 +111,8 @@ class OpenVinoRuntime:
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """Run one batch of any size."""
         inputs = [x.numpy(), t.numpy()] + ([y.numpy()] if y is not None else [])
-        # The result is the request's own buffer, overwritten by the next call.
-        return torch.from_numpy(self._request.infer(inputs)[0]).clone()
+        # infer() copies its results out of the request's buffers, which the next call overwrites.
+        return torch.from_numpy(self._request.infer(inputs, share_outputs=False)[0])
 
 
 def _pad(values: Tensor, size: int) -> Tensor:

@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from safetensors.torch import load_file, save_file
+
+from model import checkpoint
+from model.checkpoint import LEGACY_ATTENTION, MANIFEST, WEIGHTS, Checkpoint, CheckpointError
+from model.unet import UNet, UNetConfig
+from tests.model.conftest import SCHEDULER, TINY, randomise
+
+
+@pytest.fixture
+def folder(tiny: Checkpoint, tmp_path: Path) -> Path:
+    """A folder as `save` writes it."""
+    checkpoint.save(tmp_path / "tiny", tiny)
+    return tmp_path / "tiny"
+
+
+def flatten(folder: Path) -> None:
+    """Make it a flat one: everything at the root, as google/ddpm-cifar10-32 has it."""
+    for path in (*(folder / "unet").iterdir(), *(folder / "scheduler").iterdir()):
+        path.rename(folder / path.name)
+    (folder / "unet").rmdir()
+    (folder / "scheduler").rmdir()
+    checkpoint.write_manifest(folder)
+
+
+def edit(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    (path.parent.parent / MANIFEST).unlink(missing_ok=True)
+    (path.parent / MANIFEST).unlink(missing_ok=True)
+
+
+def rewrite(folder: Path, change: Any) -> None:
+    """Pass the weights through `change`, and forget the manifest."""
+    path = folder / "unet" / WEIGHTS
+    save_file(change(load_file(path)), path)
+    (folder / MANIFEST).unlink(missing_ok=True)
+
+
+def same_weights(a: UNet, b: UNet) -> bool:
+    return all(torch.equal(x, b.state_dict()[name]) for name, x in a.state_dict().items())
+
+
+def test_what_is_saved_is_what_loads(tiny: Checkpoint, folder: Path) -> None:
+    loaded = checkpoint.load(folder)
+    assert same_weights(loaded.unet, tiny.unet)
+    assert loaded.unet.config == tiny.unet.config
+    assert not loaded.unet.training
+    assert (loaded.name, loaded.class_names, loaded.null_class) == ("tiny", ("cat", "dog", "fox"), 3)
+    assert loaded.scheduler_config == SCHEDULER
+    assert loaded.schedule.timestep_spacing == "trailing"
+
+
+def test_the_weights_can_be_read_by_others(folder: Path) -> None:
+    assert (folder / "unet" / WEIGHTS).stat().st_mode & 0o777 == 0o644
+
+
+def test_a_flat_folder_loads(tiny: Checkpoint, folder: Path) -> None:
+    flatten(folder)
+    assert (folder / MANIFEST).read_text().count("\n") == 4
+    loaded = checkpoint.load(folder)
+    assert same_weights(loaded.unet, tiny.unet)
+    assert loaded.class_names == ("cat", "dog", "fox")
+
+
+def test_diffusers_loads_what_we_write_and_gives_the_same_eps(tiny: Checkpoint, folder: Path) -> None:
+    theirs = UNet2DModel.from_pretrained(folder, subfolder="unet").eval()
+    x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([3, 950]), torch.tensor([1, 3])
+    with torch.inference_mode():
+        torch.testing.assert_close(theirs(x, t, y).sample, tiny.unet(x, t, y), rtol=1e-5, atol=1e-6)
+    scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+    assert scheduler.config.timestep_spacing == "trailing"
+
+
+def test_a_diffusers_pipeline_runs_on_what_we_write(tiny: Checkpoint, tmp_path: Path) -> None:
+    unet = UNet(UNetConfig(**(TINY | {"num_class_embeds": None})))
+    checkpoint.save(tmp_path, replace(tiny, unet=unet, class_names=(), null_class=None))
+    pipeline = DDPMPipeline.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(batch_size=1, num_inference_steps=2, output_type="np").images
+    assert images.shape == (1, 8, 8, 1)
+
+
+def test_what_diffusers_writes_loads_and_gives_the_same_eps(tmp_path: Path) -> None:
+    theirs = UNet2DModel(**TINY).eval()
+    randomise(theirs)
+    DDPMPipeline(theirs, DDPMScheduler(variance_type="fixed_large")).save_pretrained(tmp_path)
+    ours = checkpoint.load(tmp_path)
+    assert ours.schedule.variance_type == "fixed_large"
+    assert (ours.class_names, ours.null_class) == (("0", "1", "2", "3"), None)
+    x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([3, 950]), torch.tensor([1, 3])
+    with torch.inference_mode():
+        torch.testing.assert_close(ours.unet(x, t, y), theirs(x, t, y).sample, rtol=1e-5, atol=1e-6)
+
+
+def test_legacy_attention_names_load(tiny: Checkpoint, folder: Path) -> None:
+    def rename(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        old = {}
+        for name, tensor in state.items():
+            for legacy, new in LEGACY_ATTENTION.items():
+                name = name.replace(f".{new}.", f".{legacy}.")
+            old[name] = tensor
+        assert sum(".proj_attn." in name for name in old) == 2 * 4  # weight and bias of four attentions
+        return old
+
+    rewrite(folder, rename)
+    assert same_weights(checkpoint.load(folder).unet, tiny.unet)
+
+
+def test_half_precision_weights_load_as_float32(folder: Path) -> None:
+    rewrite(folder, lambda state: {name: tensor.half() for name, tensor in state.items()})
+    assert {p.dtype for p in checkpoint.load(folder).unet.parameters()} == {torch.float32}
+
+
+def test_a_single_safetensors_file_of_another_name_loads(tiny: Checkpoint, folder: Path) -> None:
+    (folder / MANIFEST).unlink()
+    (folder / "unet" / WEIGHTS).rename(folder / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    assert same_weights(checkpoint.load(folder).unet, tiny.unet)
+
+
+def test_a_pickle_is_refused_with_a_way_out(folder: Path) -> None:
+    (folder / MANIFEST).unlink()
+    (folder / "unet" / WEIGHTS).rename(folder / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(
+        CheckpointError, match=r"only a pickle \(diffusion_pytorch_model.bin\).*save_pretrained"
+    ):
+        checkpoint.load(folder)
+
+
+def test_a_changed_file_is_noticed(folder: Path) -> None:
+    path = folder / "unet" / WEIGHTS
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=f"{WEIGHTS}: its sha256"):
+        checkpoint.load(folder)
+
+
+def test_a_missing_listed_file_is_noticed(folder: Path) -> None:
+    (folder / "model_index.json").unlink()
+    with pytest.raises(CheckpointError, match=r"model_index.json: listed in SHA256SUMS but missing"):
+        checkpoint.load(folder)
+
+
+def test_the_manifest_lists_the_model_and_nothing_else(tiny: Checkpoint, folder: Path) -> None:
+    # Training states are not shipped and evaluations change: neither may stop a model from loading.
+    (folder / "training").mkdir()
+    for name in ("training/state.safetensors", "evaluation.json"):
+        (folder / name).write_text("{}")
+    checkpoint.save(folder, tiny)
+    listed = [line.split("  ")[1] for line in (folder / MANIFEST).read_text().splitlines()]
+    assert listed == [
+        "model_index.json", "scheduler/scheduler_config.json", "unet/config.json", f"unet/{WEIGHTS}",
+    ]  # fmt: skip
+    shutil.rmtree(folder / "training")
+    checkpoint.load(folder)
+
+
+def test_the_manifest_is_what_sha256sum_reads(folder: Path) -> None:
+    for line in (folder / MANIFEST).read_text().splitlines():
+        digest, name = line.split("  ")
+        assert digest == hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    binary = (folder / MANIFEST).read_text().replace("  ", " *")  # `sha256sum --binary`
+    (folder / MANIFEST).write_text(binary)
+    checkpoint.load(folder)
+
+
+def test_a_save_cut_short_leaves_a_folder_that_loads(
+    tiny: Checkpoint, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    other = UNet(tiny.unet.config)
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(folder, replace(tiny, unet=other, class_names=("owl", "rat", "yak")))
+    assert same_weights(checkpoint.load(folder).unet, tiny.unet)
+
+
+def test_missing_surplus_and_misshapen_tensors_are_named(folder: Path) -> None:
+    original = load_file(folder / "unet" / WEIGHTS)
+    rewrite(folder, lambda state: {n: t for n, t in state.items() if n != "conv_in.bias"})
+    with pytest.raises(CheckpointError, match=r"conv_in.bias is missing"):
+        checkpoint.load(folder)
+    rewrite(folder, lambda _: original | {"extra": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match="extra is not in the network"):
+        checkpoint.load(folder)
+    rewrite(folder, lambda _: original | {"conv_in.bias": torch.zeros(9)})
+    with pytest.raises(CheckpointError, match=r"conv_in.bias is \(9,\) where the network has \(8,\)"):
+        checkpoint.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "named"),
+    [
+        ("unet/config.json", {"act_fn": "gelu"}, r"unet/config.json: act_fn='gelu'"),
+        ("unet/config.json", {"sample_size": 7}, r"unet/config.json: sample_size=7"),
+        ("unet/config.json", {"attention_head_dim": 99}, r"unet/config.json: attention_head_dim=99"),
+        ("scheduler/scheduler_config.json", {"thresholding": True}, r"scheduler_config.json: thresholding"),
+        ("scheduler/scheduler_config.json", {"beta_start": "low"}, r"scheduler_config.json: could not"),
+        ("scheduler/scheduler_config.json", {"clip_sample_range": None}, "scheduler_config.json"),
+        ("model_index.json", {"id2label": {"0": "a"}}, "1 names for 4 class embeddings"),
+        ("model_index.json", {"id2label": {"1": "a", "2": "b", "3": "c"}}, "count up from 0"),
+        ("model_index.json", {"id2label": ["a", "b", "c"]}, "count up from 0"),
+    ],
+)
+def test_a_bad_config_is_named(folder: Path, file: str, values: dict[str, Any], named: str) -> None:
+    edit(folder / file, **values)
+    with pytest.raises(CheckpointError, match=named) as caught:
+        checkpoint.load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_labels_for_every_embedding_mean_no_null_class(folder: Path) -> None:
+    edit(folder / "model_index.json", id2label={str(i): f"class {i}" for i in range(4)})
+    loaded = checkpoint.load(folder)
+    assert (len(loaded.class_names), loaded.null_class) == (4, None)
+
+
+def test_unreadable_files_are_named(folder: Path) -> None:
+    (folder / MANIFEST).unlink()
+    (folder / "unet" / WEIGHTS).write_bytes(b"not safetensors")
+    with pytest.raises(CheckpointError, match="not a readable safetensors"):
+        checkpoint.load(folder)
+    (folder / "unet" / WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match=f"{WEIGHTS}: missing"):
+        checkpoint.load(folder)
+    (folder / "unet" / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config.json: not readable as JSON"):
+        checkpoint.load(folder)
+    (folder / "unet" / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"config.json: a JSON object"):
+        checkpoint.load(folder)
+    (folder / "unet" / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config.json: missing"):
+        checkpoint.load(folder)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        checkpoint.load(folder / "elsewhere")

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from model.diffusion import (
+    discretised_gaussian_log_likelihood,
+    l_simple,
+    predict_x0,
+    prior_term,
+    q_posterior,
+    q_sample,
+    training_target,
+    vlb_terms,
+)
+from model.schedule import NoiseSchedule, PredictionType, VarianceType, linear_betas
+
+SCHEDULE = NoiseSchedule(linear_betas(1000))
+AC = SCHEDULE.alphas_cumprod
+RNG = torch.Generator()
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    RNG.manual_seed(0)
+
+
+def levels(*shape: int) -> torch.Tensor:
+    """Random pixels on the 256 levels of [−1, 1], both ends among them."""
+    pixels = torch.randint(0, 256, shape, generator=RNG)
+    pixels.view(-1)[:2] = torch.tensor([0, 255])
+    return pixels.double() / 127.5 - 1
+
+
+def test_q_sample_has_the_moments_of_the_paper() -> None:
+    t = torch.tensor([0, 300, 999])
+    x0 = torch.full((3, 1, 400, 400), 0.7)
+    x = q_sample(SCHEDULE, x0, t, torch.randn(x0.shape, generator=RNG))
+    assert x.dtype == torch.float32
+    for row, ac in zip(x, AC[t], strict=True):
+        assert float(row.mean()) == pytest.approx(0.7 * ac**0.5, abs=4 * ((1 - ac) / 160_000) ** 0.5 + 1e-6)
+        assert float(row.std()) == pytest.approx((1 - ac) ** 0.5, rel=0.01)
+
+
+def test_q_sample_is_the_chain_of_single_steps() -> None:
+    # q(x_t | x_0) must be what t + 1 single steps q(x_s | x_{s−1}) compose to.
+    mean, variance = 1.0, 0.0
+    for beta in SCHEDULE.betas[:500]:
+        mean, variance = mean * (1 - beta) ** 0.5, variance * (1 - beta) + beta
+    one, t = torch.ones(1, 1, 1, 1).double(), torch.tensor([499])
+    assert float(q_sample(SCHEDULE, one, t, 0 * one)) == pytest.approx(mean, rel=1e-9)
+    assert float(q_sample(SCHEDULE, 0 * one, t, one)) ** 2 == pytest.approx(variance, rel=1e-9)
+
+
+@pytest.mark.parametrize("t", [1, 10, 500, 999])
+def test_posterior_by_brute_force(t: int) -> None:
+    # Bayes on a fine grid: q(x_{t−1} | x_t, x_0) ∝ q(x_t | x_{t−1}) q(x_{t−1} | x_0).
+    x0, x = 0.4, -0.3 if t > 100 else 0.41
+    grid = np.linspace(-6, 6, 2_000_001)
+    alpha, prev = 1 - SCHEDULE.betas[t], AC[t - 1]
+    log = -((x - alpha**0.5 * grid) ** 2) / (2 * (1 - alpha)) - (grid - prev**0.5 * x0) ** 2 / (
+        2 * (1 - prev)
+    )
+    weights = np.exp(log - log.max())
+    weights /= weights.sum()
+    expected_mean = (weights * grid).sum()
+    expected_variance = (weights * (grid - expected_mean) ** 2).sum()
+
+    one = torch.ones(1, 1, 1, 1).double()
+    mean, variance = q_posterior(SCHEDULE, x0 * one, x * one, torch.tensor([t]))
+    assert variance.shape == (1, 1, 1, 1)
+    assert float(mean) == pytest.approx(expected_mean, abs=1e-6)
+    assert float(variance) == pytest.approx(expected_variance, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_target_and_guess_are_inverse(kind: PredictionType) -> None:
+    schedule = NoiseSchedule(linear_betas(1000), prediction_type=kind)
+    t = torch.tensor([0, 1, 400, 999])
+    x0 = torch.rand(4, 1, 5, 5, generator=RNG).double() * 2 - 1
+    eps = torch.randn(x0.shape, generator=RNG).double()
+    x = q_sample(schedule, x0, t, eps)
+    out = training_target(schedule, x0, t, eps)
+    torch.testing.assert_close(predict_x0(schedule, x, t, out), x0, atol=1e-9, rtol=0)
+    assert (predict_x0(schedule, x, t, out + 0.1) - x0).abs().max() > 1e-4
+
+
+def test_l_simple_is_the_mean_square_per_row() -> None:
+    a, b = torch.zeros(2, 1, 2, 2), torch.zeros(2, 1, 2, 2, dtype=torch.bfloat16)
+    b[1, 0, 0, 0] = 4
+    assert l_simple(a, b).tolist() == [0, 4]
+    assert l_simple(a, b).dtype == torch.float32
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_vlb_terms_by_another_way(variance: VarianceType) -> None:
+    t = torch.tensor([0, 1, 2, 77, 999])
+    x0 = levels(5, 1, 4, 4)
+    eps = torch.randn(x0.shape, generator=RNG).double()
+    x = q_sample(SCHEDULE, x0, t, eps)
+    out = eps + 0.2 * torch.randn(x0.shape, generator=RNG).double()
+    terms = vlb_terms(SCHEDULE, x0, x, t, out, variance)
+
+    small = SCHEDULE.posterior_variance("fixed_small")
+    for i, s in enumerate(t.tolist()):
+        row = slice(i, i + 1)
+        guess = ((x[row] - (1 - AC[s]) ** 0.5 * out[row]) / AC[s] ** 0.5).clamp(-1, 1)
+        mean, _ = q_posterior(SCHEDULE, guess, x[row], t[row])
+        # Ho et al.'s code gives the decoder β̃_1 (ours counts from 0) whichever the variance.
+        spread = float(small[1] if s == 0 else SCHEDULE.posterior_variance(variance)[s]) ** 0.5
+        if s == 0:
+            dist = [NormalDist(float(m), spread) for m in mean.flatten()]
+            nats = [
+                -math.log(max(bin_mass(d, float(p)), 1e-12))
+                for d, p in zip(dist, x0[row].flatten(), strict=True)
+            ]
+            expected = sum(nats) / len(nats)
+        else:
+            true_mean, _ = q_posterior(SCHEDULE, x0[row], x[row], t[row])
+            true = Normal(true_mean, float(small[s]) ** 0.5)
+            expected = float(kl_divergence(true, Normal(mean, spread)).mean())
+        assert float(terms[i]) == pytest.approx(expected / math.log(2), rel=1e-6), s
+
+
+def bin_mass(dist: NormalDist, pixel: float) -> float:
+    """The mass of a level's bin; the outermost levels take their whole tail."""
+    lower = 0.0 if pixel < -0.999 else dist.cdf(pixel - 1 / 255)
+    upper = 1.0 if pixel > 0.999 else dist.cdf(pixel + 1 / 255)
+    return upper - lower
+
+
+def test_a_perfect_guess_costs_nothing_after_the_first_step() -> None:
+    t = torch.tensor([1, 500])
+    x0 = levels(2, 1, 4, 4)
+    eps = torch.randn(x0.shape, generator=RNG).double()
+    terms = vlb_terms(SCHEDULE, x0, q_sample(SCHEDULE, x0, t, eps), t, eps, "fixed_small")
+    assert terms.dtype == torch.float64
+    assert terms.abs().max() < 1e-9
+
+
+def test_prior_term_is_the_divergence_from_pure_noise() -> None:
+    x0 = levels(2, 1, 4, 4)
+    last = Normal(AC[-1] ** 0.5 * x0, torch.tensor((1 - AC[-1]) ** 0.5).double())
+    expected = kl_divergence(last, Normal(torch.zeros(()).double(), 1.0)).flatten(1).mean(1) / math.log(2)
+    torch.testing.assert_close(prior_term(SCHEDULE, x0), expected, rtol=1e-6, atol=1e-12)
+
+
+def test_discretised_levels_sum_to_one() -> None:
+    x = torch.arange(256).double() / 127.5 - 1
+    for mean, std in ((0.0, 0.5), (-0.98, 0.01), (1.3, 0.2), (0.1234, 0.003)):
+        log_p = discretised_gaussian_log_likelihood(
+            x, torch.tensor(mean).double(), torch.tensor(std).double()
+        )
+        assert float(log_p.exp().sum()) == pytest.approx(1, abs=1e-9)
