@@ -232,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = checkpoint.load(args.model)
     args.out.mkdir(parents=True, exist_ok=True)
     class_sheet(model, args.per_class, args.steps).save(args.out / "samples.png")
-    labels: list[int | None] = list(range(len(model.class_names)))[-3:] or [None] * 3
+    labels: list[int | None] = [*range(len(model.class_names))][-3:] or [None] * 3
     scale = args.guidance if model.null_class is not None else 1.0
     if scale != 1.0:
         guided = class_sheet(model, args.per_class, args.steps, guidance_scale=scale)

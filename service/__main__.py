@@ -5,6 +5,7 @@ Exit codes: 0 after an orderly stop, 1 when the worker died, 2 for a bad setting
 
 from __future__ import annotations
 
+import os
 import sys
 
 from model import checkpoint
@@ -28,7 +29,10 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 3
     app = create_app(model, settings)
-    return serve(app, app.state.house, settings)
+    code = serve(app, app.state.house, settings)
+    if not app.state.house.worker.join(1.0):
+        os._exit(code)  # Python aborts when it is torn down under a thread that is inside the network
+    return code
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def create_app(
 
 
 class LimitBody:
-    """Refuses a body that is too large, with a problem like any other; FastAPI's own limit answers in plain text."""
+    """Refuses a body that is too large by a problem; FastAPI's own limit would answer in plain text."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

@@ -73,4 +73,7 @@ def serve(app: App, house: House, settings: Settings) -> int:
     )
     server = DrainingServer(config, house, settings.drain_s)
     server.run()
+    # Nothing is left to stop unless the exit was forced; then the thread leaves after its step.
+    house.worker.drain()
+    house.worker.abort(DrainingError("The service was stopped.", 5.0))
     return 1 if house.worker.phase is Phase.DEAD else 0

@@ -119,9 +119,10 @@ class Worker:
         late = (time.monotonic() if now is None else now) - self._progress > self._stall_s
         return self.idle or not late
 
-    def join(self, timeout: float | None = None) -> None:
-        """Wait for the thread's end."""
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait for the thread's end. Returns whether it has come."""
         self._thread.join(timeout)
+        return not self._thread.is_alive()
 
     def refusal(self) -> RefusedError | None:
         """Why nothing new is taken in this phase, if so."""

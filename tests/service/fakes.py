@@ -1,0 +1,222 @@
+"""Stand-ins for the network: chains that only count, and a denoiser that waits at a gate."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from model import noise
+from model.checkpoint import Checkpoint
+from model.denoiser import Chain, Latent
+from model.samplers import build_plan
+from model.schedule import NoiseSchedule, linear_betas
+from model.unet import UNet, UNetConfig
+from service.engine import Engine
+from service.events import Picture
+from service.jobs import Job, PreviewKind, Sample
+from service.scheduler import Scheduler, StepTimes
+from service.settings import Settings
+from service.warmup import Invariance, Warm
+
+PATIENCE_S = 60.0
+"""How long a test waits for something that should happen at once, before it fails."""
+
+SIZE = 8
+SCHEDULE = NoiseSchedule(linear_betas(100), timestep_spacing="trailing")
+
+
+def until(condition: Callable[[], object], what: str = "the condition") -> None:
+    """Look again and again until it holds. Fails after PATIENCE_S."""
+    give_up = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < give_up, f"{what} did not come about in {PATIENCE_S:.0f} s"
+        time.sleep(0.002)
+
+
+# ── Jobs for the scheduler, which only looks at lengths and costs ──────────────────────────────
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A plan of so many rows."""
+
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def timesteps(self) -> Sequence[int]:
+        return range(self.count - 1, -1, -1)
+
+
+@dataclass(frozen=True)
+class Counting:
+    """A chain that cannot be computed."""
+
+    plan: Steps
+    rows: int = 1
+    seed: int = 0
+
+
+def counting_job(
+    job_id: str,
+    n: int = 1,
+    steps: int = 10,
+    rows: int = 1,
+    deadline: float | None = None,
+    preview: PreviewKind = "none",
+    preview_every: int = 1,
+) -> Job:
+    job = Job(job_id, "ddim", deadline, preview, preview_every)
+    for i in range(n):
+        job.add(Counting(Steps(steps), rows, i))
+    return job
+
+
+def blank(sample: Sample, kind: str) -> Picture:
+    """Draws nothing."""
+    return Picture(sample.index, sample.chain.seed, kind, np.zeros((1, 1, 1), np.uint8))
+
+
+# ── Jobs for the engine ────────────────────────────────────────────────────────────────────────
+
+
+def job_of(
+    job_id: str,
+    seeds: Sequence[int],
+    steps: int = 5,
+    guidance_scale: float = 1.0,
+    preview: PreviewKind = "none",
+    deadline: float | None = None,
+) -> Job:
+    """A job that the engine can run."""
+    job = Job(job_id, "ddim", deadline, preview, created=time.monotonic())
+    label = None if guidance_scale == 1.0 else 0
+    for seed in seeds:
+        job.add(Chain(build_plan(SCHEDULE, "ddim", steps), seed, label, guidance_scale))
+    return job
+
+
+class Gate:
+    """What the fake denoiser waits at before every step: open, or shut but for a number of steps."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._allowed = math.inf
+        self.arrived = 0
+
+    def shut(self) -> None:
+        with self._changed:
+            self._allowed = 0
+
+    def open(self) -> None:
+        self.allow(math.inf)
+
+    def allow(self, steps: float = 1) -> None:
+        with self._changed:
+            self._allowed += steps
+            self._changed.notify_all()
+
+    def come_through(self) -> None:
+        with self._changed:
+            self.arrived += 1
+            self._changed.notify_all()
+            assert self._changed.wait_for(lambda: self._allowed > 0, PATIENCE_S), "nobody opened the gate"
+            self._allowed -= 1
+
+    def wait_for_arrival(self, number: int) -> None:
+        """Until the worker stands before its `number`-th step, counted from 1."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.arrived >= number, PATIENCE_S), "the step never came"
+
+
+@dataclass
+class FakeDenoiser:
+    """Computes each sample by itself, so that mates change nothing.
+
+    raises, gives_nan: seeds whose samples do so in every step. rows_that_fit: a wider call
+    runs out of memory.
+    """
+
+    gate: Gate = field(default_factory=Gate)
+    raises: dict[int, type[Exception]] = field(default_factory=dict)
+    gives_nan: set[int] = field(default_factory=set)
+    rows_that_fit: float = math.inf
+    widths: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    seen: dict[tuple[int, int], bytes] = field(default_factory=dict)
+
+    def start(self, chain: Chain) -> Latent:
+        self.starts.append(chain.seed)
+        x = torch.from_numpy(noise.normal(chain.seed, noise.START, (1, SIZE, SIZE)))
+        return Latent(x, torch.zeros_like(x))
+
+    def step(
+        self, chains: Sequence[Chain], latents: Sequence[Latent], rows: Sequence[int]
+    ) -> Sequence[Latent]:
+        self.gate.come_through()
+        width = sum(chain.rows for chain in chains)
+        self.widths.append(width)
+        if width > self.rows_that_fit:
+            raise torch.OutOfMemoryError(f"{width} rows do not fit")
+        for chain in chains:
+            if chain.seed in self.raises:
+                raise self.raises[chain.seed](f"seed {chain.seed}")
+        return [self._one(*each) for each in zip(chains, latents, rows, strict=True)]
+
+    def _one(self, chain: Chain, latent: Latent, row: int) -> Latent:
+        x = 0.9 * latent.x + 0.1 * torch.from_numpy(noise.normal(chain.seed, row, (1, SIZE, SIZE)))
+        if chain.seed in self.gives_nan:
+            x[0, 0, 0] = float("nan")
+        self.seen[chain.seed, row] = x.numpy().tobytes()
+        return Latent(x, x.clamp(-1, 1))
+
+
+# ── A model and an app ─────────────────────────────────────────────────────────────────────────
+
+
+def tiny_model(guided: bool = True, classes: int = 3) -> Checkpoint:
+    """A network of a few random weights: three classes and a null class, 8×8 pixels."""
+    torch.manual_seed(0)
+    config = UNetConfig(
+        sample_size=SIZE,
+        in_channels=1,
+        out_channels=1,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        block_out_channels=(8,),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=None,
+        num_class_embeds=classes + guided if classes else None,
+    )
+    scheduler = {"_class_name": "DDPMScheduler", "num_train_timesteps": 100, "timestep_spacing": "trailing"}
+    return Checkpoint(
+        "tiny",
+        UNet(config).eval(),
+        NoiseSchedule.from_diffusers(scheduler),
+        scheduler,
+        ("cat", "dog", "Ankle Boot")[:classes],
+        classes if guided and classes else None,
+    )
+
+
+def fake_engine(denoiser: FakeDenoiser, max_rows: int = 8) -> Engine:
+    return Engine(denoiser, Scheduler(max_rows, StepTimes([(1, 0.001), (max_rows, 0.002)])))
+
+
+def fake_warm(denoiser: FakeDenoiser, max_rows: int = 8) -> Callable[[Checkpoint, Settings], Warm]:
+    """A `warm` for create_app that has nothing to load."""
+
+    def warm(_model: Checkpoint, _settings: Settings) -> Warm:
+        engine = fake_engine(denoiser, max_rows)
+        return Warm(engine, "fake", "cpu", "float32", ((1, 0.001), (max_rows, 0.002)), Invariance((2,), 0.0))
+
+    return warm

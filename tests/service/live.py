@@ -1,0 +1,169 @@
+"""Real servers on loopback sockets: in a thread to gate a fake, as a process where signals matter."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+
+from service.app import create_app
+from service.errors import DrainingError
+from service.routes import House
+from service.server import DrainingServer
+from service.settings import Settings
+from tests.service.fakes import PATIENCE_S, FakeDenoiser, fake_warm, tiny_model, until
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def settings(**values: Any) -> Settings:
+    """Settings that neither the environment nor a .env file has a say in."""
+    return Settings(_env_file=None, **{"port": 0, **values})
+
+
+class Threaded:
+    """The app on a real socket, its server in a thread of this process."""
+
+    def __init__(self, denoiser: FakeDenoiser, warm: Any, chosen: Settings) -> None:
+        self.denoiser, self.gate = denoiser, denoiser.gate
+        self.app = create_app(tiny_model(), chosen, warm)
+        self.house: House = self.app.state.house
+        config = uvicorn.Config(
+            self.app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=2
+        )
+        self.server = DrainingServer(config, self.house, chosen.drain_s)
+        self._thread = threading.Thread(target=self.server.run, daemon=True)
+        self._thread.start()
+        until(lambda: self.server.started, "the start")
+        port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.address = ("127.0.0.1", port)
+        self.url = f"http://127.0.0.1:{port}"
+        self.client = httpx.Client(
+            base_url=self.url, timeout=PATIENCE_S, verify=False
+        )  # no certificates on loopback
+
+    def ready(self) -> Threaded:
+        until(lambda: self.client.get("/readyz").status_code == 200, "readiness")
+        return self
+
+    def metric(self, name: str, **labels: str) -> float:
+        return self.house.telemetry.registry.get_sample_value(name, labels) or 0.0
+
+    def wait_for_exit(self) -> None:
+        self._thread.join(PATIENCE_S)
+        assert not self._thread.is_alive()
+
+    def stop(self) -> None:
+        self.house.worker.abort(DrainingError("the test is over", 1.0))
+        self.house.worker.drain()
+        self.gate.open()
+        self.server.should_exit = True
+        self.client.close()
+        self.wait_for_exit()
+        self.house.worker.join(PATIENCE_S)
+
+
+Serve = Callable[..., Threaded]
+
+
+def serving() -> Iterator[Serve]:
+    """Body of the fixture: a function that starts servers, all of which are stopped afterwards."""
+    running: list[Threaded] = []
+
+    def serve(
+        denoiser: FakeDenoiser | None = None, warm: Any = None, max_rows: int = 8, **values: Any
+    ) -> Threaded:
+        denoiser = denoiser or FakeDenoiser()
+        started = Threaded(denoiser, warm or fake_warm(denoiser, max_rows), settings(**values))
+        running.append(started)
+        return started if warm is not None else started.ready()
+
+    yield serve
+    for server in running:
+        server.stop()
+
+
+@dataclass(frozen=True)
+class Sse:
+    """One server-sent event."""
+
+    name: str
+    id: str
+    data: dict[str, Any]
+
+
+def sse(response: httpx.Response) -> Iterator[Sse]:
+    """Parse a stream. An event that is not ended by an empty line is none."""
+    fields: dict[str, str] = {}
+    for line in response.iter_lines():
+        if line.startswith(":"):
+            continue
+        if line:
+            name, _, value = line.partition(": ")
+            fields[name] = value
+        elif fields:
+            yield Sse(fields["event"], fields["id"], json.loads(fields["data"]))
+            fields = {}
+
+
+@dataclass
+class Process:
+    """`python -m service` with these flags, on a free port."""
+
+    flags: list[str]
+    env: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.lines: list[str] = []
+        # Variables of the tests' own environment are blanked, so that a developer's .env changes nothing.
+        blank = {f"DDPM_{name}".upper(): "" for name in Settings.model_fields}
+        self.popen = subprocess.Popen(
+            [sys.executable, "-m", "service", "--port", "0", *self.flags],
+            env={**os.environ, **blank, "OMP_NUM_THREADS": "1", **self.env},
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.popen.stderr is not None
+        for line in self.popen.stderr:
+            self.lines.append(line.rstrip("\n"))
+
+    @property
+    def log(self) -> str:
+        return "\n".join(self.lines)
+
+    def connect(self, timeout_s: float = 2 * PATIENCE_S) -> httpx.Client:
+        """A client, once the service is ready."""
+        until(lambda: "Uvicorn running on" in self.log or self.popen.poll() is not None, "the listener")
+        found = re.search(r"Uvicorn running on (http://\S+)", self.log)
+        assert found, self.log
+        client = httpx.Client(base_url=found[1], timeout=timeout_s, verify=False)
+        until(lambda: client.get("/readyz").status_code == 200, "readiness")
+        return client
+
+    def wait(self) -> int:
+        """The exit code."""
+        code = self.popen.wait(PATIENCE_S)
+        self._reader.join(PATIENCE_S)
+        assert self.popen.stderr is not None
+        self.popen.stderr.close()
+        return code
+
+    def stop(self) -> None:
+        if self.popen.poll() is None:
+            self.popen.kill()
+            self.wait()

@@ -1,0 +1,94 @@
+"""Pictures survive their files, and carry what made them."""
+
+from __future__ import annotations
+
+import json
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from service.events import Pixels
+from service.images import MEDIA_TYPES, ImageFormat, contact_sheet, encode
+
+PARAMETERS: dict[str, Any] = {"seed": 7, "sampler": "ddim", "class_label": "T-shirt/\u00e9\u4e2d"}
+USER_COMMENT = (0x8769, 0x9286)
+
+
+def picture(channels: int, size: int = 32) -> Pixels:
+    noise = np.random.default_rng(0).integers(0, 256, (size, size, channels))
+    return noise.astype(np.uint8)
+
+
+def smooth(channels: int, size: int = 32) -> Pixels:
+    ramp = np.linspace(0, 255, size)
+    return np.broadcast_to(((ramp[:, None] + ramp) / 2)[..., None], (size, size, channels)).astype(np.uint8)
+
+
+def read(data: bytes) -> tuple[Image.Image, Pixels]:
+    image = Image.open(BytesIO(data))
+    image.load()
+    return image, np.asarray(image)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("image_format", ["png", "webp"])
+def test_lossless_formats_keep_every_pixel(image_format: ImageFormat, channels: int) -> None:
+    pixels = picture(channels)
+    image, found = read(encode(pixels, image_format, PARAMETERS))
+    assert image.get_format_mimetype() == MEDIA_TYPES[image_format]  # type: ignore[attr-defined]
+    found = found[..., None] if found.ndim == 2 else found
+    assert (found[..., :channels] == pixels).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_jpeg_keeps_what_can_be_seen(channels: int) -> None:
+    pixels = smooth(channels)
+    image, found = read(encode(pixels, "jpeg"))
+    assert image.format == "JPEG"
+    assert np.abs(found.reshape(pixels.shape).astype(int) - pixels).max() <= 4
+
+
+def test_a_png_tells_its_parameters() -> None:
+    image, _ = read(encode(picture(1), "png", PARAMETERS))
+    assert json.loads(image.info["parameters"]) == PARAMETERS
+
+
+@pytest.mark.parametrize("image_format", ["jpeg", "webp"])
+def test_the_others_tell_them_in_their_exif(image_format: ImageFormat) -> None:
+    image, _ = read(encode(picture(3), image_format, PARAMETERS))
+    comment = image.getexif().get_ifd(USER_COMMENT[0])[USER_COMMENT[1]]
+    assert comment.startswith(b"ASCII\0\0\0")
+    assert json.loads(comment[8:]) == PARAMETERS
+
+
+@pytest.mark.parametrize("image_format", MEDIA_TYPES)
+def test_nothing_is_told_unasked(image_format: ImageFormat) -> None:
+    image, _ = read(encode(picture(1), image_format))
+    assert "parameters" not in image.info
+    assert not image.getexif().get_ifd(USER_COMMENT[0])
+
+
+@pytest.mark.parametrize("image_format", MEDIA_TYPES)
+def test_the_same_input_gives_the_same_bytes(image_format: ImageFormat) -> None:
+    backwards = dict(reversed(PARAMETERS.items()))
+    assert encode(picture(3), image_format, PARAMETERS) == encode(picture(3), image_format, backwards)
+
+
+@pytest.mark.parametrize(
+    ("count", "columns", "rows"),
+    [(1, 1, 1), (2, 2, 1), (3, 2, 2), (4, 2, 2), (5, 3, 2), (9, 3, 3), (10, 4, 3)],
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_contact_sheet_is_about_as_wide_as_high(count: int, columns: int, rows: int, channels: int) -> None:
+    tiles = [np.full((8, 6, channels), i, np.uint8) for i in range(count)]
+    sheet = contact_sheet(tiles, gap=2)
+    assert sheet.shape == (rows * 10 - 2, columns * 8 - 2, channels)
+    seen = np.zeros(sheet.shape[:2], bool)
+    for i in range(count):
+        place = np.s_[i // columns * 10 : i // columns * 10 + 8, i % columns * 8 : i % columns * 8 + 6]
+        assert (sheet[place] == i).all()
+        seen[place] = True
+    assert (sheet[~seen] == 255).all()

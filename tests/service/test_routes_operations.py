@@ -1,0 +1,199 @@
+"""Health, readiness, metrics, facts and the page, over real sockets."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import httpx
+import pytest
+
+from model.checkpoint import Checkpoint
+from service.settings import Settings
+from service.warmup import Warm
+from tests.service.fakes import PATIENCE_S, FakeDenoiser, fake_warm, until
+from tests.service.live import Serve
+from tests.service.test_telemetry import DOCUMENTED, families
+
+LIVE = ["/livez", "/v2/health/live"]
+READY = ["/readyz", "/v2/health/ready"]
+
+
+class SlowToLoad:
+    """A warm-up that ends when it is told to."""
+
+    def __init__(self) -> None:
+        self.may_end = threading.Event()
+        self.denoiser = FakeDenoiser()
+
+    def __call__(self, model: Checkpoint, settings: Settings) -> Warm:
+        assert self.may_end.wait(PATIENCE_S)
+        return fake_warm(self.denoiser)(model, settings)
+
+
+def test_loading_is_alive_and_not_ready(serve: Serve) -> None:
+    warm = SlowToLoad()
+    server = serve(warm.denoiser, warm)
+    try:
+        for path in LIVE:
+            assert server.client.get(path).status_code == 200
+        refusals = [server.client.get(path) for path in (*READY, "/info", "/stream")]
+        refusals.append(server.client.post("/generate", json={}))
+        for refused in refusals:
+            assert (refused.status_code, refused.json()["code"]) == (503, "loading")
+            assert int(refused.headers["retry-after"]) > 0
+            assert refused.headers["content-type"] == "application/problem+json"
+        assert server.metric("ddpm_ready") == 0
+    finally:
+        warm.may_end.set()
+    server.ready()
+    for path in READY:
+        assert server.client.get(path).json() == {"status": "ready"}
+    assert server.metric("ddpm_ready") == 1
+
+
+def test_a_hung_step_is_not_alive(serve: Serve) -> None:
+    server = serve(stall_s=0.05)
+    server.gate.shut()
+    with server.client.stream("GET", "/stream") as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        until(lambda: server.client.get("/livez").status_code == 503, "the watchdog")
+        problem = server.client.get(LIVE[1])
+        assert (problem.status_code, problem.json()["code"]) == (503, "worker_dead")
+        server.gate.open()
+        until(lambda: server.client.get("/livez").status_code == 200)
+
+
+def test_metrics_are_prometheus_own_format(serve: Serve) -> None:
+    server = serve()
+    server.client.post("/generate", json={"num_inference_steps": 3, "sampler": "ddpm"})
+    server.client.get("/nowhere")
+    response = server.client.get("/metrics")
+    assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    found = families(response.text)
+    assert found.keys() == DOCUMENTED.keys()
+    assert "_created" not in response.text
+    samples = {(s.name, *sorted(s.labels.items())): s.value for f in found.values() for s in f.samples}
+    assert samples["ddpm_steps_total",] == 3
+    assert samples["ddpm_images_generated_total", ("sampler", "ddpm")] == 1
+    assert samples["ddpm_requests_total", ("outcome", "2xx"), ("route", "/generate")] == 1
+    assert samples["ddpm_requests_total", ("outcome", "4xx"), ("route", "unmatched")] == 1
+    assert samples["ddpm_ready",] == 1
+    (info,) = found["ddpm_model_info"].samples
+    assert (info.labels["model"], info.labels["runtime"], info.value) == ("tiny", "fake", 1)
+
+
+def test_the_event_loops_lag_is_watched(serve: Serve) -> None:
+    server = serve()
+    until(lambda: server.metric("ddpm_event_loop_lag_seconds") > 0)
+
+
+def test_the_facts(serve: Serve) -> None:
+    facts = serve(max_images=5, deadline_s=60.0).client.get("/info").json()
+    assert facts["model"] == {
+        "name": "tiny",
+        "classes": ["cat", "dog", "Ankle Boot"],
+        "guidance": True,
+        "channels": 1,
+        "height": 8,
+        "width": 8,
+        "parameters": facts["model"]["parameters"],
+        "timesteps": 100,
+        "prediction_type": "epsilon",
+    }
+    assert facts["model"]["parameters"] > 100
+    assert facts["samplers"] == ["ddpm", "ddim", "dpmpp_2m"]
+    assert facts["defaults"] == {
+        "sampler": "ddim",
+        "num_inference_steps": 50,
+        "eta": 0.0,
+        "guidance_scale": 2.0,
+    }
+    assert facts["limits"] == {"max_images": 5, "max_batch": 8, "max_queue": 256, "deadline_s": 60.0}
+    assert facts["runtime"]["name"] == "fake"
+    assert facts["batch_invariance"] == {"invariant": True, "max_abs_difference": 0.0, "batch_sizes": [2]}
+
+
+def test_the_page_and_its_files(serve: Serve) -> None:
+    client = serve().client
+    page = client.get("/")
+    assert page.status_code == 200
+    assert page.headers["content-type"].startswith("text/html")
+    script = client.get("/web/app.js")
+    assert script.status_code == 200
+    assert "javascript" in script.headers["content-type"]
+    missing = client.get("/web/../../pyproject.toml")
+    assert missing.status_code == 404
+    assert client.get("/web/%2e%2e/%2e%2e/pyproject.toml").status_code == 404
+
+
+def test_openapi_is_generated(serve: Serve) -> None:
+    client = serve().client
+    document = client.get("/openapi.json").json()
+    assert {"/generate", "/stream", "/livez", "/readyz", "/metrics", "/info"} <= document["paths"].keys()
+    responses = document["paths"]["/generate"]["post"]["responses"]
+    assert {"406", "422", "429", "503", "504"} <= responses.keys()
+    names = {parameter["name"] for parameter in document["paths"]["/stream"]["get"]["parameters"]}
+    assert {"n", "seed", "sampler", "preview", "preview_every", "last-event-id"} <= names
+    assert client.get("/docs").status_code == 200
+
+
+# ── Keys ───────────────────────────────────────────────────────────────────────────────────────
+
+KEYS = {"api_keys": "sesame,caraway"}
+BEHIND: dict[str, Callable[[httpx.Client], httpx.Response]] = {
+    "generate": lambda client: client.post("/generate", json={"num_inference_steps": 1}),
+    "stream": lambda client: client.get("/stream", params={"num_inference_steps": 1}),
+    "info": lambda client: client.get("/info"),
+}
+
+
+@pytest.mark.parametrize("route", BEHIND)
+def test_a_key_opens_what_is_closed(serve: Serve, route: str) -> None:
+    server = serve(**KEYS)
+    ask = BEHIND[route]
+    for given in (
+        None,
+        b"",
+        b"Bearer",
+        b"Bearer wrong",
+        b"Basic sesame",
+        b"sesame",
+        b"Bearer sesame,caraway",
+        "Bearer sesamé".encode("latin-1"),
+    ):
+        server.client.headers = httpx.Headers([] if given is None else [(b"authorization", given)])
+        refused = ask(server.client)
+        assert (refused.status_code, refused.json()["code"]) == (401, "unauthorized"), given
+        assert refused.headers["www-authenticate"] == "Bearer"
+        assert "sesam" not in refused.text
+    assert server.denoiser.starts == []
+    for key in ("sesame", "caraway"):
+        server.client.headers = httpx.Headers({"authorization": f"bearer {key}"})
+        assert ask(server.client).status_code == 200
+
+
+def test_some_routes_are_open(serve: Serve) -> None:
+    client = serve(**KEYS).client
+    for path in ("/", "/web/app.js", *LIVE, *READY, "/metrics", "/docs", "/openapi.json"):
+        assert client.get(path).status_code == 200, path
+
+
+def test_a_host_header_opens_nothing(serve: Serve) -> None:
+    client = serve(**KEYS).client
+    for host in ("x/livez?", "x/livez#", "x/metrics?a="):
+        assert client.get("/info", headers={"host": host}).status_code == 401
+
+
+def test_other_origins_may_call_when_they_are_listed(serve: Serve) -> None:
+    origin = "https://gallery.example"
+    client = serve(cors_origins=origin).client
+    asking = {"origin": origin, "access-control-request-method": "POST"}
+    preflight = client.options("/generate", headers=asking)
+    assert preflight.status_code == 200
+    assert preflight.headers["access-control-allow-origin"] == origin
+    answer = client.get("/livez", headers={"origin": origin})
+    assert answer.headers["access-control-allow-origin"] == origin
+    stranger = client.get("/livez", headers={"origin": "https://stranger.example"})
+    assert "access-control-allow-origin" not in stranger.headers

@@ -1,0 +1,304 @@
+"""One job's events on their way to a reader: what coalesces, what never drops, who takes over."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+
+import numpy as np
+import pytest
+
+from service.errors import ComputeError
+from service.events import Cancelled, Event, Failed, Finished, Picture, Preview, Queued
+from service.streams import Numbered, Stream, Streams
+
+QUEUED = Queued("job", 0, 1.0)
+FINISHED = Finished("job", (), 0.0, 1.0)
+ENDS = [FINISHED, Failed("job", ComputeError("no")), Cancelled("job")]
+
+
+def preview(step: int, *indices: int, kind: str = "x0") -> Preview:
+    pictures = tuple(Picture(i, i, kind, np.zeros((1, 1, 1), np.uint8)) for i in indices or (0,))
+    return Preview("job", step, 50, 50 - step, 1.0, pictures)
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    async def bounded() -> None:
+        await asyncio.wait_for(test(), 30)
+
+    asyncio.run(bounded())
+
+
+def a_stream() -> Stream:
+    return Stream("job", asyncio.get_running_loop(), None)
+
+
+async def read(stream: Stream) -> list[Numbered]:
+    return [item async for item in stream.events(stream.attach())]
+
+
+def told(items: list[Numbered]) -> list[tuple[str, int | None, list[int]]]:
+    """(type, step, images) of each."""
+    return [
+        (
+            type(item.event).__name__,
+            item.event.step if isinstance(item.event, Preview) else None,
+            [p.index for p in item.event.pictures] if isinstance(item.event, Preview) else [],
+        )
+        for item in items
+    ]
+
+
+@pytest.mark.parametrize("last", ENDS)
+def test_a_late_reader_gets_the_first_the_latest_and_the_last(last: Event) -> None:
+    async def test() -> None:
+        stream = a_stream()
+        events: list[Event] = [QUEUED, *(preview(step) for step in range(1, 50)), last]
+        for event in events:
+            stream.publish(event)
+        items = await read(stream)
+        assert [item.event for item in items][::2] == [QUEUED, last]
+        assert told(items)[1] == ("Preview", 49, [0])
+        assert [item.number for item in items] == [1, 2, 3]
+
+    run(test)
+
+
+def test_a_reader_that_keeps_up_misses_nothing() -> None:
+    async def test() -> None:
+        stream = a_stream()
+        items = []
+        coming: Iterator[Event] = iter([QUEUED, *(preview(step) for step in range(1, 20)), FINISHED])
+        stream.publish(next(coming))
+        async for item in stream.events(stream.attach()):
+            items.append(item)
+            if (event := next(coming, None)) is not None:
+                stream.publish(event)
+        assert [item.number for item in items] == list(range(1, 22))
+        assert [step for _, step, _ in told(items)][1:-1] == list(range(1, 20))
+
+    run(test)
+
+
+def test_each_image_keeps_its_own_latest_look() -> None:
+    async def test() -> None:
+        stream = a_stream()
+        for event in (preview(1, 0, 1), preview(2, 1), preview(1, 2), preview(2, 2, kind="xt"), FINISHED):
+            stream.publish(event)
+        assert told(await read(stream)) == [
+            ("Preview", 1, [0, 2]),
+            ("Preview", 2, [1, 2]),
+            ("Finished", None, []),
+        ]
+
+    run(test)
+
+
+def test_previews_come_in_the_order_of_their_latest_looks() -> None:
+    async def test() -> None:
+        stream = a_stream()
+        for event in (preview(1, 0), preview(2, 1), preview(3, 0), FINISHED):
+            stream.publish(event)
+        assert told(await read(stream))[:2] == [("Preview", 2, [1]), ("Preview", 3, [0])]
+
+    run(test)
+
+
+def test_publishing_from_another_thread_wakes_the_reader() -> None:
+    async def test() -> None:
+        stream = a_stream()
+        reading = asyncio.create_task(read(stream))
+        await asyncio.sleep(0)  # it waits now
+
+        def publish() -> None:
+            stream.publish(QUEUED)
+            stream.publish(FINISHED)
+
+        thread = threading.Thread(target=publish)
+        thread.start()
+        items = await reading
+        thread.join()
+        assert [item.event for item in items] == [QUEUED, FINISHED]
+
+    run(test)
+
+
+def test_publishing_after_the_loop_is_gone_is_harmless() -> None:
+    streams: list[Stream] = []
+
+    async def test() -> None:
+        streams.append(a_stream())
+
+    run(test)
+    streams[0].publish(FINISHED)
+    assert streams[0].over
+
+
+def test_the_last_event_alone() -> None:
+    async def test() -> None:
+        stream = a_stream()
+        for event in (QUEUED, preview(1), FINISHED):
+            stream.publish(event)
+        assert await stream.last(stream.attach()) is FINISHED
+
+    run(test)
+
+
+# ── Readers who leave and come back ────────────────────────────────────────────────────────────
+
+
+def test_numbers_go_on_after_a_reconnect() -> None:
+    async def test() -> None:
+        stream = a_stream()
+        stream.publish(QUEUED)
+        async for item in stream.events(stream.attach()):
+            assert item.number == 1
+            break
+        stream.publish(preview(1))
+        stream.publish(FINISHED)
+        assert [item.number for item in await read(stream)] == [2, 3]
+
+    run(test)
+
+
+def test_a_new_reader_takes_over() -> None:
+    async def test() -> None:
+        stream = a_stream()
+        former = asyncio.create_task(read(stream))
+        await asyncio.sleep(0)
+        later = asyncio.create_task(read(stream))
+        assert await former == []
+        stream.publish(FINISHED)
+        assert [item.event for item in await later] == [FINISHED]
+
+    run(test)
+
+
+def test_the_last_event_is_given_again_until_it_has_arrived() -> None:
+    async def test() -> None:
+        stream = a_stream()
+        stream.publish(QUEUED)
+        stream.publish(FINISHED)
+        first = await read(stream)
+        assert [item.number for item in first] == [1, 2]
+        assert await read(stream) == first[1:]
+        assert not stream.delivered(1)
+        assert stream.delivered(2)
+        assert stream.delivered(3)
+
+    run(test)
+
+
+def test_nothing_is_delivered_before_the_last_event_is_numbered() -> None:
+    async def test() -> None:
+        stream = a_stream()
+        stream.publish(FINISHED)
+        assert stream.over
+        assert not stream.delivered(10**6)
+
+    run(test)
+
+
+# ── The house of streams ───────────────────────────────────────────────────────────────────────
+
+
+def test_who_leaves_for_good_abandons_the_job() -> None:
+    async def test() -> None:
+        abandoned: list[str] = []
+        streams = Streams(0.01, abandoned.append)
+        stream = streams.open("job")
+        streams.leave(stream, stream.attach())
+        assert streams.find("job") is stream
+        assert streams.unread == 0
+        while not abandoned:  # noqa: ASYNC110 (a call back on a timer sets no event)
+            await asyncio.sleep(0.001)
+        assert abandoned == ["job"]
+        assert streams.find("job") is None
+
+    run(test)
+
+
+def test_without_grace_at_once() -> None:
+    async def test() -> None:
+        abandoned: list[str] = []
+        streams = Streams(60, abandoned.append)
+        stream = streams.open("job")
+        streams.leave(stream, stream.attach(), grace_s=0)
+        assert abandoned == ["job"]
+
+    run(test)
+
+
+def test_a_job_that_is_over_is_not_abandoned() -> None:
+    async def test() -> None:
+        abandoned: list[str] = []
+        streams = Streams(0, abandoned.append)
+        stream = streams.open("job")
+        streams.publish(FINISHED)
+        streams.leave(stream, stream.attach())
+        assert (abandoned, streams.find("job")) == ([], None)
+        streams.publish(FINISHED)  # to nobody
+
+    run(test)
+
+
+def test_who_comes_back_in_time_keeps_the_job() -> None:
+    async def test() -> None:
+        abandoned: list[str] = []
+        streams = Streams(0.02, abandoned.append)
+        stream = streams.open("job")
+        streams.leave(stream, stream.attach())
+        reader = stream.attach()
+        streams.stay(stream, reader)
+        assert streams.unread == 1
+        await asyncio.sleep(0.06)  # longer than the grace: nothing is what must happen
+        assert abandoned == []
+        streams.leave(stream, reader, grace_s=0)
+        assert abandoned == ["job"]
+
+    run(test)
+
+
+def test_a_reader_that_was_taken_over_from_has_no_say() -> None:
+    """Its connection may be noticed to be gone long after the new one has come."""
+
+    async def test() -> None:
+        abandoned: list[str] = []
+        streams = Streams(0, abandoned.append)
+        stream = streams.open("job")
+        former = stream.attach()
+        later = stream.attach()
+        streams.leave(stream, former)
+        assert (abandoned, streams.unread) == ([], 1)
+        streams.leave(stream, later, grace_s=60)
+        streams.stay(stream, former)
+        assert streams.unread == 0
+        streams.close()
+
+    run(test)
+
+
+def test_closing_abandons_nobody() -> None:
+    async def test() -> None:
+        abandoned: list[str] = []
+        streams = Streams(0.001, abandoned.append)
+        stream = streams.open("job")
+        streams.leave(stream, stream.attach())
+        streams.close()
+        await asyncio.sleep(0.01)
+        assert abandoned == []
+        assert streams.find("job") is None
+
+    run(test)
+
+
+def test_the_tag_is_kept_for_who_comes_back() -> None:
+    async def test() -> None:
+        streams = Streams(1, lambda _: None)
+        streams.open("job", tag={"any": "thing"})
+        found = streams.find("job")
+        assert found is not None
+        assert found.tag == {"any": "thing"}
+
+    run(test)

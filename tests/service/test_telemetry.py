@@ -1,0 +1,160 @@
+"""Metrics as Prometheus reads them, log lines, and the middleware around every request."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from service.telemetry import JsonFormatter, Observe, Telemetry, configure_logging, request_id
+
+DOCUMENTED = {
+    "ddpm_requests_total": ["route", "outcome"],
+    "ddpm_request_duration_seconds": ["route"],
+    "ddpm_queue_duration_seconds": [],
+    "ddpm_time_to_first_preview_seconds": [],
+    "ddpm_images_generated_total": ["sampler"],
+    "ddpm_steps_total": [],
+    "ddpm_step_duration_seconds": [],
+    "ddpm_batch_rows": [],
+    "ddpm_samples_running": [],
+    "ddpm_samples_waiting": [],
+    "ddpm_rejected_total": ["reason"],
+    "ddpm_cancelled_total": [],
+    "ddpm_nonfinite_total": [],
+    "ddpm_last_step_timestamp_seconds": [],
+    "ddpm_event_loop_lag_seconds": [],
+    "ddpm_model_info": ["model", "runtime", "device", "dtype", "version"],
+    "ddpm_ready": [],
+}
+
+
+def families(text: str) -> dict[str, Any]:
+    return {
+        f"{family.name}_total" if family.type == "counter" else family.name: family
+        for family in text_string_to_metric_families(text)
+    }
+
+
+def test_every_documented_metric_is_there_and_no_other() -> None:
+    telemetry = Telemetry()
+    found = families(telemetry.render().decode())
+    assert found.keys() == DOCUMENTED.keys()
+    assert all(family.documentation for family in found.values())
+    assert "_created" not in telemetry.render().decode()
+
+
+def test_labels() -> None:
+    instruments = [value for value in vars(Telemetry()).values() if hasattr(value, "_labelnames")]
+    labels = {f"{i._name}{'_total' * (i._type == 'counter')}": list(i._labelnames) for i in instruments}
+    assert labels == DOCUMENTED
+
+
+def test_two_apps_do_not_share_counts() -> None:
+    first, second = Telemetry(), Telemetry()
+    first.cancelled.inc()
+    assert second.registry.get_sample_value("ddpm_cancelled_total") == 0
+
+
+# ── Logs ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_log_line_is_one_json_object() -> None:
+    request_id.set("abc")
+    try:
+        raise ValueError("two\nlines")
+    except ValueError as error:
+        record = logging.LogRecord("a.b", logging.ERROR, "f", 1, "it %s", ("broke",), None)
+        record.exc_info = (type(error), error, error.__traceback__)
+    text = JsonFormatter().format(record)
+    assert "\n" not in text
+    line = json.loads(text)
+    assert (line["level"], line["logger"], line["message"]) == ("error", "a.b", "it broke")
+    assert line["request_id"] == "abc"
+    assert "ValueError: two\nlines" in line["exception"]
+
+
+@pytest.mark.parametrize("style", ["text", "json"])
+def test_the_log_goes_to_standard_error(style: str, capsys: pytest.CaptureFixture[str]) -> None:
+    root = logging.getLogger()
+    before, level = root.handlers[:], root.level
+    root.handlers.clear()  # basicConfig(force) would close those of the test runner
+    try:
+        configure_logging(style)
+        logging.getLogger("x").info("hello")
+    finally:
+        root.handlers[:] = before
+        root.setLevel(level)
+    line = capsys.readouterr().err.strip()
+    assert "hello" in line
+    assert line.startswith("{") == (style == "json")
+
+
+# ── The middleware ─────────────────────────────────────────────────────────────────────────────
+
+
+def call(
+    app: Any, headers: Sequence[tuple[bytes, bytes]] = (), kind: str = "http"
+) -> tuple[Telemetry, list[Any]]:
+    telemetry = Telemetry()
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        return {"type": "http.disconnect"}
+
+    scope: dict[str, Any] = {"type": kind, "headers": headers}
+    with suppress(KeyError):
+        asyncio.run(Observe(app, telemetry)(scope, receive, send))
+    return telemetry, sent
+
+
+async def answering(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 204, "headers": [(b"a", b"b")]})
+    await send({"type": "http.response.body"})
+
+
+async def breaking(scope: Any, receive: Any, send: Any) -> None:
+    raise KeyError("a bug")
+
+
+async def silent(scope: Any, receive: Any, send: Any) -> None:
+    return
+
+
+@pytest.mark.parametrize(("app", "outcome"), [(answering, "2xx"), (breaking, "5xx"), (silent, "4xx")])
+def test_outcomes(app: Any, outcome: str) -> None:
+    telemetry, _ = call(app)
+    labels = {"route": "unmatched", "outcome": outcome}
+    assert telemetry.registry.get_sample_value("ddpm_requests_total", labels) == 1
+    duration = telemetry.registry.get_sample_value(
+        "ddpm_request_duration_seconds_count", {"route": "unmatched"}
+    )
+    assert duration == 1
+
+
+@pytest.mark.parametrize("given", [b"x", b"a-1.b_2:3", b"~" * 128])
+def test_a_request_id_is_passed_through(given: bytes) -> None:
+    _, sent = call(answering, [(b"x-request-id", given)])
+    assert sent[0]["headers"] == [(b"a", b"b"), (b"x-request-id", given)]
+
+
+@pytest.mark.parametrize("given", [b"", b"a b", b"a\nb", b"\xff", b"x" * 129])
+def test_one_that_is_not_fit_for_a_log_is_replaced(given: bytes) -> None:
+    _, sent = call(answering, [(b"x-request-id", given)])
+    (made,) = [value for name, value in sent[0]["headers"] if name == b"x-request-id"]
+    assert made != given
+    assert len(made) == 16
+
+
+def test_what_is_no_request_is_left_alone() -> None:
+    telemetry, _ = call(silent, kind="lifespan")
+    assert not next(iter(telemetry.requests.collect())).samples

@@ -1,0 +1,150 @@
+"""From a checkpoint to a warm engine: how wide, how fast, and how far mates change a result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from model import runtimes
+from model.denoiser import Chain, Denoiser, Latent
+from service import warmup
+from service.app import describe, describe_model
+from service.errors import ComputeError
+from service.events import Failed, Finished
+from service.warmup import Invariance, Warm, measure_invariance, warm_up
+from tests.service.fakes import FakeDenoiser, job_of, tiny_model
+from tests.service.live import settings
+
+
+def warm(**values: Any) -> Warm:
+    return warm_up(tiny_model(), settings(runtime="torch", device="cpu", **values))
+
+
+def runtime_of(warm: Warm) -> runtimes.Runtime:
+    assert isinstance(warm.engine.denoiser, Denoiser)
+    return warm.engine.denoiser.runtime
+
+
+def test_torch_is_padded_to_its_widest_step_and_invariant() -> None:
+    found = warm(max_batch=4)
+    assert (found.runtime, found.device, found.dtype) == ("torch", "cpu", "float32")
+    assert found.engine.scheduler.max_rows == 4
+    assert runtime_of(found).batch_sizes == (4,)
+    assert [rows for rows, _ in found.step_times] == [4]
+    assert found.invariance == Invariance((2, 3, 4), 0.0)
+    assert found.invariance.holds
+
+
+def test_or_not_padded_when_nobody_asks_for_it() -> None:
+    found = warm(max_batch=4, batch_invariant=False)
+    assert runtime_of(found).batch_sizes == ()
+    assert [rows for rows, _ in found.step_times] == [1, 2, 4]
+    assert all(seconds > 0 for _, seconds in found.step_times)
+
+
+def test_the_width_follows_the_times_of_steps_that_are_not_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[tuple[int, tuple[int, ...]]] = []
+
+    def timed(denoiser: Denoiser, chains: Sequence[Chain], repeats: int = 3) -> float:
+        shapes.append((len(chains), denoiser.runtime.batch_sizes))
+        return {1: 1.0, 2: 1.1, 4: 1.2}.get(len(chains), float(len(chains)))
+
+    monkeypatch.setattr(warmup, "_time_step", timed)
+    found = warm()
+    assert found.engine.scheduler.max_rows == 4
+    assert shapes == [(1, ()), (2, ()), (4, ()), (8, ()), (16, ()), (4, (4,))]
+
+
+def test_a_warm_engine_runs() -> None:
+    engine = warm(max_batch=2).engine
+    job = job_of("a", [1], steps=2, guidance_scale=2.0)
+    engine.scheduler.add(job, job.created)
+    engine.step()
+    report = engine.step()
+    assert report is not None
+    assert [type(event) for event in report.events] == [Finished]
+
+
+def test_out_of_memory_narrows_the_padding_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = warm(max_batch=4)
+    runtime = runtime_of(found)
+    real, widths = type(runtime).forward, []
+
+    def cramped(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
+        width = max([len(x), *runtime.batch_sizes])
+        widths.append(width)
+        if width > 2:
+            raise torch.OutOfMemoryError("too wide")
+        return real(runtime, x, t, y)
+
+    monkeypatch.setattr(runtime, "forward", cramped)
+    job = job_of("a", [1, 2, 3], steps=1)
+    found.engine.scheduler.add(job, job.created)
+    events = []
+    while (report := found.engine.step()) is not None:
+        events += report.events
+    assert [type(event) for event in events] == [Finished], events
+    assert found.engine.scheduler.max_rows in (1, 2)
+    assert runtime.batch_sizes == (found.engine.scheduler.max_rows,)
+
+
+def test_a_class_model_without_a_null_class_warms_up() -> None:
+    found = warm_up(tiny_model(guided=False), settings(runtime="torch", device="cpu", max_batch=1))
+    assert found.engine.scheduler.max_rows == 1
+    job = job_of("a", [1], steps=1)
+    found.engine.scheduler.add(job, job.created)
+    report = found.engine.step()
+    assert report is not None
+    (event,) = report.events
+    assert isinstance(event, Failed)  # it has no unconditional branch; the door refuses such a request
+    assert isinstance(event.error, ComputeError)
+
+
+def test_an_unconditional_model_warms_up() -> None:
+    model = tiny_model(guided=False, classes=0)
+    chosen = settings(runtime="torch", device="cpu", max_batch=2)
+    found = warm_up(model, chosen)
+    facts = describe(describe_model(model, chosen), chosen, found)
+    assert facts["model"]["classes"] == []
+    assert facts["model"]["guidance"] is False
+    assert facts["limits"]["max_batch"] == 2
+    assert facts["batch_invariance"] == {"invariant": True, "max_abs_difference": 0.0, "batch_sizes": [2]}
+
+
+def test_openvino_is_invariant_at_any_width() -> None:
+    pytest.importorskip("openvino")
+    found = warm_up(tiny_model(), settings(runtime="openvino", max_batch=4))
+    assert found.runtime == "openvino"
+    assert runtime_of(found).batch_sizes == ()
+    assert found.invariance.holds
+
+
+# ── The measurement can fail ───────────────────────────────────────────────────────────────────
+
+
+class Leaky(FakeDenoiser):
+    """What the first of two or more gets depends on its mates."""
+
+    leak = 1e-6
+
+    def step(
+        self, chains: Sequence[Chain], latents: Sequence[Latent], rows: Sequence[int]
+    ) -> Sequence[Latent]:
+        out = super().step(chains, latents, rows)
+        if len(chains) > 2:
+            out[0].x.add_(self.leak)
+        return out
+
+
+@pytest.mark.parametrize(("leak", "difference"), [(1e-6, 1e-6), (float("nan"), float("nan"))])
+def test_a_difference_is_found(leak: float, difference: float) -> None:
+    denoiser = Leaky()
+    denoiser.leak = leak
+    chains: list[Any] = [sample.chain for sample in job_of("a", range(4)).samples]
+    found = measure_invariance(denoiser, chains, 4)  # type: ignore[arg-type]  # a fake in its place
+    assert found.max_abs_difference == pytest.approx(difference, rel=0.3, nan_ok=True)
+    assert not found.holds
+    assert measure_invariance(FakeDenoiser(), chains, 4).holds  # type: ignore[arg-type]  # the same

@@ -1,0 +1,129 @@
+"""The shipped weights through `python -m service`: the same seeds give the same bytes in any company."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from model import checkpoint
+from tests.service.live import ROOT, Process, sse
+
+SHIPPED = ROOT / "weights" / "fashion-mnist"
+GENEROUS_S = 60.0
+
+pytestmark = pytest.mark.skipif(
+    not (SHIPPED / "unet" / checkpoint.WEIGHTS).exists(), reason="weights/fashion-mnist is not there"
+)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy, whole: a training that is under way rewrites the folder."""
+    copy = tmp_path_factory.mktemp("weights") / SHIPPED.name
+    for _ in range(20):
+        shutil.rmtree(copy, ignore_errors=True)
+        try:
+            shutil.copytree(SHIPPED, copy, ignore=shutil.ignore_patterns("training", "*.part"))
+            checkpoint.check_manifest(copy)
+        except (OSError, shutil.Error, checkpoint.CheckpointError):
+            time.sleep(0.5)  # it was being written
+        else:
+            return copy
+    raise AssertionError(f"{SHIPPED} is never whole")
+
+
+@pytest.fixture(scope="module")
+def client(weights: Path) -> Iterator[httpx.Client]:
+    process = Process(["--model", str(weights)])
+    try:
+        begun = time.monotonic()
+        with closing(process.connect(timeout_s=GENEROUS_S)) as connected:
+            assert time.monotonic() - begun < GENEROUS_S
+            yield connected
+        process.popen.send_signal(signal.SIGTERM)
+        assert process.wait() == 0, process.log
+    finally:
+        process.stop()
+
+
+def generate(client: httpx.Client, **request: Any) -> list[str]:
+    """The images of a request, as base64."""
+    response = client.post("/generate", json=request)
+    assert response.status_code == 200, response.text
+    return [image["b64_json"] for image in response.json()["images"]]
+
+
+def test_the_service_says_what_it_serves(client: httpx.Client) -> None:
+    facts = client.get("/info").json()
+    assert facts["model"]["name"] == "fashion-mnist"
+    assert len(facts["model"]["classes"]) == 10
+    assert facts["model"]["guidance"]
+    assert facts["batch_invariance"]["invariant"], facts["batch_invariance"]
+
+
+def company(count: int) -> list[dict[str, Any]]:
+    """Requests of mixed samplers, lengths, guidance, classes and sizes; the same ones every time."""
+    draw = random.Random(0)
+    requests = []
+    for seed in range(count):
+        request: dict[str, Any] = {
+            "seed": 1000 * seed,
+            "n": draw.choice([1, 1, 2]),
+            "sampler": draw.choice(["ddpm", "ddim", "dpmpp_2m"]),
+            "num_inference_steps": draw.randint(2, 10),
+            "eta": draw.choice([0.0, 0.5, 1.0]),
+        }
+        if draw.random() < 0.7:
+            request |= {"class_label": draw.randrange(10), "guidance_scale": draw.choice([1.0, 2.0, 4.0])}
+        requests.append(request)
+    return requests
+
+
+def test_the_same_seeds_give_the_same_bytes_alone_and_in_company(client: httpx.Client) -> None:
+    ours = {"num_inference_steps": 6, "class_label": "ankle boot", "sampler": "ddpm"}
+    together = generate(client, n=8, seed=40, **ours)
+    assert len(set(together)) == 8
+
+    alone = [generate(client, seed=seed, **ours)[0] for seed in range(40, 48)]
+    assert alone == together
+
+    with ThreadPoolExecutor(28) as pool:
+        others = [pool.submit(generate, client, **request) for request in company(20)]
+        amid = [pool.submit(generate, client, seed=seed, **ours) for seed in range(40, 48)]
+        assert [answer.result()[0] for answer in amid] == together
+        in_company = [other.result() for other in others]
+    # The others, too, are what they are alone.
+    for request, images in list(zip(company(20), in_company, strict=True))[:4]:
+        assert generate(client, **request) == images
+    # They really shared steps: fewer network calls than the longest chains one after the other.
+    metrics = client.get("/metrics").text
+    widths = dict(line.split() for line in metrics.splitlines() if line.startswith("ddpm_batch_rows_"))
+    assert float(widths["ddpm_batch_rows_sum"]) > 2 * float(widths["ddpm_batch_rows_count"])
+
+
+def test_another_seed_gives_other_bytes(client: httpx.Client) -> None:
+    assert generate(client, seed=1, num_inference_steps=2) != generate(client, seed=2, num_inference_steps=2)
+
+
+def test_a_50_step_chain_is_seen_in_the_making(client: httpx.Client) -> None:
+    query = "/stream?seed=7&num_inference_steps=50&preview_every=1"
+    with client.stream("GET", query) as response:
+        events = list(sse(response))
+    previews = [event.data for event in events if event.name == "preview"]
+    assert len(previews) >= 10
+    steps = [preview["step"] for preview in previews]
+    assert steps == sorted(set(steps))
+    assert all(preview["steps"] == 50 for preview in previews)
+    assert (events[0].name, events[-1].name) == ("queued", "completed")
+    (image,) = events[-1].data["images"]
+    assert image["b64_json"] == generate(client, seed=7, num_inference_steps=50)[0]
