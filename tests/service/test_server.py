@@ -132,7 +132,7 @@ def tiny_process(launch: Launch, folder: Path, *flags: str) -> tuple[Process, ht
 
 def test_sigterm_drains_and_exits_0(launch: Launch, tiny_folder: Path) -> None:
     process, client = tiny_process(launch, tiny_folder)
-    with closing(client), client.stream("GET", f"{SLOW}16") as stream:
+    with closing(client), client.stream("GET", f"{SLOW}8") as stream:
         events = sse(stream)
         next(events)
         process.popen.send_signal(signal.SIGTERM)
@@ -142,7 +142,7 @@ def test_sigterm_drains_and_exits_0(launch: Launch, tiny_folder: Path) -> None:
         assert int(refused.headers["retry-after"]) > 0
         (last,) = events
         assert last.name == "completed"
-        assert len(last.data["images"]) == 16
+        assert len(last.data["images"]) == 8
     assert process.wait() == 0
     assert "Traceback" not in process.log
 
