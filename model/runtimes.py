@@ -7,7 +7,7 @@ networks that only give the same bits at the same shape.
 
 from __future__ import annotations
 
-import os
+import importlib.util
 import sys
 import warnings
 from collections.abc import Sequence
@@ -132,6 +132,17 @@ def choose_device(wanted: str) -> str:
     return wanted
 
 
+def check_available(runtime: str, device: str) -> None:
+    """Raise RuntimeUnavailableError when what is asked for cannot be had here, without loading anything."""
+    place = choose_device(device)
+    if runtime != "openvino":
+        return
+    if place != "cpu":
+        raise RuntimeUnavailableError(f"openvino runs on the CPU here, not on {place!r}")
+    if importlib.util.find_spec("openvino") is None:
+        raise RuntimeUnavailableError("openvino is not installed: pip install openvino")
+
+
 def load_runtime(
     model: Checkpoint,
     runtime: Literal["auto", "torch", "openvino"] = "auto",
@@ -145,10 +156,9 @@ def load_runtime(
     max_rows: the widest batch that will be asked for. batch_invariant: pad torch's batches to one shape.
     Raises RuntimeUnavailableError when what was asked for cannot be had.
     """
+    check_available(runtime, device)
     place = choose_device(device)
     precision: DtypeName = "float32" if dtype == "auto" else dtype
-    if runtime == "openvino" and place != "cpu":
-        raise RuntimeUnavailableError(f"openvino runs on the CPU here, not on {place!r}")
     if place == "cpu" and runtime in ("auto", "openvino"):
         try:
             return OpenVinoRuntime(model, precision)
@@ -156,8 +166,3 @@ def load_runtime(
             if runtime == "openvino":
                 raise
     return TorchRuntime(model, place, precision, (max_rows,) if batch_invariant else ())
-
-
-def threads() -> int:
-    """CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

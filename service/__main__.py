@@ -1,6 +1,7 @@
 """`python -m service`: read settings, load the model, run the server.
 
-Exit codes: 0 after an orderly stop, 1 when the worker died, 2 for a bad setting, 3 for an unusable model.
+Exit codes: 0 after an orderly stop, 1 when the worker died, 2 for a bad setting, 3 for a model or a device
+that cannot be used.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
-from model import checkpoint
+from model import checkpoint, runtimes
 from service.app import create_app
 from service.server import serve
 from service.settings import SettingsError, read
@@ -24,8 +25,9 @@ def main() -> int:
         return 2
     configure_logging(settings.log_format)
     try:
+        runtimes.check_available(settings.runtime, settings.device)
         model = checkpoint.load(settings.model)
-    except checkpoint.CheckpointError as error:
+    except (checkpoint.CheckpointError, runtimes.RuntimeUnavailableError) as error:
         print(error, file=sys.stderr)
         return 3
     app = create_app(model, settings)

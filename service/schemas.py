@@ -102,6 +102,8 @@ def to_job(request: GenerateRequest, catalogue: Catalogue, *, streamed: bool) ->
         raise InvalidRequestError(
             "num_inference_steps", f"This model has {catalogue.schedule.timesteps} timesteps."
         )
+    if request.eta and request.sampler != "ddim":
+        raise InvalidRequestError("eta", "Only ddim has an η; the other samplers fix their noise themselves.")
     label = None if request.class_label is None else catalogue.label(request.class_label)
     scale = _guidance(request, catalogue, label)
     seed = secrets.randbits(32) if request.seed is None else request.seed

@@ -21,10 +21,6 @@ from tests.service.live import ROOT, Process, sse
 SHIPPED = ROOT / "weights" / "fashion-mnist"
 GENEROUS_S = 60.0
 
-pytestmark = pytest.mark.skipif(
-    not (SHIPPED / "unet" / checkpoint.WEIGHTS).exists(), reason="weights/fashion-mnist is not there"
-)
-
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -44,7 +40,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(weights: Path) -> Iterator[httpx.Client]:
-    process = Process(["--model", str(weights)])
+    # Wide enough for company whatever the step times on this machine recommend.
+    process = Process(["--model", str(weights), "--max-batch", "8"])
     try:
         begun = time.monotonic()
         with closing(process.connect(timeout_s=GENEROUS_S)) as connected:
@@ -81,8 +78,9 @@ def company(count: int) -> list[dict[str, Any]]:
             "n": draw.choice([1, 1, 2]),
             "sampler": draw.choice(["ddpm", "ddim", "dpmpp_2m"]),
             "num_inference_steps": draw.randint(2, 10),
-            "eta": draw.choice([0.0, 0.5, 1.0]),
         }
+        if request["sampler"] == "ddim":
+            request["eta"] = draw.choice([0.0, 0.5, 1.0])
         if draw.random() < 0.7:
             request |= {"class_label": draw.randrange(10), "guidance_scale": draw.choice([1.0, 2.0, 4.0])}
         requests.append(request)

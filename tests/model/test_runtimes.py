@@ -148,7 +148,3 @@ def test_auto_prefers_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_device("auto") == "mps"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert choose_device("auto") == "cuda"
-
-
-def test_threads_are_counted() -> None:
-    assert runtimes.threads() >= 1

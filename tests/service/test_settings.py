@@ -108,6 +108,15 @@ def test_an_unusable_model_gives_one_line_and_code_3(launch: Callable[..., Proce
     assert process.lines == [f"{tmp_path / 'nowhere'}: no such folder"]
 
 
+def test_a_device_that_is_not_there_gives_one_line_and_code_3(
+    launch: Callable[..., Process], tiny_folder: Path
+) -> None:
+    process = launch("--model", str(tiny_folder), "--device", "cuda:63")
+    assert process.wait() == 3
+    (line,) = process.lines
+    assert line.startswith("device 'cuda:63': ")
+
+
 def test_weights_that_were_tampered_with_are_not_served(
     launch: Callable[..., Process], tiny_folder: Path, tmp_path: Path
 ) -> None:
