@@ -137,3 +137,9 @@ def generate(denoiser: Denoiser, chains: Sequence[Chain]) -> Tensor:
     for latents in trajectory(denoiser, chains):  # noqa: B007 (the last one is the result)
         pass
     return torch.stack([latent.x for latent in latents])
+
+
+def to_pixels(x: Tensor) -> NDArray[np.uint8]:
+    """Samples as 8-bit images: [..., C, H, W] in [-1, 1], clamped → the same shape, uint8 in [0, 255]."""
+    levels = ((x.clamp(-1, 1) + 1) * 127.5).round()
+    return np.asarray(levels.to(torch.uint8).cpu().numpy())

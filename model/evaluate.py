@@ -36,7 +36,7 @@ from model import checkpoint, classifier, data, fidelity, plots
 from model.checkpoint import Checkpoint, CheckpointError
 from model.classifier import Classifier, ClassifierConfig, Judgement
 from model.data import DataError, Dataset, Labels, Pixels
-from model.denoiser import Chain, Denoiser, trajectory
+from model.denoiser import Chain, Denoiser, to_pixels, trajectory
 from model.runtimes import RuntimeUnavailableError
 from model.samplers import SAMPLERS, Plan, build_plan
 from model.schedule import ScheduleError
@@ -134,7 +134,7 @@ def sample(
             tick(sum(chain.rows for chain in part))
         if not x.isfinite().all():
             raise FloatingPointError(f"samples {start} to {start + len(part) - 1} are not finite")
-        images.append(plots.to_pixels(x))
+        images.append(to_pixels(x))
     return np.concatenate(images)
 
 

@@ -20,12 +20,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.data import Pixels
-from model.denoiser import Chain, Denoiser, generate, trajectory
+from model.denoiser import Chain, Denoiser, generate, to_pixels, trajectory
 from model.runtimes import load_runtime
 from model.samplers import build_plan
 
@@ -45,12 +44,6 @@ def denoiser_of(model: Checkpoint, runtime: RuntimeName = "auto", device: str = 
         conditional=config.num_class_embeds is not None,
         null_class=model.null_class,
     )
-
-
-def to_pixels(x: Tensor) -> Pixels:
-    """Samples as 8-bit images: [..., C, H, W] in about [-1, 1] → the same shape, uint8 in [0, 255]."""
-    levels = ((x.clamp(-1, 1) + 1) * 127.5).round()
-    return np.asarray(levels.to(torch.uint8).cpu().numpy())
 
 
 def class_sheet(

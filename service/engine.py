@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from model.denoiser import Chain, Latent
+from model.denoiser import Chain, Latent, to_pixels
 from service.errors import ComputeError, NonFiniteError
 from service.events import Event, Picture, Pixels
 from service.jobs import Sample
@@ -127,7 +127,7 @@ class Engine:
 
     def _draw(self, sample: Sample, kind: str) -> Picture:
         latent = self._latents[sample]
-        pixels = to_pixels(latent.x0 if kind == "x0" else latent.x)
+        pixels = to_picture(latent.x0 if kind == "x0" else latent.x)
         return Picture(sample.index, sample.chain.seed, kind, pixels)
 
     def _forget(self) -> None:
@@ -137,10 +137,9 @@ class Engine:
             del self._latents[sample]
 
 
-def to_pixels(x: torch.Tensor) -> Pixels:
-    """[C, H, W] float in [-1, 1], clamped → [H, W, C] uint8."""
-    levels = (x.clamp(-1, 1) + 1) * 127.5
-    return levels.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy().copy()
+def to_picture(x: torch.Tensor) -> Pixels:
+    """[C, H, W] float in [-1, 1], clamped → [H, W, C] uint8, a copy of its own."""
+    return to_pixels(x).transpose(1, 2, 0).copy()
 
 
 def _chain(sample: Sample) -> Chain:

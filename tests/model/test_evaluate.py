@@ -11,7 +11,7 @@ from model import checkpoint, evaluate, plots
 from model.checkpoint import Checkpoint
 from model.classifier import Judgement
 from model.data import DataError, Dataset
-from model.denoiser import Chain
+from model.denoiser import Chain, to_pixels
 from model.evaluate import Reference
 from model.samplers import build_plan
 from model.schedule import NoiseSchedule
@@ -132,7 +132,7 @@ def test_samples_are_those_of_their_seeds_whatever_the_batch():
     latents = [denoiser.start(chain := Chain(plan, 7 + 4, 1, 2.0))]
     for row in range(3):
         latents = list(denoiser.step([chain], latents, [row]))
-    assert np.abs(some[4].astype(int) - plots.to_pixels(latents[0].x)).max() <= 1
+    assert np.abs(some[4].astype(int) - to_pixels(latents[0].x)).max() <= 1
 
 
 def test_samples_that_are_not_finite_are_an_error():

@@ -5,7 +5,7 @@ from PIL import Image
 
 from model import checkpoint, plots
 from model.checkpoint import Checkpoint
-from model.denoiser import Chain, generate
+from model.denoiser import Chain, generate, to_pixels
 from model.samplers import build_plan
 from model.schedule import NoiseSchedule
 from model.unet import UNet, UNetConfig
@@ -53,7 +53,7 @@ def test_names_and_heads_get_room():
 
 def test_pixels_span_the_levels_and_are_clipped():
     x = torch.tensor([-2.0, -1.0, 0.0, 1.0, 3.0])
-    assert plots.to_pixels(x).tolist() == [0, 0, 128, 255, 255]
+    assert to_pixels(x).tolist() == [0, 0, 128, 255, 255]
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -62,7 +62,7 @@ def test_a_class_sheet_has_a_row_of_samples_per_class(channels):
     sheet = plots.class_sheet(model, per_class=2, steps=3, seed=5, scale=1, runtime="torch")
     denoiser = plots.denoiser_of(model, "torch")
     plan = build_plan(model.schedule, "ddim", 3)
-    expected = plots.to_pixels(generate(denoiser, [Chain(plan, 5 + 2 * 1 + i, label=1) for i in range(2)]))
+    expected = to_pixels(generate(denoiser, [Chain(plan, 5 + 2 * 1 + i, label=1) for i in range(2)]))
     left = sheet.width - 2 * (8 + plots.GAP)
     top = plots.GAP + 1 * (8 + plots.GAP)
     cell = pixels(sheet)[top : top + 8, left : left + 8].transpose(2, 0, 1)
@@ -121,8 +121,8 @@ def test_a_trajectory_begins_with_noise_and_its_last_guess_is_the_sample():
     left, top = strip.width - 3 * step, strip.height - 4 * step
     denoiser = plots.denoiser_of(model, "torch")
     chains = [Chain(build_plan(model.schedule, "ddim", 5), 4 + i, label) for i, label in enumerate([0, 2])]
-    noise = plots.to_pixels(denoiser.start(chains[1]).x)[0]
-    done = plots.to_pixels(generate(denoiser, chains))[1, 0]
+    noise = to_pixels(denoiser.start(chains[1]).x)[0]
+    done = to_pixels(generate(denoiser, chains))[1, 0]
     drawn = pixels(strip)[..., 0].astype(int)
     assert (drawn[top + 2 * step : top + 2 * step + 8, left : left + 8] == noise).all()
     last = drawn[top + 3 * step : top + 3 * step + 8, left + 2 * step : left + 2 * step + 8]
