@@ -33,7 +33,7 @@ HTTP = "fastapi starlette pydantic"
 
 SERVICE = {
     "service": "",
-    "service.__main__": f"{DOOR} {LEAVES} uvicorn model.checkpoint",
+    "service.__main__": f"{DOOR} {LEAVES} uvicorn model.checkpoint model.runtimes",
     "service.cluster": f"{DOOR} {LEAVES} ray model.checkpoint",
     # Wiring: the one place where the network meets the service.
     "service.app": (
