@@ -67,7 +67,9 @@ def warm_up(model: Checkpoint, settings: Settings) -> Warm:
     label = 0 if config.num_class_embeds is not None else None
     chains = [Chain(plan, seed, label) for seed in range(max(widths))]
 
-    points = [(width, _time_step(denoiser, chains[:width])) for width in widths]
+    points = _time_widths(denoiser, chains, widths)
+    if settings.max_batch > points[-1][0]:
+        points.append((settings.max_batch, _time_step(denoiser, chains)))
     max_rows = settings.max_batch or StepTimes(points).knee()
     if settings.batch_invariant and runtime.name == "torch":
         # Torch gives a row the same bits only at the same shape, so every call gets the widest one.
@@ -88,7 +90,23 @@ def warm_up(model: Checkpoint, settings: Settings) -> Warm:
     return Warm(engine, runtime.name, str(runtime.device), runtime.dtype, tuple(points), invariance)
 
 
-def _time_step(denoiser: Denoiser, chains: Sequence[Chain], repeats: int = 3) -> float:
+def _time_widths(
+    denoiser: Denoiser, chains: Sequence[Chain], widths: Sequence[int]
+) -> list[tuple[int, float]]:
+    """(rows, seconds) of ever wider steps, until two widths in a row bring no more rows per second."""
+    points: list[tuple[int, float]] = []
+    best, in_vain = 0.0, 0
+    for width in widths:
+        points.append((width, _time_step(denoiser, chains[:width])))
+        rate = width / points[-1][1]
+        in_vain = 0 if rate > best * 1.05 else in_vain + 1
+        best = max(best, rate)
+        if in_vain == 2:
+            break
+    return points
+
+
+def _time_step(denoiser: Denoiser, chains: Sequence[Chain], repeats: int = 2) -> float:
     """Seconds of a step of these chains: the best of a few, after one that is not counted."""
     latents = [denoiser.start(chain) for chain in chains]
     times = []
