@@ -148,3 +148,18 @@ def test_a_difference_is_found(leak: float, difference: float) -> None:
     assert found.max_abs_difference == pytest.approx(difference, rel=0.3, nan_ok=True)
     assert not found.holds
     assert measure_invariance(FakeDenoiser(), chains, 4).holds  # type: ignore[arg-type]  # the same
+
+
+def test_widths_that_bring_nothing_are_not_timed_but_the_asked_for_one_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    timed: list[int] = []
+
+    def in_proportion(_: Any, chains: Sequence[Any]) -> float:
+        timed.append(len(chains))
+        return 0.01 * len(chains)
+
+    monkeypatch.setattr(warmup, "_time_step", in_proportion)
+    made = warm_up(tiny_model(), settings(max_batch=64, runtime="openvino"))
+    assert timed == [1, 2, 4, 64]
+    assert made.engine.scheduler.max_rows == 64
