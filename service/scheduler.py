@@ -4,9 +4,11 @@ Samples, not requests, are scheduled: a step takes any samples whose rows fit in
 call, whatever their samplers, step counts and timesteps. Policies:
 
 remaining  the job with the least remaining work first, so that a request for one image overtakes a request
-           for 64. Every `turn`-th step goes in order of arrival instead, which bounds starvation: whatever
-           comes later, a job is finished within `turn` times the full-width steps, plus one, that serving
-           everybody in order of arrival could take (docs/scheduling.md has the proof).
+           for 64; but before all others those that have had no step yet, so that every request shows
+           something at once. Every `turn`-th step goes in order of arrival instead, which
+           bounds starvation: whatever comes later, a job is finished within `turn` times the full-width
+           steps, plus one, that serving everybody in order of arrival could take (docs/scheduling.md has
+           the proof).
 fifo       in order of arrival.
 sharing    whoever has waited longest for a step.
 
@@ -18,7 +20,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import Literal
 
 from sortedcontainers import SortedDict, SortedList
@@ -90,8 +92,9 @@ class Scheduler:
         self._order: SortedList[tuple[int, int, str]] = SortedList()
         self._entries: dict[str, tuple[int, int, str]] = {}
         self._active: dict[str, SortedList[tuple[int, int]]] = {}
+        self._new: SortedList[tuple[int, int, str]] = SortedList()  # entries without a committed step
         self._deadlines: SortedList[tuple[float, str]] = SortedList()
-        self._backlog = self._running = self._waiting = 0
+        self._backlog = self._running = self._unfinished = 0
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -103,13 +106,13 @@ class Scheduler:
 
     @property
     def running(self) -> int:
-        """Unfinished samples of jobs that have had a step."""
-        return self._running
+        """Samples of the step that was scheduled last, as far as they can still be among the unfinished."""
+        return min(self._running, self._unfinished)
 
     @property
     def waiting(self) -> int:
-        """Samples of jobs that have not had a step yet."""
-        return self._waiting
+        """Unfinished samples that are not running."""
+        return self._unfinished - self.running
 
     def add(self, job: Job, now: float) -> list[Event]:
         """Take a job in, or fail it at once when its deadline is certain to pass."""
@@ -124,8 +127,9 @@ class Scheduler:
         if job.deadline is not None:
             self._deadlines.add((job.deadline, job.id))
         self._backlog += job.remaining
-        self._waiting += len(job.samples)
+        self._unfinished += len(job.samples)
         self._enter(job, self._arrivals)
+        self._new.add(self._entries[job.id])
         return [queued]
 
     def cancel(self, job_id: str) -> list[Event]:
@@ -172,6 +176,7 @@ class Scheduler:
                     break
             if free <= 0:
                 break
+        self._running = len(chosen)
         return StepPlan(tuple(chosen), self.max_rows - free)
 
     def commit(self, plan: StepPlan, now: float, draw: Draw) -> list[Event]:
@@ -221,19 +226,28 @@ class Scheduler:
                 self._jobs[other]
                 for _, _, other in self._order.irange(maximum=entry, inclusive=(True, False))
             ]
-        return len(before), sum(other.remaining for other in before)
+        rows = sum(other.remaining for other in before)
+        if self.policy == "remaining":  # those behind it have their first step before its last
+            behind = self._new.irange(minimum=entry, inclusive=(False, True))
+            rows += sum(self._first_rows(self._jobs[new]) for _, _, new in behind)
+        return len(before), rows
+
+    def _first_rows(self, job: Job) -> int:
+        """Rows of the first step of a job, should it have the batch to itself."""
+        return min(self.max_rows, len(job.samples) * job.samples[0].chain.rows)
 
     def _by_priority(self) -> Iterator[Job]:
         if self.policy == "fifo" or (self.policy == "remaining" and self._steps % self.turn == self.turn - 1):
             return iter(self._jobs.values())
-        return (self._jobs[job_id] for _, _, job_id in self._order)
+        ordered = iter(self._order)
+        if self.policy == "remaining" and self._new:
+            ordered = chain(self._new, (entry for entry in self._order if entry not in self._new))
+        return (self._jobs[job_id] for _, _, job_id in ordered)
 
     def _start(self, job: Job, now: float) -> None:
         if job.state is State.WAITING:
             job.move_to(State.RUNNING)
             job.started = now
-            self._waiting -= len(job.samples)
-            self._running += len(job.samples)
 
     def _advance(self, sample: Sample, draw: Draw) -> None:
         active = self._active[sample.job.id]
@@ -245,7 +259,7 @@ class Scheduler:
             active.add((sample.row, sample.index))
         else:
             sample.result = draw(sample, "xt")
-            self._running -= 1
+            self._unfinished -= 1
 
     def _previews(self, job: Job, samples: Sequence[Sample], draw: Draw) -> Iterator[Preview]:
         """One event per row that some of the job's samples have reached and that is due a look."""
@@ -277,6 +291,7 @@ class Scheduler:
     def _exit(self, job: Job) -> int:
         entry = self._entries.pop(job.id)
         self._order.remove(entry)
+        self._new.discard(entry)
         return entry[1]
 
     def _leave(self, job: Job, state: State) -> None:
@@ -284,10 +299,7 @@ class Scheduler:
             self._exit(job)
         if job.deadline is not None:
             self._deadlines.remove((job.deadline, job.id))
-        if job.state is State.WAITING:
-            self._waiting -= len(job.samples)
-        else:
-            self._running -= len(self._active[job.id])
         job.move_to(state)
+        self._unfinished -= len(self._active[job.id])
         self._backlog -= job.remaining
         del self._jobs[job.id], self._active[job.id]

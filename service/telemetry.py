@@ -68,10 +68,8 @@ class Telemetry:
         self.batch_rows = Histogram(
             "ddpm_batch_rows", "Rows per network call.", buckets=ROW_BUCKETS, registry=registry
         )
-        self.running = Gauge("ddpm_samples_running", "Unfinished images being denoised.", registry=registry)
-        self.waiting = Gauge(
-            "ddpm_samples_waiting", "Images waiting for their first step.", registry=registry
-        )
+        self.running = Gauge("ddpm_samples_running", "Images in the latest step.", registry=registry)
+        self.waiting = Gauge("ddpm_samples_waiting", "Unfinished images not in it.", registry=registry)
         self.rejected = Counter(
             "ddpm_rejected_total", "Jobs refused at the door.", ["reason"], registry=registry
         )

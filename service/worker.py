@@ -164,6 +164,7 @@ class Worker:
             self._deliver(self._inbox.get()())
             self._progress = time.monotonic()
         self._deliver(self._poll())
+        self._show_load()  # before the step too: should it hang, the work in hand can be seen
         report = self._engine.step(self._poll)
         self._show_load()
         if report is not None:

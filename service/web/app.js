@@ -1,6 +1,7 @@
 import { copy, curl } from "./curl.js";
 import { Form } from "./form.js";
 import { Grid } from "./grid.js";
+import * as key from "./key.js";
 import { Player } from "./player.js";
 import { Run } from "./run.js";
 import { Problem } from "./stream.js";
@@ -111,15 +112,25 @@ function describe({ version, model, runtime, batch_invariance: invariance }) {
       : `Measured: batch mates change a result by at most ${difference.toExponential(1)}.`) + ` Version ${version}.`;
 }
 
+function ask() {
+  say(key.isSet() ? "The service does not know this key." : "The service asks for a key.", key.isSet());
+  $("form").hidden = true;
+  $("door").hidden = false;
+  $("key").select();
+}
+
 async function start() {
   try {
-    const response = await fetch("info");
+    const response = await fetch("info", { headers: key.headers() });
+    if (response.status === 401) return ask();
     if (!response.ok) throw await Problem.from(response);
     info = await response.json();
   } catch (error) {
     say(error instanceof Problem ? error.message : "The service cannot be reached. Reload to try again.", true);
     return;
   }
+  $("door").hidden = true;
+  $("form").hidden = false;
   describe(info);
   form = new Form(info);
   grid.setShape(info.model);
@@ -130,6 +141,11 @@ async function start() {
   $("form").addEventListener("input", () => run || grid.reset(form.places()));
 }
 
+$("door").addEventListener("submit", (event) => {
+  event.preventDefault();
+  key.set($("key").value);
+  start();
+});
 $("form").addEventListener("submit", (event) => {
   event.preventDefault();
   if (form && !running) generate();

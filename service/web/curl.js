@@ -1,11 +1,14 @@
 // The command that makes the same images again.
 
+import * as key from "./key.js";
+
 const quote = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
 export function curl(url, { fields, labels, each }) {
   const call = (data, file) =>
     [
       `curl -sS ${quote(url)} \\`,
+      ...(key.isSet() ? [`  -H "Authorization: Bearer $KEY" \\`] : []),
       `  -H 'Content-Type: application/json' -H 'Accept: image/png' \\`,
       `  -d ${data} \\`,
       `  -o ${file}`,

@@ -1,5 +1,7 @@
 // Server-sent events over fetch: EventSource hides the body of a 422 or 429, which is where the reason is.
 
+import * as key from "./key.js";
+
 const RETRY_AFTER_MS = [500, 2000];
 
 export class Problem extends Error {
@@ -21,7 +23,7 @@ export async function* follow(url, signal) {
   let drops = 0;
   for (;;) {
     try {
-      const headers = { Accept: "text/event-stream" };
+      const headers = { Accept: "text/event-stream", ...key.headers() };
       if (lastId) headers["Last-Event-ID"] = lastId;
       const response = await fetch(url, { headers, signal, cache: "no-store" });
       if (response.status === 204) throw new Problem({ title: "The connection was lost, and the job with it" });

@@ -1,7 +1,7 @@
 """The page in a real browser, against the real service with a tiny model: it must do what it shows."""
 
 import shutil
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
@@ -26,22 +26,31 @@ QUIET = [
 
 
 @pytest.fixture
-def page(launch, tiny_folder):
-    """The page, open and ready, and proof at the end that its console stayed clean."""
-    with (
-        closing(launch("--model", str(tiny_folder)).connect()) as client,
-        sync_playwright() as playwright,
-    ):
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
-        opened = browser.new_page()
+def visit(launch, tiny_folder):
+    """Opens the page of a service with these flags; proof at the end that its console stayed clean."""
+    with ExitStack() as stack:
         complaints: list[str] = []
-        opened.on("console", lambda message: complaints.append(message.text))
-        opened.on("pageerror", lambda error: complaints.append(str(error)))
-        opened.goto(str(client.base_url))
-        expect(opened.locator("#generate")).not_to_have_attribute("aria-disabled", "true")
-        yield opened
-        browser.close()
-        assert complaints == []
+        browser = stack.enter_context(sync_playwright()).chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        stack.callback(browser.close)
+
+        def visited(*flags: str) -> Page:
+            client = stack.enter_context(closing(launch("--model", str(tiny_folder), *flags).connect()))
+            opened = browser.new_page()
+            opened.on("console", lambda message: complaints.append(message.text))
+            opened.on("pageerror", lambda error: complaints.append(str(error)))
+            opened.goto(str(client.base_url))
+            return opened
+
+        yield visited
+    assert [text for text in complaints if "401" not in text] == []
+
+
+@pytest.fixture
+def page(visit):
+    """The page, open and ready."""
+    opened = visit()
+    expect(opened.locator("#generate")).not_to_have_attribute("aria-disabled", "true")
+    return opened
 
 
 def pictures(page: Page) -> list[str]:
@@ -92,3 +101,16 @@ def test_stop_ends_the_run(page):
     page.locator("#stop").click()
     expect(page.locator("#stop")).to_be_hidden()
     expect(page.locator("#status")).to_contain_text("topped")
+
+
+def test_a_service_with_keys_is_opened_by_one(visit):
+    page = visit("--api-keys", "the-right-key")
+    for key, told in (("a-wrong-key", "does not know"), ("the-right-key", "waiting")):
+        page.locator("#key").fill(key)
+        page.locator("#door button").click()
+        expect(page.locator("#status")).to_contain_text(told)
+    expect(page.locator("#door")).to_be_hidden()
+    generate(page, n="1", steps="4", seed="5")
+    assert pictures(page)
+    expect(page.locator("#curl")).to_contain_text("$KEY")
+    assert "the-right-key" not in page.content()

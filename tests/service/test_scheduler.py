@@ -115,7 +115,7 @@ class Life(RuleBasedStateMachine):
         assert plan.rows == sum(sample.chain.rows for sample in plan.samples)
         alone_at_one = self.under.max_rows == 1 and len(plan.samples) == 1
         assert plan.rows <= self.under.max_rows or (alone_at_one and plan.rows == 2)
-        assert len(set(plan.samples)) == len(plan.samples)
+        assert len(set(plan.samples)) == len(plan.samples) == self.under.running
         assert all(s.row < s.steps and s.job.state is State.RUNNING for s in plan.samples)
         assert bool(plan.samples) == bool(len(self.under))
 
@@ -138,8 +138,8 @@ class Life(RuleBasedStateMachine):
         unfinished = [s for job in alive for s in job.samples if s.row < s.steps]
         assert len(self.under) == len(alive)
         assert self.under.backlog == sum(s.remaining for s in unfinished)
-        assert self.under.running == sum(s.job.state is State.RUNNING for s in unfinished)
-        assert self.under.waiting == sum(s.job.state is State.WAITING for s in unfinished)
+        assert self.under.running + self.under.waiting == len(unfinished)
+        assert min(self.under.running, self.under.waiting) >= 0
         for job in alive:
             assert job.remaining == sum(s.remaining for s in job.samples)
         assert self.ends == Counter(job.id for job in self.jobs.values() if job.over)
@@ -220,6 +220,19 @@ def test_a_request_for_64_hardly_delays_a_request_for_one() -> None:
     under.add(one, 0)
     # All but every eighth step.
     assert steps_until(under, one) <= 50 * 8 / 7 + 1
+
+
+def test_a_request_that_has_had_no_step_goes_first() -> None:
+    under = scheduler(max_rows=2, turn=10**6)
+    under.add(counting_job("short", steps=3), 0)
+    step(under)
+    under.add(counting_job("long", n=8, steps=50), 0)
+    under.add(counting_job("longer", n=8, steps=60), 0)
+    assert chosen(under.schedule(0)) == {"long": 2}
+    step(under)
+    assert chosen(under.schedule(0)) == {"longer": 2}
+    step(under)
+    assert chosen(under.schedule(0)) == {"short": 1, "long": 1}
 
 
 def test_in_order_of_arrival_it_would() -> None:

@@ -1,0 +1,11 @@
+// The key of a service that asks for one. This tab keeps it, and nothing else does.
+
+const NAME = "ddpm-key";
+
+export const headers = () => {
+  const key = sessionStorage.getItem(NAME);
+  return key ? { Authorization: `Bearer ${key}` } : {};
+};
+
+export const isSet = () => sessionStorage.getItem(NAME) !== null;
+export const set = (key) => sessionStorage.setItem(NAME, key);
