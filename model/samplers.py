@@ -76,16 +76,21 @@ def _ddim(at: _Steps, eta: float) -> tuple[Array, Array, Array, Array]:
     return c_x, c_0, np.zeros_like(c_x), sigma
 
 
-def _dpmpp_2m(at: _Steps) -> tuple[Array, Array, Array, Array]:
-    """DPM-Solver++(2M), the midpoint form (Lu et al. 2022, alg. 2); first and last rows of first order."""
+def _dpmpp_2m(at: _Steps, *, sde: bool) -> tuple[Array, Array, Array, Array]:
+    """DPM-Solver++(2M) or SDE-DPM-Solver++(2M), the midpoint forms (Lu et al. 2022, alg. 2 and eq. 18).
+
+    The first and last rows are of first order.
+    """
     with np.errstate(divide="ignore"):
         lam, lam_next = (0.5 * np.log(ac / (1 - ac)) for ac in (at.here, at.next))
     h = lam_next - lam  # infinite on the last row, which is the x₀ guess
-    c_x = np.sqrt((1 - at.next) / (1 - at.here))
-    phi = -np.sqrt(at.next) * np.expm1(-h)
+    decay = np.exp(-h) if sde else np.ones_like(h)
+    c_x = np.sqrt((1 - at.next) / (1 - at.here)) * decay
+    phi = -np.sqrt(at.next) * np.expm1(-2 * h if sde else -h)
     half_inverse_r = np.zeros_like(h)  # 1 / 2r with r = h_{i−1} / h_i
     half_inverse_r[1:-1] = h[1:-1] / (2 * h[:-2])
-    return c_x, phi * (1 + half_inverse_r), -phi * half_inverse_r, np.zeros_like(h)
+    noise = np.sqrt((1 - at.next) * -np.expm1(-2 * h)) if sde else np.zeros_like(h)
+    return c_x, phi * (1 + half_inverse_r), -phi * half_inverse_r, noise
 
 
 Builder = Callable[[_Steps, float, VarianceType], tuple[Array, Array, Array, Array]]
@@ -93,7 +98,8 @@ Builder = Callable[[_Steps, float, VarianceType], tuple[Array, Array, Array, Arr
 SAMPLERS: dict[str, Builder] = {
     "ddpm": lambda at, _eta, variance: _ancestral(at, variance),
     "ddim": lambda at, eta, _variance: _ddim(at, eta),
-    "dpmpp_2m": lambda at, _eta, _variance: _dpmpp_2m(at),
+    "dpmpp_2m": lambda at, _eta, _variance: _dpmpp_2m(at, sde=False),
+    "sde_dpmpp_2m": lambda at, _eta, _variance: _dpmpp_2m(at, sde=True),
 }
 
 

@@ -23,7 +23,7 @@ from service.jobs import Job, PreviewKind
 MAX_SEED = 2**53 - 1  # what every JSON reader can hold
 DEFAULT_STEPS = 50
 DEFAULT_GUIDANCE = 2.0
-Sampler = Literal["ddpm", "ddim", "dpmpp_2m"]
+Sampler = Literal["ddpm", "ddim", "dpmpp_2m", "sde_dpmpp_2m"]
 
 
 class GenerateRequest(BaseModel):

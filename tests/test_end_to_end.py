@@ -76,7 +76,7 @@ def company(count: int) -> list[dict[str, Any]]:
         request: dict[str, Any] = {
             "seed": 1000 * seed,
             "n": draw.choice([1, 1, 2]),
-            "sampler": draw.choice(["ddpm", "ddim", "dpmpp_2m"]),
+            "sampler": draw.choice(["ddpm", "ddim", "dpmpp_2m", "sde_dpmpp_2m"]),
             "num_inference_steps": draw.randint(2, 10),
         }
         if request["sampler"] == "ddim":

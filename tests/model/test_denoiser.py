@@ -53,6 +53,7 @@ MIXED = (
     chain("ddpm", 2, seed=5, label=2, guidance_scale=0.0, variance="fixed_large"),
     chain("dpmpp_2m", 1, seed=6, label=1),
     chain("ddpm", 7, seed=7, label=1, guidance_scale=1.5),
+    chain("sde_dpmpp_2m", 4, seed=8, label=0),
 )
 
 

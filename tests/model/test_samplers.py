@@ -126,9 +126,14 @@ def test_ddim_follows_diffusers(steps: int, options: dict[str, Any], eta: float,
 @pytest.mark.parametrize("steps", [1, 2, 7, 20, 50])
 @pytest.mark.parametrize("spacing", ["linspace", "trailing"])
 @pytest.mark.parametrize("betas", ["linear", "squaredcos_cap_v2"])
-def test_dpmpp_2m_follows_diffusers(steps: int, spacing: str, betas: str) -> None:
+@pytest.mark.parametrize(
+    ("sampler", "algorithm"), [("dpmpp_2m", "dpmsolver++"), ("sde_dpmpp_2m", "sde-dpmsolver++")]
+)
+def test_dpm_solvers_follow_diffusers(
+    sampler: str, algorithm: str, steps: int, spacing: str, betas: str
+) -> None:
     scheduler = DPMSolverMultistepScheduler(
-        algorithm_type="dpmsolver++",
+        algorithm_type=algorithm,
         solver_order=2,
         solver_type="midpoint",
         timestep_spacing=spacing,
@@ -139,11 +144,11 @@ def test_dpmpp_2m_follows_diffusers(steps: int, spacing: str, betas: str) -> Non
     scheduler.set_timesteps(steps)
     schedule = NoiseSchedule.from_diffusers({"beta_schedule": betas, "clip_sample": False})
 
-    def step(out: Tensor, t: int, x: Tensor, _z: Tensor) -> Tensor:
-        result: Tensor = scheduler.step(out, t, x).prev_sample
+    def step(out: Tensor, t: int, x: Tensor, z: Tensor) -> Tensor:
+        result: Tensor = scheduler.step(out, t, x, variance_noise=z).prev_sample
         return result
 
-    plan = build_plan(schedule, "dpmpp_2m", steps, timesteps=scheduler.timesteps.tolist())
+    plan = build_plan(schedule, sampler, steps, timesteps=scheduler.timesteps.tolist())
     eps = network(schedule)
     assert_same_way(follow(plan, eps), drive(scheduler.timesteps, eps, step))
 

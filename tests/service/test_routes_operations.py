@@ -103,7 +103,7 @@ def test_the_facts(serve: Serve) -> None:
         "prediction_type": "epsilon",
     }
     assert facts["model"]["parameters"] > 100
-    assert facts["samplers"] == ["ddpm", "ddim", "dpmpp_2m"]
+    assert facts["samplers"] == ["ddpm", "ddim", "dpmpp_2m", "sde_dpmpp_2m"]
     assert facts["defaults"] == {
         "sampler": "ddim",
         "num_inference_steps": 50,
