@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model import noise
+from model.checkpoint import Checkpoint
 from model.runtimes import Runtime
 from model.samplers import A_O, A_X, C_0, C_N, C_P, C_X, Plan, T
 
@@ -58,6 +59,17 @@ class Denoiser:
     ) -> None:
         self.runtime, self.shape = runtime, shape
         self.conditional, self.null_class = conditional, null_class
+
+    @classmethod
+    def of(cls, model: Checkpoint, runtime: Runtime) -> Denoiser:
+        """The denoiser of a checkpoint whose network `runtime` runs."""
+        config = model.unet.config
+        return cls(
+            runtime,
+            (config.in_channels, config.sample_size, config.sample_size),
+            conditional=config.num_class_embeds is not None,
+            null_class=model.null_class,
+        )
 
     def start(self, chain: Chain) -> Latent:
         """x_T of a chain: the noise of row −1 of its stream.

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,16 +32,8 @@ FONT_SIZE = 13
 
 
 def denoiser_of(model: Checkpoint, runtime: RuntimeName = "auto", device: str = "auto") -> Denoiser:
-    """A denoiser for the weights as they are now. The model is neither changed nor held on to."""
-    # A copy: a runtime may share the weights' memory, and those of a model in training move on.
-    frozen = replace(model, unet=deepcopy(model.unet).eval())
-    config = model.unet.config
-    return Denoiser(
-        load_runtime(frozen, runtime, device, batch_invariant=False),
-        (config.in_channels, config.sample_size, config.sample_size),
-        conditional=config.num_class_embeds is not None,
-        null_class=model.null_class,
-    )
+    """A denoiser for the weights as they are now: runtimes copy them."""
+    return Denoiser.of(model, load_runtime(model, runtime, device, batch_invariant=False))
 
 
 def class_sheet(

@@ -53,18 +53,12 @@ def warm_up(model: Checkpoint, settings: Settings) -> Warm:
     """Build, time and check. Raises RuntimeUnavailableError when the machine cannot do what is asked for."""
     # Not padded yet: the times of narrow steps decide how wide a batch is worth it.
     runtime = load_runtime(model, settings.runtime, settings.device, settings.dtype, batch_invariant=False)
-    config = model.unet.config
-    denoiser = Denoiser(
-        runtime,
-        (config.in_channels, config.sample_size, config.sample_size),
-        conditional=config.num_class_embeds is not None,
-        null_class=model.null_class,
-    )
+    denoiser = Denoiser.of(model, runtime)
     widths: Sequence[int] = CPU_WIDTHS if runtime.device.type == "cpu" else GPU_WIDTHS
     if settings.max_batch:
         widths = sorted({width for width in widths if width < settings.max_batch} | {settings.max_batch})
     plan = build_plan(model.schedule, "ddim", min(4, model.schedule.timesteps))
-    label = 0 if config.num_class_embeds is not None else None
+    label = 0 if denoiser.conditional else None
     chains = [Chain(plan, seed, label) for seed in range(max(widths))]
 
     points = _time_widths(denoiser, chains, widths)
