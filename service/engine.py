@@ -1,4 +1,4 @@
-"""One step: choose the samples, denoise them, apply what was cancelled meanwhile, commit. Owns the latents.
+"""One step: choose the samples, denoise them, apply what was cancelled meanwhile, commit.
 
 What goes wrong is narrowed down here: a step that raises is retried in halves until the culprit alone
 fails, running out of memory also narrows the batch for good, and a result that is not finite fails its
@@ -8,7 +8,7 @@ own job. Mates go on, bit for bit as without it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import monotonic, perf_counter
 from typing import Protocol
 
@@ -58,7 +58,6 @@ class Engine:
     denoiser: Denoises
     scheduler: Scheduler
     narrow: Callable[[int], None] = lambda _rows: None
-    _latents: dict[Sample, Latent] = field(default_factory=dict)
 
     def step(self, poll: Callable[[], list[Event]] = list) -> StepReport | None:
         """Advance a batch of samples by one row. None when there is nothing to do.
@@ -69,7 +68,6 @@ class Engine:
         events = self.scheduler.expire(monotonic())
         plan = self.scheduler.schedule(monotonic())
         if not plan.samples:
-            self._forget()
             return StepReport(0, 0, 0.0, events, 0) if events else None
         begun = perf_counter()
         latents, failures = self._denoise(plan.samples)
@@ -81,15 +79,16 @@ class Engine:
         nonfinite = self._check_finite(latents, failures)
         for sample, error in failures.items():
             events += self.scheduler.fail(sample.job.id, error)
-        self._latents.update(latents)
-        events += self.scheduler.commit(StepPlan(tuple(latents), plan.rows), monotonic(), self._draw)
-        self._forget()
+        for sample, latent in latents.items():
+            if not sample.job.over:
+                sample.latent = latent
+        events += self.scheduler.commit(StepPlan(tuple(latents), plan.rows), monotonic(), draw)
         return StepReport(plan.rows, len(latents), seconds, events, nonfinite)
 
     def _denoise(self, samples: Sequence[Sample]) -> tuple[dict[Sample, Latent], dict[Sample, ComputeError]]:
         """Latents of the samples that could be advanced, and errors of those that could not."""
         try:
-            known = [self._latents.get(sample) or self.denoiser.start(_chain(sample)) for sample in samples]
+            known = [sample.latent or self.denoiser.start(_chain(sample)) for sample in samples]
             advanced = self.denoiser.step(
                 [_chain(sample) for sample in samples], known, [sample.row for sample in samples]
             )
@@ -125,16 +124,11 @@ class Engine:
             failures[sample] = NonFiniteError("The network gave a NaN or an infinity for this image.")
         return len(broken)
 
-    def _draw(self, sample: Sample, kind: str) -> Picture:
-        latent = self._latents[sample]
-        pixels = to_picture(latent.x0 if kind == "x0" else latent.x)
-        return Picture(sample.index, sample.chain.seed, kind, pixels)
 
-    def _forget(self) -> None:
-        """Drop the latents of samples that are finished or whose jobs are over."""
-        done = [s for s in self._latents if s.job.over or s.row == s.steps]
-        for sample in done:
-            del self._latents[sample]
+def draw(sample: Sample, kind: str) -> Picture:
+    """What a sample's latent looks like: its x₀ guess ("x0") or the latent itself ("xt")."""
+    pixels = to_picture(sample.latent.x0 if kind == "x0" else sample.latent.x)
+    return Picture(sample.index, sample.chain.seed, kind, pixels)
 
 
 def to_picture(x: torch.Tensor) -> Pixels:

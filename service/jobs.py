@@ -6,8 +6,8 @@ A job is one request: n samples that share their parameters but for the seed. A 
        │           │
        └───────────┴──────▶ FAILED, CANCELLED
 
-An illegal change raises and changes nothing. A sample's whole state is its row (the latent lies with
-the engine); its remaining work is therefore known exactly.
+An illegal change raises and changes nothing. A sample's whole state is its row and its latent, which only
+the engine looks into; its remaining work is therefore known exactly.
 """
 
 from __future__ import annotations
@@ -72,12 +72,16 @@ class Chain(Protocol):
 
 @dataclass(eq=False, slots=True)
 class Sample:
-    """One image in the making. `row` is the next row of its plan; `result` is set once it is finished."""
+    """One image in the making. `row` is the next row of its plan; `result` is set once it is finished.
+
+    latent: what the engine goes on from; None before the first step and once there is no next one.
+    """
 
     job: Job
     index: int
     chain: Chain
     row: int = 0
+    latent: Any = None
     result: Any = None
 
     @property

@@ -20,9 +20,10 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from typing import Literal
 
+import numpy as np
 from sortedcontainers import SortedDict, SortedList
 
 from service.errors import CancelledError, DeadlineError, ServiceError
@@ -65,6 +66,29 @@ class StepTimes:
         return min(rows for rows, rate in rates.items() if rate >= (1 - tolerance) * best)
 
 
+class KeyedSums:
+    """Sums of whole numbers under small keys, and over all the keys below one."""
+
+    def __init__(self) -> None:
+        self._sums = np.zeros(1024, np.int64)
+        self.total = 0
+
+    def add(self, key: int, value: int) -> None:
+        """Add to the sum under a key ≥ 0."""
+        if key >= len(self._sums):
+            self._sums = np.concatenate((self._sums, np.zeros(key, np.int64)))
+        self._sums[key] += value
+        self.total += value
+
+    def at(self, key: int) -> int:
+        """The sum under a key."""
+        return int(self._sums[key]) if key < len(self._sums) else 0
+
+    def below(self, key: int) -> int:
+        """The sum under all smaller keys."""
+        return int(self._sums[:key].sum())
+
+
 @dataclass(frozen=True)
 class StepPlan:
     """The samples of one step, and the rows their network call has."""
@@ -88,11 +112,14 @@ class Scheduler:
     def __post_init__(self) -> None:
         if self.max_rows < 1 or self.turn < 2:
             raise ValueError("max_rows must be at least 1 and turn at least 2")
-        # (key, arrival, job), smallest first; a job's entry is taken out before its key changes.
+        # (key, arrival, job), smallest first; a job's entries are taken out before its remaining rows change.
         self._order: SortedList[tuple[int, int, str]] = SortedList()
         self._entries: dict[str, tuple[int, int, str]] = {}
         self._active: dict[str, SortedList[tuple[int, int]]] = {}
         self._new: SortedList[tuple[int, int, str]] = SortedList()  # entries without a committed step
+        self._first: dict[str, int] = {}  # rows of their first steps
+        # Under a job's remaining rows: those rows, and if it has had no step yet, those of the first.
+        self._rows, self._first_rows = KeyedSums(), KeyedSums()
         self._deadlines: SortedList[tuple[float, str]] = SortedList()
         self._backlog = self._running = self._unfinished = 0
 
@@ -130,6 +157,9 @@ class Scheduler:
         self._unfinished += len(job.samples)
         self._enter(job, self._arrivals)
         self._new.add(self._entries[job.id])
+        # Rows of its first step, should it have the batch to itself.
+        self._first[job.id] = min(self.max_rows, sum(sample.chain.rows for sample in job.samples))
+        self._first_rows.add(job.remaining, self._first[job.id])
         return [queued]
 
     def cancel(self, job_id: str) -> list[Event]:
@@ -195,6 +225,9 @@ class Scheduler:
             if self._active[job_id]:
                 self._enter(job, arrival)
             events += self._previews(job, samples, draw)
+            for sample in samples:
+                if sample.row == sample.steps:
+                    sample.latent = None
             if not self._active[job_id]:
                 self._leave(job, State.FINISHED)
                 events.append(self._finished(job, now))
@@ -217,31 +250,35 @@ class Scheduler:
         return max(longest * self.times.at(rows), job.remaining * self.times.at(rows) / rows)
 
     def _ahead(self, job: Job) -> tuple[int, int]:
-        """(jobs, rows) that go before a job; when sharing, all the others do."""
-        entry = self._entries.get(job.id) or (self._key(job), self._arrivals + 1, job.id)
+        """(jobs, rows) that go before a job; when sharing, all the others do. Does not look at every job."""
+        entry = self._entries.get(job.id)
         if self.policy == "sharing":
-            before = [other for other in self._jobs.values() if other is not job]
-        else:
-            before = [
-                self._jobs[other]
-                for _, _, other in self._order.irange(maximum=entry, inclusive=(True, False))
-            ]
-        rows = sum(other.remaining for other in before)
-        if self.policy == "remaining":  # those behind it have their first step before its last
-            behind = self._new.irange(minimum=entry, inclusive=(False, True))
-            rows += sum(self._first_rows(self._jobs[new]) for _, _, new in behind)
-        return len(before), rows
-
-    def _first_rows(self, job: Job) -> int:
-        """Rows of the first step of a job, should it have the batch to itself."""
-        return min(self.max_rows, len(job.samples) * job.samples[0].chain.rows)
+            return len(self) - (entry is not None), self._backlog - (job.remaining if entry else 0)
+        if self.policy == "fifo":
+            earlier = takewhile(lambda other: other is not job, self._jobs.values())
+            return (
+                self._order.bisect_left(entry) if entry else len(self),
+                sum(other.remaining for other in earlier) if entry else self._backlog,
+            )
+        entry = entry or (job.remaining, self._arrivals + 1, job.id)
+        key = entry[0]
+        before = self._order.bisect_left(entry)
+        equal_before = before - self._order.bisect_left((key, 0, ""))
+        rows = self._rows.below(key) + equal_before * key
+        # Those behind it have their first step before its last.
+        behind = self._first_rows.total - self._first_rows.below(key)
+        equal_new = self._new.bisect_left((key + 1, 0, "")) - self._new.bisect_left((key, 0, ""))
+        if equal_new:  # of those with as much to do, the part that did not come before it
+            not_behind = self._new.bisect_right(entry) - self._new.bisect_left((key, 0, ""))
+            behind -= self._first_rows.at(key) * not_behind // equal_new
+        return before, rows + behind
 
     def _by_priority(self) -> Iterator[Job]:
         if self.policy == "fifo" or (self.policy == "remaining" and self._steps % self.turn == self.turn - 1):
             return iter(self._jobs.values())
         ordered = iter(self._order)
         if self.policy == "remaining" and self._new:
-            ordered = chain(self._new, (entry for entry in self._order if entry not in self._new))
+            ordered = chain(self._new, (entry for entry in self._order if entry[2] not in self._first))
         return (self._jobs[job_id] for _, _, job_id in ordered)
 
     def _start(self, job: Job, now: float) -> None:
@@ -282,16 +319,20 @@ class Scheduler:
         return Finished(job.id, pictures, started - job.created, now - started)
 
     def _enter(self, job: Job, arrival: int) -> None:
-        self._entries[job.id] = (self._key(job), arrival, job.id)
+        key = {"remaining": job.remaining, "fifo": 0, "sharing": self._steps}[self.policy]
+        self._entries[job.id] = (key, arrival, job.id)
         self._order.add(self._entries[job.id])
-
-    def _key(self, job: Job) -> int:
-        return {"remaining": job.remaining, "fifo": 0, "sharing": self._steps}[self.policy]
+        self._rows.add(job.remaining, job.remaining)
 
     def _exit(self, job: Job) -> int:
+        """Take a job's entries out, before it changes. Returns its arrival, for the next entry."""
         entry = self._entries.pop(job.id)
         self._order.remove(entry)
-        self._new.discard(entry)
+        self._rows.add(job.remaining, -job.remaining)
+        first = self._first.pop(job.id, None)
+        if first is not None:
+            self._new.remove(entry)
+            self._first_rows.add(job.remaining, -first)
         return entry[1]
 
     def _leave(self, job: Job, state: State) -> None:
@@ -300,6 +341,8 @@ class Scheduler:
         if job.deadline is not None:
             self._deadlines.remove((job.deadline, job.id))
         job.move_to(state)
+        for sample in job.samples:
+            sample.latent = None
         self._unfinished -= len(self._active[job.id])
         self._backlog -= job.remaining
         del self._jobs[job.id], self._active[job.id]

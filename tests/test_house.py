@@ -56,7 +56,7 @@ SERVICE = {
     "service.worker": f"{BELOW_WORKER} service.streams {LEAVES}",
     # The engine owns the tensors; what is below it has never heard of them.
     "service.engine": f"{BELOW_ENGINE} service.errors model.denoiser torch numpy",
-    "service.scheduler": "service.jobs service.events service.errors sortedcontainers",
+    "service.scheduler": "service.jobs service.events service.errors numpy sortedcontainers",
     "service.jobs": "service.events service.errors",
     "service.events": "service.errors numpy",
     "service.errors": "",
@@ -68,7 +68,7 @@ MODEL = {
     "model.noise": "numpy",
     "model.samplers": "model.schedule model.diffusion numpy",
     "model.runtimes": "model.checkpoint model.unet model.schedule torch numpy openvino",
-    "model.denoiser": "model.runtimes model.samplers model.noise torch numpy",
+    "model.denoiser": "model.runtimes model.checkpoint model.samplers model.noise torch numpy",
     "model*": "model model.* numpy torch safetensors PIL tqdm matplotlib",
 }
 ALLOWED = SERVICE | MODEL

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -26,8 +28,12 @@ def drain(engine: Engine) -> list[Event]:
     events: list[Event] = []
     while (report := engine.step()) is not None:
         events += report.events
-    assert engine._latents == {}
     return events
+
+
+def kept(*jobs: Job) -> int:
+    """Latents that are held for the jobs."""
+    return sum(sample.latent is not None for job in jobs for sample in job.samples)
 
 
 def clean_run(seeds: list[int]) -> dict[tuple[int, int], bytes]:
@@ -182,7 +188,7 @@ def test_cancelled_between_the_call_and_the_commit() -> None:
     assert report is not None
     assert report.events == [Cancelled("gone")]  # neither preview nor result, though both were computed
     assert gone.state is State.CANCELLED
-    assert {sample.job.id for sample in engine._latents} == {"mate"}
+    assert (kept(gone), kept(mate)) == (0, 1)
     drain(engine)
     assert denoiser.seen[3, 1] == clean_run_of_two_steps()[3, 1]
 
@@ -194,12 +200,29 @@ def clean_run_of_two_steps() -> dict[tuple[int, int], bytes]:
 
 
 def test_cancelled_between_steps_the_latents_go() -> None:
-    engine = engine_with(FakeDenoiser(), job_of("gone", [1]))
+    gone = job_of("gone", [1])
+    engine = engine_with(FakeDenoiser(), gone)
     engine.step()
-    assert len(engine._latents) == 1
+    assert kept(gone) == 1
     engine.scheduler.cancel("gone")
-    assert engine.step() is None
-    assert engine._latents == {}
+    assert kept(gone) == 0
+
+
+def test_a_finished_image_keeps_no_latent() -> None:
+    job = job_of("a", [1, 2], steps=3)
+    engine = engine_with(FakeDenoiser(), job, max_rows=1)
+    for _ in range(5):
+        engine.step()
+    assert kept(job) == 1  # the other one has a row to go
+    engine.step()
+    assert kept(job) == 0
+
+
+@pytest.mark.parametrize("broken", [{"gives_nan": {1}}, {"raises": {1: ValueError}}])
+def test_a_failed_job_keeps_no_latents(broken: dict[str, Any]) -> None:
+    job = job_of("a", [1, 2, 3], steps=3)
+    drain(engine_with(FakeDenoiser(**broken), job))
+    assert kept(job) == 0
 
 
 def test_a_failing_sample_of_a_job_cancelled_meanwhile_ends_it_once() -> None:

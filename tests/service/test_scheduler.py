@@ -464,6 +464,50 @@ def test_the_eta_comes_true_when_nobody_else_comes(policy: Policy) -> None:
     assert promised == ends
 
 
+def slow_ahead(under: Scheduler, job: Job) -> tuple[int, int, int]:
+    """What goes before a job, found by looking at everybody: jobs, and the least and most rows."""
+    arrival = {name: place for place, name in enumerate(under._jobs)}
+    place = arrival.get(job.id, len(arrival))
+    others = [other for other in under._jobs.values() if other is not job]
+    if under.policy == "sharing":
+        rows = sum(other.remaining for other in others)
+        return len(others), rows, rows
+    if under.policy == "fifo":
+        earlier = [other for other in others if arrival[other.id] < place]
+        rows = sum(other.remaining for other in earlier)
+        return len(earlier), rows, rows
+    before = [o for o in others if (o.remaining, arrival[o.id]) < (job.remaining, place)]
+    behind = [o for o in others if o not in before and all(sample.row == 0 for sample in o.samples)]
+    first = {o.id: min(under.max_rows, sum(sample.chain.rows for sample in o.samples)) for o in behind}
+    sure = sum(o.remaining for o in before) + sum(first[o.id] for o in behind if o.remaining > job.remaining)
+    # Of jobs with as much to do, those before and behind count alike.
+    ties = [o for o in [*others, job] if o.remaining == job.remaining]
+    tied = sum(o in behind for o in ties)
+    widest = max((min(under.max_rows, sum(s.chain.rows for s in o.samples)) for o in ties), default=0)
+    return len(before), sure + tied, sure + tied * widest
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(1, 2)), min_size=1, max_size=30),
+    st.sampled_from(["remaining", "fifo", "sharing"]),
+    st.integers(0, 20),
+)
+def test_what_goes_before_is_found_without_looking_at_everybody(
+    shapes: list[tuple[int, int, int]], policy: Policy, steps: int
+) -> None:
+    under = scheduler(max_rows=3, policy=policy)
+    jobs = [counting_job(str(i), *shape) for i, shape in enumerate(shapes)]
+    for i, job in enumerate(jobs):
+        under.add(job, 0)
+        if i < steps:
+            step(under)
+    for job in [*under._jobs.values(), counting_job("next", 2, 3)]:
+        count, rows = under._ahead(job)
+        jobs_ahead, least, most = slow_ahead(under, job)
+        assert count == jobs_ahead
+        assert least <= rows <= most
+
+
 def test_the_eta_of_a_lone_chain_is_its_length() -> None:
     under = scheduler(max_rows=8)
     job = counting_job("a", n=1, steps=10)
