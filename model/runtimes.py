@@ -11,15 +11,18 @@ import importlib.util
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from copy import deepcopy
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from model.checkpoint import Checkpoint
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
+STREAMS = 2  # of OpenVINO
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -72,7 +75,12 @@ class TorchRuntime:
 
 
 class OpenVinoRuntime:
-    """The network compiled by OpenVINO for this CPU. Bitwise independent of batch size and position."""
+    """The network compiled by OpenVINO for this CPU. Bitwise independent of batch size and position.
+
+    A batch is halved over two streams that run side by side, each on half of the cores, since small
+    networks gain more from that than from more threads. Every half has a shape compiled for it,
+    a power of two rows, because OpenVINO fuses and vectorises far better where it knows the shape.
+    """
 
     name = "openvino"
 
@@ -89,8 +97,9 @@ class OpenVinoRuntime:
         self.dtype: DtypeName = dtype
         self.batch_sizes: tuple[int, ...] = ()
         config = model.unet.config
-        example = [torch.zeros(2, config.in_channels, config.sample_size, config.sample_size)]
-        example += [torch.zeros(2, dtype=torch.int64)] * (2 if config.num_class_embeds is not None else 1)
+        image = config.in_channels, config.sample_size, config.sample_size
+        self._row_shapes = [image, (), ()] if config.num_class_embeds is not None else [image, ()]
+        example = [torch.zeros(2, *image)] + [torch.zeros(2, dtype=torch.int64)] * (len(self._row_shapes) - 1)
         # A copy, since the compiled network shares the memory of the weights it was made from.
         unet = deepcopy(model.unet).eval()
         with torch.no_grad(), warnings.catch_warnings():
@@ -99,23 +108,47 @@ class OpenVinoRuntime:
             warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
             # The converter would trace too, but check the trace by a second one: three quarters of its time.
             traced = torch.jit.trace(unet, tuple(example), check_trace=False)  # type: ignore[no-untyped-call]
-            graph = ov.convert_model(traced, example_input=tuple(example))
-        options = {
+            self._graph = ov.convert_model(traced, example_input=tuple(example))
+        self._core = ov.Core()
+        self._options = {
             "INFERENCE_PRECISION_HINT": "bf16" if dtype == "bfloat16" else "f32",
-            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": str(STREAMS),
         }
         if threads is not None:
-            options["INFERENCE_NUM_THREADS"] = str(threads)
-        self._request = ov.Core().compile_model(graph, "CPU", options).create_infer_request()
+            self._options["INFERENCE_NUM_THREADS"] = str(threads)
+        self._requests: dict[int, list[Any]] = {}  # by rows, one of each stream
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        """Run one batch of any size."""
-        inputs = [x.numpy(), t.numpy()] + ([y.numpy()] if y is not None else [])
-        # infer() copies its results out of the request's buffers, which the next call overwrites.
-        return torch.from_numpy(self._request.infer(inputs, share_outputs=False)[0])
+        """Run one batch of any size. A size that is new compiles its shapes first, a good second."""
+        inputs = [x, t] if y is None else [x, t, y]
+        half = -(-len(x) // STREAMS)
+        outputs = []
+        with ExitStack() as stack:  # whatever fails, no request is left running
+            parts = zip(*(torch.split(values, half) for values in inputs), strict=True)
+            for stream, part in enumerate(parts):
+                rows = len(part[0])
+                size = 1 << (rows - 1).bit_length()
+                request = self._compiled(size)[stream]
+                arrays = [_pad(values, size).contiguous().numpy() for values in part]
+                request.start_async(arrays, share_inputs=True)
+                stack.callback(request.wait)
+                outputs.append((request, rows, arrays))  # shared: they have to live until it is done
+        # A copy out of the requests' buffers, which the next call overwrites.
+        return torch.from_numpy(np.concatenate([r.get_output_tensor(0).data[:n] for r, n, _ in outputs]))
+
+    def _compiled(self, size: int) -> list[Any]:
+        """The requests, one of each stream, for `size` rows."""
+        if size not in self._requests:
+            graph = self._graph.clone()
+            graph.reshape({graph.input(i): [size, *shape] for i, shape in enumerate(self._row_shapes)})
+            compiled = self._core.compile_model(graph, "CPU", self._options)
+            self._requests[size] = [compiled.create_infer_request() for _ in range(STREAMS)]
+        return self._requests[size]
 
 
 def _pad(values: Tensor, size: int) -> Tensor:
+    if len(values) == size:
+        return values
     return torch.cat((values, values[:1].expand(size - len(values), *values.shape[1:])))
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -48,6 +49,31 @@ def test_openvino_is_bitwise_independent_of_the_batch(openvino: OpenVinoRuntime)
     for i in range(7):
         assert torch.equal(openvino.forward(x[i : i + 1], t[i : i + 1], y[i : i + 1])[0], together[i])
     assert torch.equal(openvino.forward(x.flip(0), t.flip(0), y.flip(0)).flip(0), together)
+
+
+def test_openvino_compiles_powers_of_two_and_each_once(tiny: Checkpoint) -> None:
+    runtime = OpenVinoRuntime(tiny)
+    compiled: list[int] = []
+    real = runtime._compiled
+
+    def counting(size: int) -> list[Any]:
+        compiled.extend([size] * (size not in runtime._requests))
+        return real(size)
+
+    runtime._compiled = counting  # type: ignore[method-assign]
+    for rows in (1, 2, 3, 7, 5, 8):
+        assert len(runtime.forward(*batch(rows))) == rows
+    assert compiled == [1, 2, 4]
+
+
+def test_openvino_goes_on_after_a_failed_call(openvino: OpenVinoRuntime) -> None:
+    before = openvino.forward(*batch(4))
+    x, t, y = batch(4)
+    with pytest.raises(RuntimeError):
+        openvino.forward(x[:, :, :4], t, y)
+    with pytest.raises(ValueError, match="zip"):
+        openvino.forward(x, t[:2], y)
+    assert torch.equal(openvino.forward(*batch(4)), before)
 
 
 def test_openvino_results_are_not_overwritten_by_the_next_call(openvino: OpenVinoRuntime) -> None:
