@@ -131,8 +131,8 @@ class Denoiser:
         return torch.from_numpy(values.astype(np.float32)).to(self.runtime.device).view(-1, 1, 1, 1)
 
     def _noise(self, chains: Sequence[Chain], rows: Sequence[int]) -> Tensor:
-        drawn = [noise.normal(chain.seed, row, self.shape) for chain, row in zip(chains, rows, strict=True)]
-        return torch.from_numpy(np.stack(drawn)).to(self.runtime.device)
+        drawn = noise.normals([chain.seed for chain in chains], rows, self.shape)
+        return torch.from_numpy(drawn).to(self.runtime.device)
 
 
 def trajectory(denoiser: Denoiser, chains: Sequence[Chain]) -> Iterator[Sequence[Latent]]:

@@ -46,34 +46,47 @@ def normal(seed: int, row: int, shape: Sequence[int]) -> NDArray[np.float32]:
 
     seed: 0 … MAX_SEED, else ValueError. The same arguments give the same bytes on every machine.
     """
-    if not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"a seed is from 0 to {MAX_SEED}, got {seed}")
-    bits = np.random.Philox(key=seed, counter=[0, 0, row + 1, 0]).random_raw(int(np.prod(shape)))
+    (drawn,) = normals([seed], [row], shape)
+    return drawn
+
+
+def normals(seeds: Sequence[int], rows: Sequence[int], shape: Sequence[int]) -> NDArray[np.float32]:
+    """`normal` of each seed and row: [N, *shape] float32, bit for bit, in less time than one by one."""
+    count = int(np.prod(shape))
+    bits = np.empty((len(seeds), count), np.uint64)
+    for i, (seed, row) in enumerate(zip(seeds, rows, strict=True)):
+        if not 0 <= seed <= MAX_SEED:
+            raise ValueError(f"a seed is from 0 to {MAX_SEED}, got {seed}")
+        bits[i] = np.random.Philox(key=seed, counter=[0, 0, row + 1, 0]).random_raw(count)
     # The top 52 bits, at the middle of their interval: exact in float64, so strictly between 0 and 1.
     uniform = ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
-    return inverse_normal_cdf(uniform).astype(np.float32).reshape(tuple(shape))
+    return inverse_normal_cdf(uniform.ravel()).astype(np.float32).reshape(len(seeds), *shape)
 
 
 def inverse_normal_cdf(p: Floats) -> Floats:
     """Φ⁻¹(p) for p in (0, 1), to about 1e-15 (Wichura 1988). [N] float64 → [N] float64."""
     q = p - 0.5
     out = q * _ratio(_CENTRE, 0.180625 - q * q)
-    outer = np.abs(q) > 0.425
-    tail = np.where(q[outer] < 0, p[outer], 1 - p[outer])
-    r = np.sqrt(-_log(tail))
-    value = np.where(r <= 5, _ratio(_TAIL, r - 1.6), _ratio(_FAR_TAIL, r - 5))
-    out[outer] = np.where(q[outer] < 0, -value, value)
+    outer = np.flatnonzero(np.abs(q) > 0.425)
+    side = q[outer]
+    r = np.sqrt(-_log(np.where(side < 0, p[outer], 1 - p[outer])))
+    value = _ratio(_TAIL, r - 1.6)
+    far = np.flatnonzero(r > 5)
+    value[far] = _ratio(_FAR_TAIL, r[far] - 5)
+    out[outer] = np.copysign(value, side)
     return out
 
 
 def _ratio(polynomials: tuple[tuple[float, ...], tuple[float, ...]], x: Floats) -> Floats:
     """Quotient of two polynomials by Horner's rule."""
-    top, bottom = polynomials
-    upper, lower = np.full_like(x, top[0]), np.full_like(x, bottom[0])
-    for a, b in zip(top[1:], bottom[1:], strict=True):
-        upper = upper * x + a
-        lower = lower * x + b
-    return upper / lower
+    top, bottom = (np.full_like(x, polynomial[0]) for polynomial in polynomials)
+    for a, b in zip(polynomials[0][1:], polynomials[1][1:], strict=True):
+        top *= x
+        top += a
+        bottom *= x
+        bottom += b
+    top /= bottom
+    return top
 
 
 def _log(x: Floats) -> Floats:
@@ -84,8 +97,9 @@ def _log(x: Floats) -> Floats:
     e = exponent - low
     s = (m - 1) / (m + 1)
     square = s * s
-    series = np.zeros_like(s)
-    for k in range(21, 0, -2):
-        series = series * square + 1 / k
+    series = np.full_like(s, 1 / 21)
+    for k in range(19, 0, -2):
+        series *= square
+        series += 1 / k
     out: Floats = e * 0.6931471805599453 + 2 * s * series
     return out

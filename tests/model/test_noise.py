@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.noise import MAX_SEED, START, inverse_normal_cdf, normal
+from model.noise import MAX_SEED, START, inverse_normal_cdf, normal, normals
 
 # The bytes that every machine and every version must give: a change here breaks every user's seeds.
 GOLDEN = {
@@ -53,6 +53,14 @@ def test_seeds_and_rows_are_independent() -> None:
     correlations = np.atleast_2d(np.corrcoef(np.stack(streams)))
     off = correlations[~np.eye(len(streams), dtype=bool)]
     assert np.abs(off).max() < 5 / math.sqrt(4096)
+
+
+def test_many_at_once_are_the_same_bytes() -> None:
+    seeds, rows, shape = [5, 0, MAX_SEED, 5, 77], [START, 3, 999, 0, 12], (3, 33, 31)
+    together = normals(seeds, rows, shape)
+    assert together.shape == (5, 3, 33, 31)
+    for seed, row, drawn in zip(seeds, rows, together, strict=True):
+        assert drawn.tobytes() == normal(seed, row, shape).tobytes()
 
 
 def test_order_and_company_do_not_matter() -> None:
