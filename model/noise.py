@@ -46,7 +46,7 @@ def normal(seed: int, row: int, shape: Sequence[int]) -> NDArray[np.float32]:
 
     seed: 0 … MAX_SEED, else ValueError. The same arguments give the same bytes on every machine.
     """
-    (drawn,) = normals([seed], [row], shape)
+    drawn: NDArray[np.float32] = normals([seed], [row], shape)[0]
     return drawn
 
 
