@@ -1,7 +1,7 @@
 """What waiting costs: the scheduler's time per step, and memory, as the number of waiting requests grows.
 
 `python -m bench.growth` fills the service's scheduler with 10 … 100,000 requests of the mixed workload, half
-of which have had a step, and times a step's own work (choosing, committing, previews that draw nothing) and an
+of which have had a step, and times a step's own work (choosing, committing, drawing no previews) and an
 arrival with its time to completion. The share is that of a step of the shipped network at the width that the
 service chooses, timed in the same run.
 """
