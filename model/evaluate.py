@@ -22,7 +22,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from model.checkpoint import Checkpoint, CheckpointError
 from model.classifier import Classifier, ClassifierConfig, Judgement
 from model.data import DataError, Dataset, Labels, Pixels
 from model.denoiser import Chain, Denoiser, to_pixels, trajectory
-from model.runtimes import RuntimeUnavailableError
+from model.runtimes import TORCH_DTYPES, DtypeName, RuntimeUnavailableError
 from model.samplers import SAMPLERS, Plan, build_plan
 from model.schedule import ScheduleError
 
@@ -52,6 +52,7 @@ class Setting:
     sampler: str
     steps: int
     guidance_scale: float
+    dtype: DtypeName = "float32"
 
     @property
     def evaluations(self) -> int:
@@ -217,7 +218,9 @@ def resumed(path: Path, fresh: dict[str, Any], identity: Sequence[str]) -> dict[
 def write(folder: Path, evaluation: dict[str, Any]) -> None:
     """evaluation.json, .md and .png, the first of them complete or not at all."""
     order = list(SAMPLERS)
-    evaluation["rows"].sort(key=lambda r: (order.index(r["sampler"]), r["guidance_scale"], r["steps"]))
+    evaluation["rows"].sort(
+        key=lambda r: (order.index(r["sampler"]), r["guidance_scale"], r["steps"], r["dtype"])
+    )
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "evaluation.json"
     part = path.with_suffix(".part")
@@ -249,27 +252,31 @@ def markdown(evaluation: dict[str, Any]) -> str:
         "A precision above theirs says that samples are more typical than real images, not more real, and "
         "precision hardly notices speckle, which distance and recall do.",
     ]
+    lines.append("Rows: of network calls for one image.")
     if conditional:
         lines.append(
             "Agreement is how often the judge sees the class that was asked for, with its 95 % interval; for "
             "real images it is the judge's accuracy. Above that, samples are more typical than real images."
         )
     table = [
-        "| sampler | steps | guidance | evaluations | agreement | Fréchet ↓ | precision ↑ | recall ↑ |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
-        f"| real images | | | | {_share(judge['accuracy'], judge['interval']) if conditional else ''} "
+        "| sampler | steps | guidance | dtype | rows | agreement | Fréchet ↓ | precision ↑ | recall ↑ |",
+        "|---|--:|--:|---|--:|--:|--:|--:|--:|",
+        f"| real images | | | | | {_share(judge['accuracy'], judge['interval']) if conditional else ''} "
         f"| {real['frechet']:.4g} | {real['precision']:.3f} | {real['recall']:.3f} |",
     ]
     for row in rows:
         share = _share(row["agreement"], row["agreement_interval"]) if conditional else ""
         table.append(
-            f"| {row['sampler']} | {row['steps']} | {row['guidance_scale']:g} | {row['evaluations']} "
+            f"| {row['sampler']} | {row['steps']} | {row['guidance_scale']:g} | {row['dtype']} "
+            f"| {row['evaluations']} "
             f"| {share} | {row['frechet']:.4g} | {row['precision']:.3f} | {row['recall']:.3f} |"
         )
     lines.append("\n".join(table))
     if conditional and rows:
         best = min(rows, key=lambda row: row["frechet"])
-        title = f"{best['sampler']}, {best['steps']} steps, guidance {best['guidance_scale']:g}"
+        title = (
+            f"{best['sampler']}, {best['steps']} steps, guidance {best['guidance_scale']:g}, {best['dtype']}"
+        )
         by_class = [f"| class | real images | {title} |", "|---|--:|--:|"]
         for name, share in best["agreement_by_class"].items():
             by_class.append(f"| {name} | {judge['by_class'][name]:.3f} | {share:.3f} |")
@@ -296,6 +303,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--samplers", type=listed(str), default=list(SAMPLERS), help=f"of {','.join(SAMPLERS)}")
     add("--steps", type=listed(int), default=[10, 20, 50], help="step counts, like 10,20,50")
     add("--guidance", type=listed(float), default=[1.0], help="guidance scales, like 1,2; 1 is none")
+    add("--dtype", type=listed(str), default=["float32"], help="of the network, like float32,bfloat16")
     add("--samples", type=int, default=1000, help="images per row of the table")
     add("--seed", type=int, default=0, help="of the first image")
     add("--batch", type=int, default=32, help="images generated side by side")
@@ -307,6 +315,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for sampler in args.samplers:
         if sampler not in SAMPLERS:
             parser.error(f"--samplers: {sampler!r} is not one of {', '.join(SAMPLERS)}")
+    for dtype in args.dtype:
+        if dtype not in TORCH_DTYPES:
+            parser.error(f"--dtype: {dtype!r} is not one of {', '.join(TORCH_DTYPES)}")
     if args.samples < 10:
         parser.error("--samples: at least 10")
     return args
@@ -353,7 +364,7 @@ def prepare(args: argparse.Namespace, model: Checkpoint) -> tuple[Classifier, Re
 def run(args: argparse.Namespace, model: Checkpoint, command: str) -> dict[str, Any]:
     """Fill in the rows that the table does not have yet, writing it after each. Returns the evaluation."""
     out = args.out or args.model
-    settings = [Setting(*chosen) for chosen in product(args.samplers, args.steps, args.guidance)]
+    settings = [Setting(*chosen) for chosen in product(args.samplers, args.steps, args.guidance, args.dtype)]
     if model.null_class is None and any(s.guidance_scale != 1 for s in settings):
         raise ScheduleError("guidance needs a model trained with a null class: --guidance 1 is all it can do")
     plans = {setting: build_plan(model.schedule, setting.sampler, setting.steps) for setting in settings}
@@ -361,15 +372,18 @@ def run(args: argparse.Namespace, model: Checkpoint, command: str) -> dict[str, 
     evaluation["commands"] = [command]
     identity = ("weights_sha256", "samples", "seed", "train_images", "test_images", "classifier")
     evaluation = resumed(out / "evaluation.json", evaluation, identity)
-    done = {Setting(row["sampler"], row["steps"], row["guidance_scale"]) for row in evaluation["rows"]}
+    done = {Setting(*(row[f.name] for f in fields(Setting))) for row in evaluation["rows"]}
     to_do = [setting for setting in settings if setting not in done]
-    denoiser = plots.denoiser_of(model, args.runtime, args.device)
+    denoisers = {s.dtype: plots.denoiser_of(model, args.runtime, args.device, s.dtype) for s in to_do}
     labels = [None] * args.samples if reference.labels is None else [int(y) for y in reference.labels]
 
     total = sum(setting.evaluations for setting in to_do) * args.samples
     with tqdm(total=total, unit="eval", unit_scale=True, smoothing=0.05, mininterval=1) as bar:
         for setting in to_do:
-            bar.set_description(f"{setting.sampler} {setting.steps} ×{setting.guidance_scale:g}")
+            bar.set_description(
+                f"{setting.sampler} {setting.steps} ×{setting.guidance_scale:g} {setting.dtype}"
+            )
+            denoiser = denoisers[setting.dtype]
             started = time.monotonic()
             images = sample(
                 denoiser,

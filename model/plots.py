@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.data import Pixels
 from model.denoiser import Chain, Denoiser, generate, to_pixels, trajectory
-from model.runtimes import load_runtime
+from model.runtimes import DtypeName, load_runtime
 from model.samplers import build_plan
 
 RuntimeName = Literal["auto", "torch", "openvino"]
@@ -31,9 +32,11 @@ GAP = 2
 FONT_SIZE = 13
 
 
-def denoiser_of(model: Checkpoint, runtime: RuntimeName = "auto", device: str = "auto") -> Denoiser:
+def denoiser_of(
+    model: Checkpoint, runtime: RuntimeName = "auto", device: str = "auto", dtype: DtypeName = "float32"
+) -> Denoiser:
     """A denoiser for the weights as they are now: runtimes copy them."""
-    return Denoiser.of(model, load_runtime(model, runtime, device, batch_invariant=False))
+    return Denoiser.of(model, load_runtime(model, runtime, device, dtype, batch_invariant=False))
 
 
 def class_sheet(
@@ -143,8 +146,8 @@ def loss_curve(records: Sequence[Mapping[str, float]]) -> Image.Image:
 def quality_plot(evaluation: Mapping[str, Any]) -> Image.Image:
     """The table of model.evaluate: each measure against network evaluations per image, a line per sampler.
 
-    evaluation: the content of evaluation.json. Guidance scales differ in line style; the dashed grey line is
-    what real images reach.
+    evaluation: the content of evaluation.json. Guidance scales differ in line style, dtypes in the marker;
+    the dashed grey line is what real images reach.
     """
     rows, floor = evaluation["rows"], evaluation["floor"]
     panels = [
@@ -175,17 +178,24 @@ def quality_plot(evaluation: Mapping[str, Any]) -> Image.Image:
 
 
 def _quality_lines(axes: Axes, rows: Sequence[Mapping[str, Any]], measure: str) -> None:
-    samplers = list(dict.fromkeys(row["sampler"] for row in rows))
-    scales = sorted({row["guidance_scale"] for row in rows})
-    for i, sampler in enumerate(samplers):
-        for j, scale in enumerate(scales):
-            line = [r for r in rows if (r["sampler"], r["guidance_scale"]) == (sampler, scale)]
-            line.sort(key=lambda row: row["evaluations"])
-            if not line:
-                continue
-            label = sampler if len(scales) == 1 else f"{sampler}, guidance {scale:g}"
-            x, y = ([row[key] for row in line] for key in ("evaluations", measure))
-            axes.plot(x, y, color=f"C{i}", ls=("-", ":", "-.", "--")[j % 4], marker=".", label=label)
+    samplers, scales, dtypes = (
+        sorted({row[key] for row in rows}) for key in ("sampler", "guidance_scale", "dtype")
+    )
+    for sampler, scale, dtype in product(samplers, scales, dtypes):
+        of = sampler, scale, dtype
+        line = [r for r in rows if (r["sampler"], r["guidance_scale"], r["dtype"]) == of]
+        line.sort(key=lambda row: row["evaluations"])
+        if not line:
+            continue
+        several = ((scales, f", guidance {scale:g}"), (dtypes, f", {dtype}"))
+        x, y = ([row[key] for row in line] for key in ("evaluations", measure))
+        axes.plot(
+            x, y,
+            color=f"C{samplers.index(sampler)}",
+            ls=("-", ":", "-.", "--")[scales.index(scale) % 4],
+            marker=".x+"[dtypes.index(dtype) % 3],
+            label=sampler + "".join(text for kinds, text in several if len(kinds) > 1),
+        )  # fmt: skip
 
 
 def _plain_numbers(axes: Axes) -> None:

@@ -165,7 +165,7 @@ def test_the_table_is_written_and_finished_rows_are_kept(model, data, monkeypatc
     assert "python -m model.evaluate --model" in page
     assert first["weights_sha256"] in page
     assert "| real images |" in page
-    assert "| dpmpp_2m | 3 | 1 | 3 |" in page
+    assert "| dpmpp_2m | 3 | 1 | float32 | 3 |" in page
     with Image.open(model / "evaluation.png") as plot:
         assert plot.width > 500
     assert "classifier: " in capsys.readouterr().out
@@ -186,6 +186,13 @@ def test_the_table_is_written_and_finished_rows_are_kept(model, data, monkeypatc
     assert len(second["rows"]) == 8
     assert len(second["commands"]) == 2
     assert not (model / "evaluation.json.old").exists()
+
+
+def test_dtypes_are_compared_in_one_table(model, data):
+    assert run(model, data, "--samplers", "ddim", "--steps", "3", "--dtype", "float32,bfloat16") == 0
+    rows = json.loads((model / "evaluation.json").read_text())["rows"]
+    assert {row["dtype"] for row in rows} == {"float32", "bfloat16"}
+    assert len(rows) == 2
 
 
 def test_rows_of_other_weights_are_put_aside(model, data, tmp_path):
@@ -269,7 +276,9 @@ def test_a_model_of_other_classes_is_refused(tmp_path, data, capsys):
     assert "3 classes, but the model has 5" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("bad", [("--samplers", "euler"), ("--samples", "3"), ("--steps", "ten")])
+@pytest.mark.parametrize(
+    "bad", [("--samplers", "euler"), ("--dtype", "int4"), ("--samples", "3"), ("--steps", "ten")]
+)
 def test_a_malformed_command_line_is_refused(model, data, bad, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(model, data, *bad)

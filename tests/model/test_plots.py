@@ -142,9 +142,10 @@ def test_a_loss_curve_with_and_without_held_out_losses(tmp_path):
 
 @pytest.mark.parametrize("agreement", [0.9, None])
 def test_a_quality_plot_draws_every_row(agreement):
-    def row(sampler, steps, scale, frechet):
+    def row(sampler, steps, scale, frechet, dtype="float32"):
         measures = {"agreement": agreement, "frechet": frechet, "precision": 0.7, "recall": 0.6}
-        return {"sampler": sampler, "guidance_scale": scale, "evaluations": steps, **measures}
+        about = {"sampler": sampler, "guidance_scale": scale, "dtype": dtype, "evaluations": steps}
+        return {**about, **measures}
 
     rows = [row("ddim", 10, 1.0, 3.0), row("ddim", 50, 1.0, 2.0), row("ddpm", 100, 2.0, 1.5)]
     evaluation = {
@@ -154,6 +155,8 @@ def test_a_quality_plot_draws_every_row(agreement):
     }
     picture = pixels(plots.quality_plot(evaluation))
     assert (picture != pixels(plots.quality_plot({**evaluation, "rows": rows[:2]}))).any()
+    other = row("ddim", 10, 1.0, 3.0, "bfloat16")
+    assert (picture != pixels(plots.quality_plot({**evaluation, "rows": [*rows, other]}))).any()
     plots.quality_plot({**evaluation, "rows": []})
 
 
