@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from model.checkpoint import Checkpoint, CheckpointError
 from model.classifier import Classifier, ClassifierConfig, Judgement
 from model.data import DataError, Dataset, Labels, Pixels
 from model.denoiser import Chain, Denoiser, to_pixels, trajectory
-from model.runtimes import TORCH_DTYPES, DtypeName, RuntimeUnavailableError
+from model.runtimes import TORCH_DTYPES, DtypeName, RuntimeName, RuntimeUnavailableError
 from model.samplers import SAMPLERS, Plan, build_plan
 from model.schedule import ScheduleError
 
@@ -307,7 +307,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--samples", type=int, default=1000, help="images per row of the table")
     add("--seed", type=int, default=0, help="of the first image")
     add("--batch", type=int, default=32, help="images generated side by side")
-    add("--runtime", default="auto", choices=("auto", "torch", "openvino"))
+    add("--runtime", default="auto", choices=get_args(RuntimeName))
     add("--device", default="auto", help="cpu, cuda, mps")
     add("--classifier", type=Path, help="file (default: training/classifier.safetensors in the model folder)")
     add("--classifier-epochs", type=int, default=ClassifierConfig().epochs)

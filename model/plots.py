@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +24,9 @@ from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.data import Pixels
 from model.denoiser import Chain, Denoiser, generate, to_pixels, trajectory
-from model.runtimes import DtypeName, load_runtime
+from model.runtimes import DtypeName, RuntimeName, load_runtime
 from model.samplers import build_plan
 
-RuntimeName = Literal["auto", "torch", "openvino"]
 GAP = 2
 FONT_SIZE = 13
 

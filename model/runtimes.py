@@ -1,4 +1,4 @@
-"""Ways to run the network behind one call: torch on any device, OpenVINO on a CPU.
+"""Ways to run the network behind one call: torch on any device, eager or compiled, and OpenVINO on a CPU.
 
 `forward(x, t, y)` takes and returns float32 torch tensors on `device`. A runtime says in
 `batch_sizes` which batch shapes it runs: () is any; otherwise a call is padded up to the next one, for
@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from typing import Any, Literal, Protocol
@@ -22,12 +22,17 @@ from torch import Tensor
 from model.checkpoint import Checkpoint
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
+RuntimeName = Literal["auto", "torch", "torch-compile", "openvino"]
 STREAMS = 2  # of OpenVINO
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class RuntimeUnavailableError(RuntimeError):
     """The asked-for runtime, device or dtype cannot be had on this machine; the message says why."""
+
+
+Network = Callable[..., Tensor]
+"""(x, t) or (x, t, y) → the network's output."""
 
 
 class Runtime(Protocol):
@@ -43,9 +48,11 @@ class Runtime(Protocol):
 
 
 class TorchRuntime:
-    """The network in eager PyTorch, on CUDA, MPS or CPU."""
+    """The network in PyTorch, on CUDA, MPS or CPU; eager, or compiled by torch.compile.
 
-    name = "torch"
+    On CUDA every shape of `batch_sizes` is recorded once as a CUDA graph and then replayed, which spares the
+    launches of single kernels. Compiling takes a minute or so for each shape, at its first call.
+    """
 
     def __init__(
         self,
@@ -53,25 +60,63 @@ class TorchRuntime:
         device: str = "cpu",
         dtype: DtypeName = "float32",
         batch_sizes: Sequence[int] = (),
+        *,
+        compiled: bool = False,
     ) -> None:
+        self.name = "torch-compile" if compiled else "torch"
         self.device = torch.device(device)
         self.dtype = dtype
         self.batch_sizes = tuple(sorted(batch_sizes))
         # A copy, so that neither the dtype nor the device of the caller's network changes.
-        self.unet = deepcopy(model.unet).to(self.device, TORCH_DTYPES[dtype]).eval()
-        if self.device.type == "cuda":
+        self.unet = deepcopy(model.unet).to(self.device, TORCH_DTYPES[dtype]).eval().requires_grad_(False)
+        if self.device.type == "cuda" or compiled:
             self.unet = self.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._network: Network = torch.compile(self.unet, dynamic=False) if compiled else self.unet
+        self._graphs: dict[int, _CudaGraph] = {}
 
     @torch.inference_mode()
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """Run one batch, padded to a fixed shape where `batch_sizes` asks for it."""
         rows = len(x)
         size = next((size for size in self.batch_sizes if size >= rows), rows)
-        if size > rows:
-            x, t = _pad(x, size), _pad(t, size)
-            y = _pad(y, size) if y is not None else None
-        out: Tensor = self.unet(x.to(TORCH_DTYPES[self.dtype]), t, y)
-        return out[:rows].float()
+        inputs = [
+            _pad(values, size) for values in (x.to(TORCH_DTYPES[self.dtype]), t, y) if values is not None
+        ]
+        network = self._graph(size, inputs) if size in self.batch_sizes else self._network
+        return network(*inputs)[:rows].float()
+
+    def _graph(self, size: int, inputs: Sequence[Tensor]) -> Network:
+        """On CUDA the recorded call of `size` rows; recordings of sizes no longer in use are let go."""
+        if self.device.type != "cuda":
+            return self._network
+        if size not in self._graphs:
+            self._graphs = {n: graph for n, graph in self._graphs.items() if n in self.batch_sizes}
+            self._graphs[size] = _CudaGraph(self._network, inputs)
+        return self._graphs[size]
+
+
+class _CudaGraph:
+    """A call of the network at one shape, recorded and then replayed."""
+
+    def __init__(self, network: Network, inputs: Sequence[Tensor]) -> None:
+        self._inputs = [values.clone() for values in inputs]
+        # Libraries choose and allocate in their first calls, which a recording must not contain.
+        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):
+                network(*self._inputs)
+        torch.cuda.current_stream().wait_stream(aside)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._output = network(*self._inputs)
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """The output for new inputs of the same shapes, in memory of its own."""
+        for kept, values in zip(self._inputs, inputs, strict=True):
+            kept.copy_(values)
+        self._graph.replay()
+        return self._output.clone()
 
 
 class OpenVinoRuntime:
@@ -178,7 +223,7 @@ def check_available(runtime: str, device: str) -> None:
 
 def load_runtime(
     model: Checkpoint,
-    runtime: Literal["auto", "torch", "openvino"] = "auto",
+    runtime: RuntimeName = "auto",
     device: str = "auto",
     dtype: Literal["auto"] | DtypeName = "auto",
     max_rows: int = 16,
@@ -198,4 +243,5 @@ def load_runtime(
         except RuntimeUnavailableError:
             if runtime == "openvino":
                 raise
-    return TorchRuntime(model, place, precision, (max_rows,) if batch_invariant else ())
+    sizes = (max_rows,) if batch_invariant else ()
+    return TorchRuntime(model, place, precision, sizes, compiled=runtime == "torch-compile")

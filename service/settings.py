@@ -32,7 +32,9 @@ class Settings(BaseSettings):
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N or mps"
     )
-    runtime: Literal["auto", "torch", "openvino"] = Field("auto", description="what runs the network")
+    runtime: Literal["auto", "torch", "torch-compile", "openvino"] = Field(
+        "auto", description="what runs the network"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="its precision")
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")

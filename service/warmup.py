@@ -11,7 +11,7 @@ import numpy as np
 
 from model.checkpoint import Checkpoint
 from model.denoiser import Chain, Denoiser, Latent
-from model.runtimes import load_runtime
+from model.runtimes import Runtime, load_runtime
 from model.samplers import build_plan
 from service.engine import Engine
 from service.scheduler import Scheduler, StepTimes
@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 # A CPU's rows per second stop growing at a few rows; a GPU's go on for longer.
 CPU_WIDTHS = (1, 2, 4, 8, 16)
 GPU_WIDTHS = (1, 2, 4, 8, 16, 32, 64)
+COMPILED_ROWS = 8
+"""The one width of torch-compile, where none is set: every width takes a minute to compile."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,9 @@ def warm_up(model: Checkpoint, settings: Settings) -> Warm:
     runtime = load_runtime(model, settings.runtime, settings.device, settings.dtype, batch_invariant=False)
     denoiser = Denoiser.of(model, runtime)
     widths: Sequence[int] = CPU_WIDTHS if runtime.device.type == "cpu" else GPU_WIDTHS
-    if settings.max_batch:
+    if settings.runtime == "torch-compile":
+        widths = (settings.max_batch or COMPILED_ROWS,)
+    elif settings.max_batch:
         widths = sorted({width for width in widths if width < settings.max_batch} | {settings.max_batch})
     plan = build_plan(model.schedule, "ddim", min(4, model.schedule.timesteps))
     label = 0 if denoiser.conditional else None
@@ -65,10 +69,10 @@ def warm_up(model: Checkpoint, settings: Settings) -> Warm:
     if settings.max_batch > points[-1][0]:
         points.append((settings.max_batch, _time_step(denoiser, chains)))
     max_rows = settings.max_batch or StepTimes(points).knee()
-    if settings.batch_invariant and runtime.name == "torch":
-        # Torch gives a row the same bits only at the same shape, so every call gets the widest one.
-        runtime.batch_sizes = (max_rows,)
-        points = [(max_rows, _time_step(denoiser, chains[:max_rows]))]
+    if runtime.name != "openvino":
+        runtime.batch_sizes = _shapes(runtime, widths, max_rows, invariant=settings.batch_invariant)
+        if runtime.batch_sizes:
+            points = [(rows, _time_step(denoiser, chains[:rows])) for rows in runtime.batch_sizes]
     invariance = measure_invariance(denoiser, chains[: max(2, max_rows)], max_rows)
     logger.info(
         "%s %s on %s: %d rows per step, %.0f rows/s, results %s of batch mates",
@@ -82,6 +86,19 @@ def warm_up(model: Checkpoint, settings: Settings) -> Warm:
 
     engine = Engine(denoiser, Scheduler(max_rows, StepTimes(points)), narrow)
     return Warm(engine, runtime.name, str(runtime.device), runtime.dtype, tuple(points), invariance)
+
+
+def _shapes(runtime: Runtime, widths: Sequence[int], max_rows: int, *, invariant: bool) -> tuple[int, ...]:
+    """What torch's batches are padded to.
+
+    Torch gives a row the same bits only at the same shape, so every call gets the widest one. Where that is
+    not asked for, CUDA still gets a few shapes, which can be recorded.
+    """
+    if invariant or runtime.name == "torch-compile":
+        return (max_rows,)
+    if runtime.device.type == "cuda":
+        return (*(width for width in widths if width < max_rows), max_rows)
+    return ()
 
 
 def _time_widths(

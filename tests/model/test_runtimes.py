@@ -105,6 +105,35 @@ def test_torch_pads_to_the_next_shape_it_was_given(tiny: Checkpoint, monkeypatch
     assert seen == [2, 2, 8, 8, 9]
 
 
+def test_compiled_torch_agrees_with_eager_torch(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Dynamo without its code generator: what is compiled is right, and the test needs no C++ compiler.
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda net, **options: real(net, backend="aot_eager", **options))
+    runtime = load_runtime(tiny, "torch-compile", "cpu", max_rows=4)
+    assert (runtime.name, runtime.batch_sizes) == ("torch-compile", (4,))
+    expected = TorchRuntime(tiny).forward(*batch(3))
+    torch.testing.assert_close(runtime.forward(*batch(3)), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_cuda_graphs_give_what_eager_calls_give(tiny: Checkpoint, dtype: DtypeName) -> None:
+    eager = TorchRuntime(tiny, "cuda", dtype)
+    graphed = TorchRuntime(tiny, "cuda", dtype, batch_sizes=(2, 8))
+    for rows in (1, 2, 5, 8, 3):
+        inputs = [values.cuda() for values in batch(rows)]
+        size = 2 if rows <= 2 else 8
+        padded = [torch.cat((v, v[:1].expand(size - rows, *v.shape[1:]))) for v in inputs]
+        first = graphed.forward(*inputs)
+        assert torch.equal(first, eager.forward(*padded)[:rows])
+        kept = first.clone()
+        graphed.forward(inputs[0] + 1, *inputs[1:])
+        assert torch.equal(first, kept), "a result is not overwritten by the next call"
+    graphed.batch_sizes = (4,)
+    graphed.forward(*(values.cuda() for values in batch(4)))
+    assert set(graphed._graphs) == {4}
+
+
 Kind = Callable[[Checkpoint, DtypeName], Runtime]
 KINDS: dict[str, Kind] = {
     "torch": lambda model, dtype: TorchRuntime(model, dtype=dtype),
