@@ -16,7 +16,8 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 
-from bench.simulation import draw, request, trace
+from bench.simulation import draw, jobs_of, request
+from bench.workload import trace
 from model import checkpoint
 from service.scheduler import Policy, Scheduler, StepTimes
 from service.settings import Settings
@@ -30,7 +31,7 @@ POLICIES: tuple[Policy, ...] = ("remaining", "fifo", "sharing")
 def filled(policy: Policy, width: int, waiting: int) -> Scheduler:
     """A scheduler with so many requests of the mixed workload, half of which have had a step."""
     under = Scheduler(width, StepTimes([(1, 0.01), (width, 0.02)]), policy)
-    for place, job in enumerate(trace("mix", 1.0, waiting, seed=0)):
+    for place, job in enumerate(jobs_of(trace("mix", 1.0, waiting, seed=0))):
         job.preview = "x0"
         under.add(job, 0.0)
         if place == waiting // 2:

@@ -17,16 +17,16 @@ import numpy as np
 from bench.simulation import (
     CURVES,
     POLICIES,
-    WORKLOADS,
     Case,
     Course,
     Curve,
     Outcome,
+    jobs_of,
     read_curve,
     request,
     run,
-    trace,
 )
+from bench.workload import WORKLOADS, trace
 from service.scheduler import StepTimes
 
 LOADS = (0.3, 0.5, 0.7, 0.9, 1.0, 1.2)
@@ -118,9 +118,9 @@ def starvation(base: Case) -> str:
             base.rows, 8, times
         )
         for case in [replace(base, turn=t) for t in TURNS] + [replace(base, policy=p) for p in POLICIES[1:]]:
-            small = trace("uniform", 50 * rate, int(stream * rate), base.seed)
-            jobs = [request("large", 0.0, steps, images), *(request(j.id, j.created, 20) for j in small)]
-            large, *others = case.drive(jobs)
+            asks = trace("uniform", 50 * rate, int(stream * rate), base.seed)
+            small = jobs_of(replace(ask, steps=20) for ask in asks)
+            large, *others = case.drive([request("large", 0.0, steps, images), *small])
             shown = f"{large.latency:.1f}", f"{stream:.1f}", len(others), worst([large], case.curve)
             name = case.policy
             if name == "remaining":

@@ -1,8 +1,8 @@
 """The service's own scheduler, driven through traces of requests in virtual time.
 
 A step of r rows takes what the curve says, a request joins at the first step boundary after it came, and
-nothing else takes time. Arrivals are Poisson, drawn from a seeded Philox generator, the same for every policy
-and width. Every run lasts until all its jobs have ended. Load 1 is the most rows per second on the curve.
+nothing else takes time. The arrivals are those of `bench/workload.py`, the same for every policy and width.
+Every run lasts until all its jobs have ended. Load 1 is the most rows per second on the curve.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import cast
 
 import numpy as np
 
+from bench.workload import Ask, trace
 from service.events import Event, Finished, Picture
 from service.jobs import Chain, Job, Sample
 from service.scheduler import Draw, Policy, Scheduler, StepPlan, StepTimes
@@ -28,10 +29,8 @@ CURVES: dict[str, Curve] = {
     # Assumed: nearly flat.
     "gpu": tuple((rows, 0.005 + 0.003 * (rows - 1) / 31) for rows in (1, 2, 4, 8, 16, 32)),
 }
-WORKLOADS = ("uniform", "mix")
 POLICIES = ("remaining", "fifo", "sharing", "peer")
 EMPTY = np.empty((0, 0, 1), np.uint8)
-GUIDED = 0.3  # share of the mix's requests whose images cost two rows
 
 
 @dataclass(frozen=True)
@@ -153,18 +152,9 @@ def request(name: str, created: float, steps: int, images: int = 1, rows: int = 
     return job
 
 
-def trace(workload: str, rows_per_s: float, arrivals: int, seed: int) -> list[Job]:
-    """Draw `arrivals` jobs that ask for `rows_per_s` rows of network calls a second on average."""
-    rng = np.random.Generator(np.random.Philox(seed))
-    gaps = rng.exponential(size=arrivals)
-    if workload == "uniform":
-        return [request(str(i), float(t), 50) for i, t in enumerate(np.cumsum(gaps) * 50 / rows_per_s)]
-    steps = rng.choice([20, 50, 250], size=arrivals, p=[0.7, 0.25, 0.05])
-    images = rng.integers(1, 8, size=arrivals, endpoint=True)
-    rows = 1 + (rng.random(arrivals) < GUIDED)
-    created = np.cumsum(gaps) * (39 * 4.5 * (1 + GUIDED)) / rows_per_s  # the means of steps, images and rows
-    columns = zip(created.tolist(), steps.tolist(), images.tolist(), rows.tolist(), strict=True)
-    return [request(str(i), *columns_i) for i, columns_i in enumerate(columns)]
+def jobs_of(asks: Iterable[Ask]) -> list[Job]:
+    """Build the jobs of a trace, named by their places in it."""
+    return [request(str(i), ask.created, ask.steps, ask.images, ask.width) for i, ask in enumerate(asks)]
 
 
 def draw(sample: Sample, kind: str) -> Picture:
@@ -234,4 +224,5 @@ class Case:
 @cache
 def run(case: Case) -> list[Outcome]:
     """Simulate the case's trace; asked again, the same answer comes from memory."""
-    return case.drive(trace(case.workload, case.load * case.capacity, case.arrivals, case.seed))
+    asks = trace(case.workload, case.load * case.capacity, case.arrivals, case.seed)
+    return case.drive(jobs_of(asks))

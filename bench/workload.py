@@ -1,0 +1,65 @@
+"""What is asked for, and when: one trace for the simulation and for the load on real servers.
+
+Arrivals are Poisson, drawn from a seeded Philox generator: the same seed gives the same asks at any rate,
+only closer together. "uniform" is one image of 50 steps each time; "mix" is 70 % of 20 steps, 25 % of 50 and
+5 % of 250, one to eight images, 30 % of them guided (two rows of a network call for a step of an image).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+WORKLOADS = ("uniform", "mix")
+GUIDED = 0.3  # share of the mix's asks that are guided
+MAX_IMAGES = 8
+CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request: DDIM, of a class. `created`: seconds after the trace's start. Image i has seed + i."""
+
+    created: float
+    steps: int
+    images: int = 1
+    guided: bool = False
+    label: int = 0
+    seed: int = 0
+
+    @property
+    def width(self) -> int:
+        """Rows of a network call that a step of one image costs."""
+        return 2 if self.guided else 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of network calls in all."""
+        return self.steps * self.images * self.width
+
+
+def trace(
+    workload: str, rows_per_s: float, arrivals: int, seed: int = 0, classes: int = CLASSES
+) -> list[Ask]:
+    """Draw `arrivals` asks, in order, that cost `rows_per_s` rows of network calls a second on average.
+
+    Raises ValueError for an unknown workload.
+    """
+    if workload not in WORKLOADS:
+        raise ValueError(f"a workload is one of {', '.join(WORKLOADS)}, not {workload!r}")
+    rng = np.random.Generator(np.random.Philox(seed))
+    gaps = rng.exponential(size=arrivals)
+    if workload == "uniform":
+        created = np.cumsum(gaps) * 50 / rows_per_s
+        steps, images = np.full(arrivals, 50), np.ones(arrivals, np.int64)
+        guided = np.zeros(arrivals, bool)
+    else:
+        steps = rng.choice([20, 50, 250], size=arrivals, p=[0.7, 0.25, 0.05])
+        images = rng.integers(1, MAX_IMAGES, size=arrivals, endpoint=True)
+        guided = rng.random(arrivals) < GUIDED
+        created = np.cumsum(gaps) * (39 * 4.5 * (1 + GUIDED)) / rows_per_s  # means of steps, images, rows
+    labels = rng.integers(classes, size=arrivals)
+    seeds = range(0, MAX_IMAGES * arrivals, MAX_IMAGES)  # no two images share one
+    columns = (created.tolist(), steps.tolist(), images.tolist(), guided.tolist(), labels.tolist(), seeds)
+    return [Ask(*each) for each in zip(*columns, strict=True)]
