@@ -15,6 +15,8 @@ WORKLOADS = ("uniform", "mix")
 GUIDED = 0.3  # share of the mix's asks that are guided
 MAX_IMAGES = 8
 CLASSES = 10
+MEAN_ROWS = {"uniform": 50.0, "mix": 39 * 4.5 * (1 + GUIDED)}
+"""Rows that an ask costs on average: for the mix, the means of steps, images and rows multiplied."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,13 @@ def trace(
     rng = np.random.Generator(np.random.Philox(seed))
     gaps = rng.exponential(size=arrivals)
     if workload == "uniform":
-        created = np.cumsum(gaps) * 50 / rows_per_s
         steps, images = np.full(arrivals, 50), np.ones(arrivals, np.int64)
         guided = np.zeros(arrivals, bool)
     else:
         steps = rng.choice([20, 50, 250], size=arrivals, p=[0.7, 0.25, 0.05])
         images = rng.integers(1, MAX_IMAGES, size=arrivals, endpoint=True)
         guided = rng.random(arrivals) < GUIDED
-        created = np.cumsum(gaps) * (39 * 4.5 * (1 + GUIDED)) / rows_per_s  # means of steps, images, rows
+    created = np.cumsum(gaps) * MEAN_ROWS[workload] / rows_per_s
     labels = rng.integers(classes, size=arrivals)
     seeds = range(0, MAX_IMAGES * arrivals, MAX_IMAGES)  # no two images share one
     columns = (created.tolist(), steps.tolist(), images.tolist(), guided.tolist(), labels.tolist(), seeds)

@@ -1,0 +1,80 @@
+"""What the machine can do: rows per second of a bare loop over the runtime, at its best batch.
+
+`python -m bench.capacity` prints a line for each batch width. Load 1 of the comparison is the best of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any, cast
+
+import torch
+
+from model import checkpoint
+from model.runtimes import DtypeName, Runtime, load_runtime
+
+WIDTHS = (1, 2, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """The best width and its rows per second; all widths tried; what ran them."""
+
+    rows: int
+    rows_per_s: float
+    by_width: dict[int, float]
+    runtime: str
+    dtype: str
+
+
+def measure(folder: Path, runtime: str = "auto", dtype: str = "auto", seconds: float = 2.0) -> Capacity:
+    """Run calls of each width for `seconds`. The median call counts: one that was disturbed says nothing."""
+    model = checkpoint.load(folder)
+    loaded = load_runtime(model, cast("Any", runtime), "cpu", cast("DtypeName", dtype), batch_invariant=False)
+    config = model.unet.config
+    shape = config.in_channels, config.sample_size, config.sample_size
+    labelled = config.num_class_embeds is not None
+    rates = {width: width / _call_s(loaded, width, shape, labelled, seconds) for width in WIDTHS}
+    best = max(rates, key=lambda width: rates[width])
+    return Capacity(best, rates[best], rates, loaded.name, loaded.dtype)
+
+
+def _call_s(
+    runtime: Runtime, width: int, shape: tuple[int, int, int], labelled: bool, seconds: float
+) -> float:
+    x, t = torch.randn(width, *shape), torch.full((width,), 500)
+    y = torch.zeros(width, dtype=torch.int64) if labelled else None
+    runtime.forward(x, t, y)
+    times: list[float] = []
+    while sum(times) < seconds or len(times) < 3:
+        begun = perf_counter()
+        runtime.forward(x, t, y)
+        times.append(perf_counter() - begun)
+    return sorted(times)[len(times) // 2]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print what was measured."""
+    parser = argparse.ArgumentParser("python -m bench.capacity", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", type=Path, default=Path("weights/fashion-mnist"), help="model folder")
+    parser.add_argument("--runtime", default="auto", help="as in the service's settings")
+    parser.add_argument("--dtype", default="auto", help="the same")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each width")
+    parser.add_argument("--json", action="store_true", help="one line for programs")
+    args = parser.parse_args(arguments)
+    found = measure(args.model, args.runtime, args.dtype, args.seconds)
+    if args.json:
+        print(json.dumps(asdict(found)))
+        return
+    for width, rate in found.by_width.items():
+        best = "  best" if width == found.rows else ""
+        print(f"{found.runtime} {found.dtype}, {width:3} rows: {rate:7.1f} rows/s{best}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""The comparison's results as Markdown tables and a plot.
+
+`python -m bench.report docs` reads comparison.json there and writes comparison.md and comparison.svg
+beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.servers import NAMES
+from bench.simulate import table
+from bench.workload import WORKLOADS
+
+Case = Mapping[str, Any]
+
+HOW = """\
+Open loop: Poisson arrivals from a seeded trace (`bench/workload.py`) go out at their times, whatever
+has become of those before them, and a latency counts from the time its request was meant to go out.
+Load 1 is the capacity: {capacity:.0f} rows of network calls a second, which is what a bare loop over
+the runtime ({runtime}, {dtype}) reaches at its best batch of {rows} rows on this machine. One server at
+a time, started afresh and warmed up for every line; clients and server share the machine. `service` is
+this repository's, with every client streaming; a peer runs over diffusers as documented, or over this
+repository's own runtime (`/ours`). Arrivals last {seconds:.0f} s on average, and a client waits
+{patience:.0f} s at most. Times in seconds; rows/s count the requests that were done.
+"""
+LEGEND = """\
+≥: some requests timed out; they count with the time the client waited, so the figure is a lower bound,
+and the case was cut short there. *rejected*: 429 or 503. *CPU*: cores that the server kept busy on
+average. *memory*: resident, at its peak, children included. *ETA error*: median and p95 of how far off
+the promised end was, as a share of the time it took.
+"""
+HEADER = (
+    "server|requests|offered rows/s|done rows/s|mean|p50|p95|p99|first byte p50|first preview p50 / p95"
+    "|ETA error|rejected|failed|timed out|CPU|memory (MB)"
+)
+
+
+def number(figures: Mapping[str, float] | None, name: str, bound: bool = False) -> str:
+    """Format one of a quantity's figures; a dash when there are none."""
+    if not figures:
+        return "–"
+    return ("≥ " if bound else "") + f"{figures[name]:.2f}"
+
+
+def row(case: Case) -> list[str]:
+    """Lay out a case as a line of its table."""
+    if "error" in case:
+        reason = case["error"].splitlines()[0]
+        return [case["server"], f"did not start: {reason}", *[""] * (HEADER.count("|") - 1)]
+    latency = [number(case["latency"], name, case["timeouts"] > 0) for name in ("mean", "p50", "p95", "p99")]
+    preview, eta = case["first_preview"], case["eta_error_share"]
+    usage = case["usage"]
+    return [
+        case["server"],
+        str(case["asks"]),
+        f"{case['offered']:.0f}",
+        f"{case['rows_per_s']:.0f}",
+        *latency,
+        number(case["first_byte"], "p50"),
+        f"{number(preview, 'p50')} / {number(preview, 'p95')}" if preview else "–",
+        f"{100 * eta['p50']:.0f} % / {100 * eta['p95']:.0f} %" if eta else "–",
+        *(str(case[fate]) for fate in ("rejected", "failed", "timeouts")),
+        f"{usage['cpu_s'] / usage['seconds']:.1f}",
+        f"{usage['peak_bytes'] / 1e6:.0f}",
+    ]
+
+
+def line(case: Case) -> str:
+    """Tell a case in a few words, for the terminal."""
+    if "error" in case:
+        return str(case["error"])
+    bound = case["timeouts"] > 0
+    lost = ", ".join(f"{case[fate]} {fate}" for fate in ("rejected", "failed", "timeouts") if case[fate])
+    latency = f"p50 {number(case['latency'], 'p50', bound)} s, p95 {number(case['latency'], 'p95', bound)} s"
+    return f"{case['done']} of {case['asks']}, {case['rows_per_s']:.0f} rows/s, {latency}" + (
+        lost and f", {lost}"
+    )
+
+
+def _by_server(cases: Iterable[Case]) -> list[Case]:
+    return sorted(cases, key=lambda case: NAMES.index(case["server"]))
+
+
+def saturation(cases: Sequence[Case], capacity: float) -> str:
+    """Lay out the most rows per second that each server did at any load."""
+    rows = []
+    for server in dict.fromkeys(case["server"] for case in _by_server(cases)):
+        cells = []
+        for workload in WORKLOADS:
+            done = [
+                case["rows_per_s"]
+                for case in cases
+                if (case["server"], case["workload"]) == (server, workload) and "error" not in case
+            ]
+            cells.append(f"{max(done):.0f} ({100 * max(done) / capacity:.0f} %)" if done else "–")
+        rows.append([server, *cells])
+    return table(
+        "Most rows per second at any load (share of capacity)", "|".join(["server", *WORKLOADS]), rows
+    )
+
+
+def markdown(content: Mapping[str, Any]) -> str:
+    """Lay out everything: the machine, how it was measured, and a table for each workload and load."""
+    machine, terms, capacity = content["machine"], content["terms"], content["capacity"]
+    cases = content["cases"]
+    versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items())
+    parts = [
+        "# Side by side\n",
+        "Written by `python -m bench.report`, from `comparison.json`.\n",
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {machine['system']}, "
+        f"Python {machine['python']}; {versions}.\n",
+        HOW.format(
+            capacity=capacity["rows_per_s"],
+            rows=capacity["rows"],
+            runtime=capacity["runtime"],
+            dtype=capacity["dtype"],
+            seconds=terms["seconds"],
+            patience=terms["patience_s"],
+        ),
+        "![p95 latency over load](comparison.svg)\n",
+        saturation(cases, capacity["rows_per_s"]),
+        LEGEND,
+    ]
+    for workload in WORKLOADS:
+        for load in sorted({case["load"] for case in cases if case["workload"] == workload}):
+            here = [case for case in cases if (case["workload"], case["load"]) == (workload, load)]
+            parts.append(table(f"{workload}, load {load}", HEADER, map(row, _by_server(here))))
+    errors = [
+        f"- {case['server']}, {case['workload']}, load {case['load']}: `{' '.join(error.split())[:200]}`"
+        for case in _by_server(cases)
+        for error in case.get("errors", ())
+    ]
+    if errors:
+        parts += ["#### What was answered instead\n", "\n".join(errors) + "\n"]
+    return "\n".join(parts)
+
+
+def plot(content: Mapping[str, Any], path: Path) -> None:
+    """Draw p95 over the load, a panel for each workload; dashed over diffusers, solid over our runtime."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    mpl.rcParams["svg.hashsalt"] = "comparison"  # the same bytes every time
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(WORKLOADS), figsize=(12, 5), layout="constrained")
+    peers = list(dict.fromkeys(name.partition("/")[0] for name in NAMES))
+    for panel, workload in zip(axes, WORKLOADS, strict=True):
+        for server in NAMES:
+            points = sorted(
+                (case["load"], case["latency"]["p95"])
+                for case in content["cases"]
+                if (case["server"], case["workload"]) == (server, workload) and case.get("latency")
+            )
+            if not points:
+                continue
+            peer, _, pipeline = server.partition("/")
+            style: dict[str, Any] = {"linestyle": "--" if pipeline == "diffusers" else "-", "marker": "o"}
+            width = 3 if server == "service" else 1
+            loads, p95 = zip(*points, strict=True)
+            panel.semilogy(
+                loads,
+                p95,
+                label=server,
+                color=f"C{peers.index(peer)}",
+                linewidth=width,
+                markersize=3,
+                **style,
+            )
+        panel.set(title=workload, xlabel="load (share of capacity)", ylabel="p95 latency (s)")
+        panel.grid(alpha=0.3)
+    handles, labels = max(
+        (panel.get_legend_handles_labels() for panel in axes), key=lambda found: len(found[1])
+    )
+    if labels:
+        figure.legend(handles, labels, loc="outside right center")
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def write(content: Mapping[str, Any], folder: Path) -> None:
+    """Write comparison.md and comparison.svg."""
+    (folder / "comparison.md").write_text(markdown(content))
+    plot(content, folder / "comparison.svg")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Make the report of a folder's results anew."""
+    parser = argparse.ArgumentParser("python -m bench.report", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path, help="where comparison.json lies")
+    folder = parser.parse_args(arguments).folder
+    write(json.loads((folder / "comparison.json").read_text()), folder)
+
+
+if __name__ == "__main__":
+    main()
