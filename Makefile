@@ -1,6 +1,6 @@
 # Two commands matter: `make serve` and `make test`. Both work from a fresh clone with Python 3.11 or newer.
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check train evaluate bench lock clean
+.PHONY: help install serve test check train evaluate simulate bench lock clean
 
 PYTHON ?=
 DATA   ?= /usr/share/datasets/fashion-mnist
@@ -11,6 +11,9 @@ VENV := .venv
 RUN  := $(VENV)/bin/python
 # A copy of the lock, laid down when all of it is installed: newer than the lock means up to date.
 STAMP := $(VENV)/requirements.installed
+# The servers that `make bench` compares with have an environment, a lock and a stamp of their own.
+PEERS       := .venv-bench
+PEERS_STAMP := $(PEERS)/requirements.installed
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,11 +62,26 @@ train: install ## train the default model; stops and resumes (DATA, OUT, ARGS)
 evaluate: install ## measure a trained model (DATA, OUT, ARGS)
 	$(RUN) -m model.evaluate --data $(DATA) --model $(OUT) $(ARGS)
 
-bench: install ## simulate load on the scheduler
+simulate: install ## simulate load on the scheduler
 	$(RUN) -m bench.simulate $(ARGS)
 
-lock: ## rewrite the lock files from pyproject.toml and what .venv holds
-	$(RUN) -m tests.locks
+bench: $(PEERS_STAMP) ## compare with other servers under load: hours; stops and resumes (ARGS=--quick: minutes)
+	$(PEERS)/bin/python -m bench.compare --out docs $(ARGS)
 
-clean: ## remove .venv and the tools' caches
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+# torch alone with what it needs, since its CUDA build has libraries that the lock does not list; everything
+# else exactly as locked, which spares pip a search of many minutes.
+$(PEERS_STAMP): requirements-bench.txt | install
+	@set -e; \
+	if [ ! -x $(PEERS)/bin/python ]; then $(RUN) -m venv $(PEERS); fi; \
+	echo "installing requirements-bench.txt into $(PEERS)"; \
+	pip="$(PEERS)/bin/python -m pip install --disable-pip-version-check"; \
+	$$pip --constraint requirements-bench.txt "$$(grep '^torch==' requirements-bench.txt)"; \
+	$$pip --no-deps --requirement requirements-bench.txt; \
+	cp requirements-bench.txt $@
+
+lock: ## rewrite the lock files from pyproject.toml and what .venv and .venv-bench hold
+	$(RUN) -m tests.locks requirements.txt requirements-serve.txt
+	if [ -x $(PEERS)/bin/python ]; then $(PEERS)/bin/python -m tests.locks requirements-bench.txt; fi
+
+clean: ## remove .venv, .venv-bench and the tools' caches
+	rm -rf $(VENV) $(PEERS) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

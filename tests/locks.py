@@ -1,12 +1,15 @@
 """The lock files: every package that pyproject.toml asks for, directly or not, at the version installed here.
 
-`python -m tests.locks` rewrites them from the environment it runs in (`make lock`); test_house.py compares.
+`python -m tests.locks FILE...` rewrites them from the environment it runs in (`make lock`); test_house.py
+compares. The servers of the comparison need other versions of a few packages than the service is tested with,
+so they have an environment of their own, and test_house.py looks at their lock as far as .venv has them.
 """
 
 from __future__ import annotations
 
+import sys
 import tomllib
-from importlib.metadata import distribution
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -18,6 +21,7 @@ FILES = {
     "requirements.txt": ("openvino", "train", "dev"),
     "requirements-serve.txt": ("openvino",),
 }
+PEERS = {"requirements-bench.txt": ("openvino", "train", "bench")}
 # torch's CUDA build pins these itself, each at one version; its other builds don't want them.
 CUDA = ("cuda-", "nvidia-", "triton")
 
@@ -36,10 +40,11 @@ def direct(extras: tuple[str, ...] = ()) -> list[Requirement]:
     return [Requirement(line) for line in wanted]
 
 
-def closure(extras: tuple[str, ...]) -> dict[str, str]:
+def closure(extras: tuple[str, ...], *, missing: set[str] | None = None) -> dict[str, str]:
     """Name → installed version of everything that is needed with these extras on this machine.
 
-    Raises PackageNotFoundError for one that is not installed.
+    One that is not installed goes into `missing`, where that is given; what it needs stays unknown then.
+    Raises PackageNotFoundError for it otherwise.
     """
     found: dict[str, str] = {}
     waiting = [(requirement, "") for requirement in direct(extras)]
@@ -51,7 +56,13 @@ def closure(extras: tuple[str, ...]) -> dict[str, str]:
             continue
         if name.startswith(CUDA):
             continue
-        package = distribution(name)
+        try:
+            package = distribution(name)
+        except PackageNotFoundError:
+            if missing is None:
+                raise
+            missing.add(name)
+            continue
         found[name] = Version(package.version).public
         for wanted in ("", *requirement.extras):
             if (name, wanted) not in seen:
@@ -68,5 +79,5 @@ def render(extras: tuple[str, ...]) -> str:
 
 
 if __name__ == "__main__":
-    for file, extras in FILES.items():
-        (ROOT / file).write_text(render(extras))
+    for file in sys.argv[1:] or FILES:
+        (ROOT / file).write_text(render((FILES | PEERS)[file]))
