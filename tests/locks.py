@@ -17,13 +17,14 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
-FILES = {
+FILES: dict[str, tuple[str, ...]] = {
     "requirements.txt": ("openvino", "train", "dev"),
     "requirements-serve.txt": ("openvino",),
 }
-PEERS = {"requirements-bench.txt": ("openvino", "train", "bench")}
+PEERS: dict[str, tuple[str, ...]] = {"requirements-bench.txt": ("openvino", "train", "bench")}
 # torch's CUDA build pins these itself, each at one version; its other builds don't want them.
 CUDA = ("cuda-", "nvidia-", "triton")
+NOT_CUDA = {"nvidia-ml-py"}  # asks the driver; BentoML wants it everywhere
 
 HEADER = """\
 # Written by `make lock` from pyproject.toml ({what}); do not edit.
@@ -54,7 +55,7 @@ def closure(extras: tuple[str, ...], *, missing: set[str] | None = None) -> dict
         name = canonicalize_name(requirement.name)
         if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
             continue
-        if name.startswith(CUDA):
+        if name.startswith(CUDA) and name not in NOT_CUDA:
             continue
         try:
             package = distribution(name)

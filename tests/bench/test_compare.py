@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bench import capacity, compare, report
+from bench.compare import Case, Results, Terms, TermsError, cases
+from bench.machine import describe, processor
+from tests.bench.test_report import case
+
+TERMS = Terms("weights/mine", "auto", "auto", 10.0, 60.0, 0)
+FIGURES = {"rows": 2, "rows_per_s": 100.0, "by_width": {}, "runtime": "openvino", "dtype": "float32"}
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The cases that were run, by a stand-in; those whose servers are in `broken` do not start."""
+    ran: list[Case] = []
+    monkeypatch.setattr(compare, "measure_capacity", lambda terms, seconds: FIGURES)
+
+    def run(each, terms, capacity):
+        ran.append(each)
+        return {"error": "no"} if each.server in BROKEN else case(each.server, each.workload, each.load)
+
+    monkeypatch.setattr(compare, "run", run)
+    BROKEN.clear()
+    return ran
+
+
+BROKEN: set[str] = set()
+
+
+def arguments(folder, *more):
+    servers = ["--server", "service", "--server", "plain/ours"]
+    return ["--out", str(folder), "--load", "0.5", "--load", "1.5", *servers, *more]
+
+
+def test_what_is_done_is_not_done_again(ran, tmp_path):
+    compare.main(arguments(tmp_path, "--workload", "mix"))
+    assert ran == [Case(server, "mix", load) for load in (0.5, 1.5) for server in ("service", "plain/ours")]
+    ran.clear()
+    compare.main(arguments(tmp_path))
+    assert {each.workload for each in ran} == {"uniform"}
+    assert len(json.loads((tmp_path / "comparison.json").read_text())["cases"]) == 8
+    assert "#### uniform, load 1.5" in (tmp_path / "comparison.md").read_text()
+
+
+def test_what_was_done_before_an_interruption_is_kept(ran, tmp_path, monkeypatch):
+    whole = compare.run
+
+    def interrupted(each, terms, capacity):
+        if each.load == 1.5:
+            raise KeyboardInterrupt
+        return whole(each, terms, capacity)
+
+    monkeypatch.setattr(compare, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compare.main(arguments(tmp_path, "--workload", "mix"))
+    monkeypatch.setattr(compare, "run", whole)
+    ran.clear()
+    compare.main(arguments(tmp_path, "--workload", "mix"))
+    assert {each.load for each in ran} == {1.5}
+
+
+def test_what_went_wrong_is_tried_again(ran, tmp_path):
+    BROKEN.add("plain/ours")
+    compare.main(arguments(tmp_path, "--workload", "mix"))
+    assert "did not start" in (tmp_path / "comparison.md").read_text()
+    BROKEN.clear()
+    ran.clear()
+    compare.main(arguments(tmp_path, "--workload", "mix"))
+    assert {each.server for each in ran} == {"plain/ours"}
+    assert "did not start" not in (tmp_path / "comparison.md").read_text()
+
+
+def test_results_on_other_terms_are_not_mixed(ran, tmp_path):
+    compare.main(arguments(tmp_path))
+    with pytest.raises(SystemExit, match="other terms"):
+        compare.main(arguments(tmp_path, "--patience", "10"))
+
+
+def test_a_file_is_read_back(tmp_path):
+    path = tmp_path / "comparison.json"
+    first = Results(path, TERMS)
+    assert first.once("capacity", lambda: {"rows": 3}) == {"rows": 3}
+    first.add(Case("service", "mix", 0.7), {"done": 1})
+    second = Results(path, TERMS)
+    assert second.once("capacity", lambda: {"rows": 4}) == {"rows": 3}
+    assert second.has(Case("service", "mix", 0.7))
+    assert not second.has(Case("service", "mix", 0.9))
+    with pytest.raises(TermsError):
+        Results(path, Terms("weights/other", "auto", "auto", 10.0, 60.0, 0))
+
+
+def test_every_load_asks_for_the_same():
+    few, many = (TERMS.asks(Case("service", "mix", load), 200.0) for load in (0.5, 1.5))
+    assert 0 < len(few) < len(many)
+    assert [ask.rows for ask in few] == [ask.rows for ask in many[: len(few)]]
+    assert few[-1].created == pytest.approx(TERMS.seconds, rel=0.8)
+
+
+def test_load_by_load():
+    found = list(cases(["a", "b"], ["mix"], [0.7, 0.3]))
+    assert found == [Case(server, "mix", load) for load in (0.7, 0.3) for server in ("a", "b")]
+
+
+def test_the_machine_has_a_name(tmp_path):
+    facts = tmp_path / "cpuinfo"
+    facts.write_text("processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: fpu avx2 amx_bf16\nprocessor\t: 1\n")
+    assert processor(facts) == "Some CPU (avx2, amx_bf16)"
+    assert processor(tmp_path / "none")
+    found = describe()
+    assert isinstance(found["cores"], int)
+    assert found["cores"] >= 1
+    assert "torch" in found["versions"]  # type: ignore[operator]
+
+
+def test_the_capacity_is_that_of_the_best_width(tiny_folder, capsys):
+    found = capacity.measure(tiny_folder, seconds=0.01)
+    assert found.rows_per_s == found.by_width[found.rows] == max(found.by_width.values())
+    capacity.main(["--model", str(tiny_folder), "--seconds", "0.01"])
+    assert capsys.readouterr().out.count("  best\n") == 1
+
+
+@pytest.mark.slow
+def test_our_service_for_real(tiny_folder, tmp_path):
+    shared = ["--out", str(tmp_path), "--model", str(tiny_folder), "--server", "service"]
+    compare.main([*shared, "--quick", "--workload", "mix", "--load", "0.02", "--seconds", "3"])
+    content = json.loads((tmp_path / "comparison.json").read_text())
+    (found,) = content["cases"]
+    assert found["done"] == found["asks"] > 0, found["errors"]
+    assert found["latency"]["mean"] >= found["first_preview"]["mean"] > 0
+    assert found["eta_error"]
+    assert found["usage"]["peak_bytes"] > 1e8
+    assert report.markdown(content) == (tmp_path / "comparison.md").read_text()
