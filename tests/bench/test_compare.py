@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from bench import capacity, compare, report
+from bench import compare, report
 from bench.compare import Case, Results, Terms, TermsError, cases
-from bench.machine import describe, processor
 from tests.bench.test_report import case
 
 TERMS = Terms("weights/mine", "auto", "auto", 10.0, 60.0, 0)
@@ -103,24 +102,6 @@ def test_every_load_asks_for_the_same():
 def test_load_by_load():
     found = list(cases(["a", "b"], ["mix"], [0.7, 0.3]))
     assert found == [Case(server, "mix", load) for load in (0.7, 0.3) for server in ("a", "b")]
-
-
-def test_the_machine_has_a_name(tmp_path):
-    facts = tmp_path / "cpuinfo"
-    facts.write_text("processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: fpu avx2 amx_bf16\nprocessor\t: 1\n")
-    assert processor(facts) == "Some CPU (avx2, amx_bf16)"
-    assert processor(tmp_path / "none")
-    found = describe()
-    assert isinstance(found["cores"], int)
-    assert found["cores"] >= 1
-    assert "torch" in found["versions"]  # type: ignore[operator]
-
-
-def test_the_capacity_is_that_of_the_best_width(tiny_folder, capsys):
-    found = capacity.measure(tiny_folder, seconds=0.01)
-    assert found.rows_per_s == found.by_width[found.rows] == max(found.by_width.values())
-    capacity.main(["--model", str(tiny_folder), "--seconds", "0.01"])
-    assert capsys.readouterr().out.count("  best\n") == 1
 
 
 @pytest.mark.slow
