@@ -18,7 +18,7 @@ import torch
 from model import checkpoint
 from model.runtimes import DtypeName, Runtime, load_runtime
 
-WIDTHS = (1, 2, 4, 8, 16)
+WIDTHS = (1, 2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def measure_capacity(terms: Terms, seconds: float) -> dict[str, Any]:
 def warm(door: Door, patience_s: float) -> None:
     """Ask for every number of images, guided and not, one step each, first one by one, then all at once.
 
-    A runtime prepares for every new shape of a batch, and an adaptive batcher has to see some.
+    A runtime compiles every width of a batch when it first sees it, and an adaptive batcher has to see some.
     """
     asks = [Ask(0.0, 1, n, guided) for guided in (False, True) for n in range(1, MAX_IMAGES + 1)]
     for together in (*([ask] for ask in asks), asks):

@@ -92,14 +92,11 @@ class Ours:
 
     def __init__(self, folder: Path, runtime: str = "auto", dtype: str = "auto") -> None:
         model = checkpoint.load(folder)
-        config = model.unet.config
         self.schedule = model.schedule
-        self.denoiser = Denoiser(
-            load_runtime(model, cast("Any", runtime), "cpu", cast("DtypeName", dtype), batch_invariant=False),
-            (config.in_channels, config.sample_size, config.sample_size),
-            conditional=config.num_class_embeds is not None,
-            null_class=model.null_class,
+        loaded = load_runtime(
+            model, cast("Any", runtime), "cpu", cast("DtypeName", dtype), batch_invariant=False
         )
+        self.denoiser = Denoiser.of(model, loaded)
         self._plan = lru_cache(self._build)
 
     def _build(self, steps: int) -> Plan:

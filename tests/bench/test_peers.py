@@ -89,7 +89,7 @@ def ours(tiny_folder):
 
 def test_with_our_runtime_a_peer_gives_what_the_denoiser_gives(tiny_folder, ours):
     model = checkpoint.load(tiny_folder)
-    denoiser = Denoiser(load_runtime(model, device="cpu"), (1, 8, 8), conditional=True, null_class=10)
+    denoiser = Denoiser.of(model, load_runtime(model, device="cpu"))
     plan = build_plan(model.schedule, "ddim", BOOT.steps)
     expected = to_pixels(generate(denoiser, [Chain(plan, 70 + i, BOOT.label, 2.0) for i in range(3)]))
     found = pixels(ours(Wanted(**body_of(BOOT)).each()))
