@@ -1,8 +1,13 @@
 from bench import capacity
 
 
-def test_the_capacity_is_that_of_the_best_width(tiny_folder, capsys):
+def test_the_capacity_is_that_of_the_best_width(tiny_folder, capsys, monkeypatch):
+    monkeypatch.setattr(capacity, "WIDTHS", (1, 2, 4))
     found = capacity.measure(tiny_folder, seconds=0.01)
     assert found.rows_per_s == found.by_width[found.rows] == max(found.by_width.values())
-    capacity.main(["--model", str(tiny_folder), "--seconds", "0.01"])
-    assert capsys.readouterr().out.count("  best\n") == 1
+
+    monkeypatch.setattr(capacity, "measure", lambda *_: found)
+    capacity.main([])
+    printed = capsys.readouterr().out
+    assert printed.count("rows/s") == 3
+    assert printed.count("  best\n") == 1
