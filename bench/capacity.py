@@ -10,13 +10,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from time import perf_counter
 from typing import Any, cast
 
-import torch
-
+from bench.roofline import row_rates
 from model import checkpoint
-from model.runtimes import DtypeName, Runtime, load_runtime
+from model.runtimes import DtypeName, load_runtime
 
 WIDTHS = (1, 2, 4, 8, 16, 32)
 
@@ -36,26 +34,9 @@ def measure(folder: Path, runtime: str = "auto", dtype: str = "auto", seconds: f
     """Run calls of each width for `seconds`. The median call counts: one that was disturbed says nothing."""
     model = checkpoint.load(folder)
     loaded = load_runtime(model, cast("Any", runtime), "cpu", cast("DtypeName", dtype), batch_invariant=False)
-    config = model.unet.config
-    shape = config.in_channels, config.sample_size, config.sample_size
-    labelled = config.num_class_embeds is not None
-    rates = {width: width / _call_s(loaded, width, shape, labelled, seconds) for width in WIDTHS}
+    rates = dict(zip(WIDTHS, row_rates(loaded, model, WIDTHS, seconds), strict=True))
     best = max(rates, key=lambda width: rates[width])
     return Capacity(best, rates[best], rates, loaded.name, loaded.dtype)
-
-
-def _call_s(
-    runtime: Runtime, width: int, shape: tuple[int, int, int], labelled: bool, seconds: float
-) -> float:
-    x, t = torch.randn(width, *shape), torch.full((width,), 500)
-    y = torch.zeros(width, dtype=torch.int64) if labelled else None
-    runtime.forward(x, t, y)
-    times: list[float] = []
-    while sum(times) < seconds or len(times) < 3:
-        begun = perf_counter()
-        runtime.forward(x, t, y)
-        times.append(perf_counter() - begun)
-    return sorted(times)[len(times) // 2]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

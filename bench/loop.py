@@ -1,0 +1,147 @@
+"""What the service adds to the bare network: rows per second at saturation, side by side.
+
+`python -m bench.loop` takes turns, a few seconds each and several rounds, between
+
+runtime   the network alone, called again and again at the service's width
+denoiser  whole steps: noise, network, guidance, table
+engine    the scheduler and the commit around it
+json      the service as a process, kept busy over HTTP by clients who want JSON
+streams   the same with clients who watch previews of every second step
+
+and prints the median of each and its share of the first. Clients run on the same cores, and what they
+take is part of the last two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from bench.roofline import inputs
+from bench.servers import SERVICE, Model, Server, running
+from model import checkpoint
+from model.denoiser import Chain, Denoiser
+from model.samplers import build_plan
+from service.jobs import Job
+from service.settings import Settings
+from service.warmup import warm_up
+
+CLIENTS = 6
+IMAGES = 4
+STEPS = 50
+
+
+def per_second(action: Callable[[], int], seconds: float) -> float:
+    """Rows per second of an action that says how many it did."""
+    rows, begun = 0, perf_counter()
+    while perf_counter() - begun < seconds:
+        rows += action()
+    return rows / (perf_counter() - begun)
+
+
+async def saturate(url: str, accept: str, body: dict[str, object], seconds: float) -> float:
+    """Rows per second that the service counts while clients keep it busy, after a second of that."""
+    headers = {"Accept": accept}
+    async with httpx.AsyncClient(base_url=url, timeout=None, trust_env=False, verify=False) as client:
+
+        async def ask() -> None:
+            while True:
+                async with client.stream("POST", "/generate", json=body, headers=headers) as answer:
+                    answer.raise_for_status()
+                    async for _ in answer.aiter_raw():
+                        pass
+
+        async def rows() -> float:
+            families = text_string_to_metric_families((await client.get("/metrics")).text)
+            samples = [sample for family in families for sample in family.samples]
+            return next(sample.value for sample in samples if sample.name == "ddpm_batch_rows_sum")
+
+        clients = [asyncio.create_task(ask()) for _ in range(CLIENTS)]
+        await asyncio.sleep(1.0)
+        before, begun = await rows(), perf_counter()
+        await asyncio.sleep(seconds)
+        rate = (await rows() - before) / (perf_counter() - begun)
+        for task in clients:
+            if task.done():
+                task.result()  # a client that failed says why
+            task.cancel()
+        await asyncio.gather(*clients, return_exceptions=True)
+    return rate
+
+
+def contenders(folder: Path, sampler: str, seconds: float, server: Server) -> dict[str, Callable[[], float]]:
+    """What to measure, by name: each gives rows per second."""
+    model = checkpoint.load(folder)
+    engine = warm_up(model, Settings(_env_file=None)).engine
+    denoiser = engine.denoiser
+    assert isinstance(denoiser, Denoiser)
+    width = engine.scheduler.max_rows
+    plan = build_plan(model.schedule, sampler, STEPS)
+    label = 0 if denoiser.conditional else None
+    chains = [Chain(plan, seed, label) for seed in range(width)]
+    latents = [denoiser.start(chain) for chain in chains]
+    batch = inputs(model, width)
+
+    def network() -> int:
+        denoiser.runtime.forward(*batch)
+        return width
+
+    def step() -> int:
+        denoiser.step(chains, latents, [0] * width)
+        return width
+
+    def engine_step() -> int:
+        while len(engine.scheduler) < CLIENTS:
+            job = Job(f"job{len(names)}", sampler)
+            names.append(job.id)
+            for chain in chains[:IMAGES]:
+                job.add(chain)
+            engine.scheduler.add(job, 0.0)
+        report = engine.step()
+        return report.rows if report is not None else 0
+
+    names: list[str] = []
+    body = {"n": IMAGES, "num_inference_steps": STEPS, "sampler": sampler, "class_label": label}
+    body |= {"guidance_scale": 1.0}
+    url = server.door.url.removesuffix("/generate")
+    return {
+        "runtime": lambda: per_second(network, seconds),
+        "denoiser": lambda: per_second(step, seconds),
+        "engine": lambda: per_second(engine_step, seconds),
+        "json": lambda: asyncio.run(saturate(url, "application/json", body, seconds)),
+        "streams": lambda: asyncio.run(saturate(url, "text/event-stream", body, seconds)),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table as Markdown."""
+    parser = argparse.ArgumentParser("python -m bench.loop", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", type=Path, default=Path("weights/fashion-mnist"))
+    parser.add_argument("--sampler", default="ddim", help="ddpm draws noise in every step, ddim in none")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each turn")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args(arguments)
+    with running(SERVICE, Model(args.model).environment("ours")) as server:
+        measures = contenders(args.model, args.sampler, args.seconds, server)
+        rates: dict[str, list[float]] = {name: [] for name in measures}
+        for _ in range(args.rounds):
+            for name, measure in measures.items():
+                rates[name].append(measure())
+    base = median(rates["runtime"])
+    print("||rows/s|of the runtime alone|least and most of a round|")
+    print("|---|--:|--:|---|")
+    for name, found in rates.items():
+        shares = [rate / alone for rate, alone in zip(found, rates["runtime"], strict=True)]
+        spread = f"{min(shares):.1%} … {max(shares):.1%}"
+        print(f"|{name}|{median(found):.0f}|{median(found) / base:.1%}|{spread}|")
+
+
+if __name__ == "__main__":
+    main()
