@@ -162,7 +162,16 @@ def test_a_runtime_does_not_follow_the_callers_network(tiny: Checkpoint, kind: s
 def test_auto_on_a_cpu_is_openvino(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtimes, "OpenVinoRuntime", lambda model, dtype: ("openvino", model, dtype))
     built: object = load_runtime(tiny, device="cpu")
-    assert built == ("openvino", tiny, "float32")
+    assert built == ("openvino", tiny, "auto")
+
+
+def test_auto_is_bfloat16_where_the_processor_has_it(
+    tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    openvino = pytest.importorskip("openvino")
+    for capabilities, dtype in ((["FP32", "BF16"], "bfloat16"), (["FP32"], "float32")):
+        monkeypatch.setattr(openvino.Core, "get_property", lambda *_, found=capabilities: found)
+        assert load_runtime(tiny, "openvino", "cpu").dtype == dtype
 
 
 def test_without_openvino_auto_is_torch_at_one_shape(
