@@ -172,7 +172,7 @@ def quality_plot(evaluation: Mapping[str, Any]) -> Image.Image:
         axes.grid(alpha=0.3, which="both")
     for axes in all_axes[len(panels) :]:
         axes.remove()
-    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return _drawn(figure)
 
 
