@@ -58,21 +58,23 @@ async def saturate(url: str, accept: str, body: dict[str, object], seconds: floa
                     async for _ in answer.aiter_raw():
                         pass
 
-        async def rows() -> float:
+        async def metric(name: str) -> float:
             families = text_string_to_metric_families((await client.get("/metrics")).text)
             samples = [sample for family in families for sample in family.samples]
-            return next(sample.value for sample in samples if sample.name == "ddpm_batch_rows_sum")
+            return next(sample.value for sample in samples if sample.name == name)
 
         clients = [asyncio.create_task(ask()) for _ in range(CLIENTS)]
         await asyncio.sleep(1.0)
-        before, begun = await rows(), perf_counter()
+        before, begun = await metric("ddpm_batch_rows_sum"), perf_counter()
         await asyncio.sleep(seconds)
-        rate = (await rows() - before) / (perf_counter() - begun)
+        rate = (await metric("ddpm_batch_rows_sum") - before) / (perf_counter() - begun)
         for task in clients:
             if task.done():
                 task.result()  # a client that failed says why
             task.cancel()
         await asyncio.gather(*clients, return_exceptions=True)
+        while await metric("ddpm_samples_running") + await metric("ddpm_samples_waiting"):
+            pass  # what was left behind is still being worked on for a while
     return rate
 
 
@@ -128,7 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="of each turn")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args(arguments)
-    with running(SERVICE, Model(args.model).environment("ours")) as server:
+    environment = {**Model(args.model).environment("ours"), "DDPM_STREAM_GRACE_S": "0"}
+    with running(SERVICE, environment) as server:
         measures = contenders(args.model, args.sampler, args.seconds, server)
         rates: dict[str, list[float]] = {name: [] for name in measures}
         for _ in range(args.rounds):
