@@ -117,7 +117,7 @@ class Engine:
         """Move samples whose latents are not finite over to the failures. Returns how many."""
         if not latents:
             return 0
-        finite = torch.stack([latent.x.isfinite().all() for latent in latents.values()]).tolist()
+        finite = torch.stack([latent.x for latent in latents.values()]).isfinite().flatten(1).all(1).tolist()
         broken = [sample for sample, fine in zip(latents, finite, strict=True) if not fine]
         for sample in broken:
             del latents[sample]
