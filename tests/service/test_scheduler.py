@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from service.errors import ComputeError, DeadlineError
 from service.events import Cancelled, Event, Failed, Finished, Preview, Queued, Terminal
 from service.jobs import Job, State
-from service.scheduler import Policy, Scheduler, StepPlan, StepTimes
+from service.scheduler import KeyedSums, Policy, Scheduler, StepPlan, StepTimes
 from tests.service.fakes import blank, counting_job
 
 STEP_S = 1.0
@@ -506,6 +506,17 @@ def test_what_goes_before_is_found_without_looking_at_everybody(
         jobs_ahead, least, most = slow_ahead(under, job)
         assert count == jobs_ahead
         assert least <= rows <= most
+
+
+@given(st.lists(st.tuples(st.integers(0, 5000), st.integers(-9, 9)), max_size=30), st.integers(0, 6000))
+def test_keyed_sums_are_sums(added: list[tuple[int, int]], key: int) -> None:
+    sums = KeyedSums()
+    for place, value in added:
+        sums.add(place, value)
+    assert sums.total == sum(value for _, value in added)
+    for probe in (key, *(place for place, _ in added)):
+        assert sums.at(probe) == sum(value for place, value in added if place == probe)
+        assert sums.below(probe) == sum(value for place, value in added if place < probe)
 
 
 def test_the_eta_of_a_lone_chain_is_its_length() -> None:
