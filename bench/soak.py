@@ -1,0 +1,99 @@
+"""Memory over many requests: does the service keep anything of those that are over?
+
+`python -m bench.soak` starts the service with a tiny network of random weights, so that requests are many and
+not long, and sends 100,000 of them: JSON answers, streams that are read to their end, and streams whose
+client leaves after the first event. It prints the service's resident memory on the way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from collections.abc import Sequence
+from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import httpx
+import psutil
+
+from bench.servers import SERVICE, Model, Server, running
+from model import checkpoint
+from model.checkpoint import Checkpoint
+from model.schedule import NoiseSchedule
+from model.unet import UNet, UNetConfig
+
+CLIENTS = 8
+LOOKS = 20
+"""Lines of the table."""
+
+
+def save_tiny(folder: Path) -> None:
+    """Write a network of a few thousand random weights, 8×8 grey images of two classes."""
+    config = UNetConfig(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8,),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+        attention_head_dim=None,
+        num_class_embeds=3,
+    )
+    scheduler = {"num_train_timesteps": 1000, "beta_schedule": "linear", "timestep_spacing": "trailing"}
+    schedule = NoiseSchedule.from_diffusers(scheduler)
+    checkpoint.save(folder, Checkpoint("tiny", UNet(config).eval(), schedule, scheduler, ("a", "b"), 2))
+
+
+async def ask(client: httpx.AsyncClient, number: int) -> None:
+    """One request, of the kind that its number says. Raises httpx.HTTPStatusError when it is refused."""
+    kind = number % 10
+    steps = 20 if kind == 9 else 2
+    body = {"num_inference_steps": steps, "sampler": "ddpm", "preview_every": 1, "class_label": "a"}
+    accept = "application/json" if kind < 7 else "text/event-stream"
+    async with client.stream("POST", "/generate", json=body, headers={"Accept": accept}) as answer:
+        answer.raise_for_status()
+        async for _ in answer.aiter_raw():
+            if kind == 9:
+                return  # and the connection is closed with most of it unread
+
+
+async def soak(server: Server, requests: int) -> list[tuple[int, int]]:
+    """(requests over, resident bytes) at the start and LOOKS times on the way."""
+    process = psutil.Process(server.popen.pid)
+    looks = [(0, process.memory_info().rss)]
+    numbers = count(1)
+    url = server.door.url.removesuffix("/generate")
+    async with httpx.AsyncClient(base_url=url, timeout=60, trust_env=False, verify=False) as client:
+
+        async def work() -> None:
+            while (number := next(numbers)) <= requests:
+                await ask(client, number)
+                if number % max(1, requests // LOOKS) == 0:
+                    looks.append((number, process.memory_info().rss))
+                    print(f"|{number:,}|{looks[-1][1] / 1e6:.1f}|", flush=True)
+
+        await asyncio.gather(*(work() for _ in range(CLIENTS)))
+    return looks
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table as Markdown, and what the second half of the requests added."""
+    parser = argparse.ArgumentParser("python -m bench.soak", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--requests", type=int, default=100_000)
+    args = parser.parse_args(arguments)
+    with TemporaryDirectory() as folder:
+        save_tiny(Path(folder))
+        # Left streams are let go at once, and many requests at a time are nobody's concern here.
+        environment = {**Model(Path(folder)).environment("ours"), "DDPM_STREAM_GRACE_S": "0"}
+        with running(SERVICE, environment) as server:
+            print("|requests|resident MB|\n|--:|--:|")
+            looks = asyncio.run(soak(server, args.requests))
+    (middle, before), (end, after) = looks[len(looks) // 2], looks[-1]
+    print(f"\nThe second half added {(after - before) / (end - middle):.0f} bytes a request.")
+
+
+if __name__ == "__main__":
+    main()

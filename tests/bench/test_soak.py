@@ -1,0 +1,14 @@
+import pytest
+
+from bench import soak
+
+pytestmark = pytest.mark.slow
+
+
+def test_memory_is_looked_at_on_the_way(capsys):
+    soak.main(["--requests", "40"])
+    printed = capsys.readouterr().out
+    rows = [line.split("|") for line in printed.splitlines() if line[1:2].isdigit()]
+    assert sorted(int(row[1]) for row in rows) == list(range(2, 41, 2))
+    assert all(float(row[2]) > 50 for row in rows)
+    assert "bytes a request" in printed
