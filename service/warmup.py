@@ -58,7 +58,7 @@ def warm_up(model: Checkpoint, settings: Settings) -> Warm:
     runtime = load_runtime(model, settings.runtime, settings.device, settings.dtype, batch_invariant=False)
     if runtime.name == "openvino":
         # Torch only updates tables then. Threads of its own would wait for more by spinning, on cores
-        # that the network needs. Of this thread, the worker's: that is how OpenMP counts.
+        # that the network needs.
         torch.set_num_threads(1)
     denoiser = Denoiser.of(model, runtime)
     widths: Sequence[int] = CPU_WIDTHS if runtime.device.type == "cpu" else GPU_WIDTHS

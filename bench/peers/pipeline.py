@@ -91,6 +91,7 @@ class Ours:
     """This repository's runtime and denoiser, all images side by side to the end."""
 
     def __init__(self, folder: Path, runtime: str = "auto", dtype: str = "auto") -> None:
+        torch.set_num_threads(1)  # as in the service: torch's threads would spin on the runtime's cores
         model = checkpoint.load(folder)
         self.schedule = model.schedule
         loaded = load_runtime(
