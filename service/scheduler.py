@@ -67,39 +67,26 @@ class StepTimes:
 
 
 class KeyedSums:
-    """Sums of whole numbers under small keys, and over all the keys below one.
-
-    Sums of whole blocks of keys are kept too, so that a look below a large key stays short.
-    """
-
-    BLOCK = 256
+    """Sums of whole numbers under small keys, and over all the keys below one."""
 
     def __init__(self) -> None:
-        self._sums = np.zeros((4, self.BLOCK), np.int64)
-        self._blocks = np.zeros(4, np.int64)
+        self._sums = np.zeros(1024, np.int64)
         self.total = 0
 
     def add(self, key: int, value: int) -> None:
         """Add to the sum under a key ≥ 0."""
-        block, place = divmod(key, self.BLOCK)
-        if block >= len(self._blocks):
-            self._sums = np.concatenate((self._sums, np.zeros((block, self.BLOCK), np.int64)))
-            self._blocks = np.concatenate((self._blocks, np.zeros(block, np.int64)))
-        self._sums[block, place] += value
-        self._blocks[block] += value
+        if key >= len(self._sums):
+            self._sums = np.concatenate((self._sums, np.zeros(key, np.int64)))
+        self._sums[key] += value
         self.total += value
 
     def at(self, key: int) -> int:
         """The sum under a key."""
-        block, place = divmod(key, self.BLOCK)
-        return int(self._sums[block, place]) if block < len(self._blocks) else 0
+        return int(self._sums[key]) if key < len(self._sums) else 0
 
     def below(self, key: int) -> int:
         """The sum under all smaller keys."""
-        block, place = divmod(key, self.BLOCK)
-        if block >= len(self._blocks):
-            return self.total
-        return int(self._blocks[:block].sum() + self._sums[block, :place].sum())
+        return int(self._sums[:key].sum())
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,18 @@ def test_torch_is_padded_to_its_widest_step_and_invariant() -> None:
     assert found.invariance.holds
 
 
+@pytest.mark.parametrize(("runtime", "threads"), [("openvino", 1), ("torch", 2)])
+def test_torch_has_one_thread_beside_openvino(runtime: str, threads: int) -> None:
+    pytest.importorskip("openvino")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        warm_up(tiny_model(), settings(runtime=runtime, device="cpu", max_batch=1))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_or_not_padded_when_nobody_asks_for_it() -> None:
     found = warm(max_batch=4, batch_invariant=False)
     assert runtime_of(found).batch_sizes == ()
