@@ -14,7 +14,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,24 +25,29 @@ from bench.machine import describe
 from bench.servers import NAMES, ROOT, Model, ServerError, find, running
 from bench.workload import MAX_IMAGES, MEAN_ROWS, WORKLOADS, Ask, trace
 
-LOADS = (0.7, 0.3, 0.5, 0.9, 1.1, 1.5)  # the one that matters most first
+LOADS = (0.7, None, 0.3, 0.5, 0.9, 1.1, 1.5)  # the ones that matter most first; None: all at once
+BURST_PATIENCE_S = 600.0
 DRAWN = 10_000  # asks of a trace; a case takes the first of them, so that all loads ask for the same
 
 
 @dataclass(frozen=True)
 class Case:
-    """One server under one load, as a share of capacity."""
+    """One server under one load, as a share of capacity; None: a burst, everything at once.
+
+    Only a burst says how fast a server can be: nobody's patience ends, so nothing that it does is in vain.
+    """
 
     server: str
     workload: str
-    load: float
+    load: float | None
 
 
 @dataclass(frozen=True)
 class Terms:
     """What all cases have in common; a file of results holds cases of one kind only.
 
-    seconds: of a trace on average. patience_s: how long a client waits. seed: of the trace.
+    seconds: of a trace on average. patience_s: how long a client waits. seed: of the trace. burst_s: of
+    capacity, asked for at once.
     """
 
     model: str
@@ -51,12 +56,19 @@ class Terms:
     seconds: float
     patience_s: float
     seed: int
+    burst_s: float = 20.0
 
     def asks(self, case: Case, capacity: float) -> list[Ask]:
         """The trace of a case."""
-        rate = case.load * capacity
-        arrivals = max(1, round(rate * self.seconds / MEAN_ROWS[case.workload]))
-        return trace(case.workload, rate, max(DRAWN, arrivals), self.seed)[:arrivals]
+        rate = capacity if case.load is None else case.load * capacity
+        seconds = self.burst_s if case.load is None else self.seconds
+        arrivals = max(1, round(rate * seconds / MEAN_ROWS[case.workload]))
+        asks = trace(case.workload, rate, max(DRAWN, arrivals), self.seed)[:arrivals]
+        return [replace(ask, created=0.0) for ask in asks] if case.load is None else asks
+
+    def patience(self, case: Case) -> float:
+        """How long a client waits, in seconds."""
+        return BURST_PATIENCE_S if case.load is None else self.patience_s
 
 
 class TermsError(ValueError):
@@ -130,19 +142,24 @@ def run(case: Case, terms: Terms, capacity: float) -> dict[str, Any]:
         with running(kind, model.environment(pipeline)) as server:
             warm(server.door, terms.patience_s)
             server.watch.reset()
-            answers = asyncio.run(drive(server.door, asks, terms.patience_s))
+            answers = asyncio.run(drive(server.door, asks, terms.patience(case)))
             usage = server.watch.usage()
             ready_s = server.ready_s
     except ServerError as error:
         return {"error": str(error)}
-    offered = sum(ask.rows for ask in asks) / asks[-1].created
+    rows = sum(ask.rows for ask in asks)
+    offered = None if case.load is None else rows / asks[-1].created
     return {"offered": offered, "ready_s": ready_s, **asdict(summarise(answers)), "usage": asdict(usage)}
 
 
-def cases(servers: Sequence[str], workloads: Sequence[str], loads: Sequence[float]) -> Iterator[Case]:
+def cases(servers: Sequence[str], workloads: Sequence[str], loads: Sequence[float | None]) -> Iterator[Case]:
     """All of them, load by load, so that whatever is there when it is stopped can be compared."""
     for load, workload, server in product(loads, workloads, servers):
         yield Case(server, workload, load)
+
+
+def _load(text: str) -> float | None:
+    return None if text == "burst" else float(text)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -154,7 +171,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto", help="the same")
     parser.add_argument("--server", action="append", choices=NAMES, help="repeatable; all by default")
     parser.add_argument("--workload", action="append", choices=WORKLOADS, help="repeatable; all by default")
-    parser.add_argument("--load", action="append", type=float, help="share of capacity; repeatable")
+    parser.add_argument("--load", action="append", type=_load, help="share of capacity, or burst; repeatable")
     parser.add_argument("--seconds", type=float, default=120.0, help="of arrivals in a case")
     parser.add_argument("--patience", type=float, default=60.0, help="seconds that a client waits")
     parser.add_argument("--seed", type=int, default=0, help="of the trace")
@@ -169,6 +186,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing and write the report."""
     args = parse(arguments)
     terms = Terms(args.model, args.runtime, args.dtype, args.seconds, args.patience, args.seed)
+    if args.quick:
+        terms = replace(terms, burst_s=2.0)
     try:
         results = Results(args.out / "comparison.json", terms)
     except TermsError as error:
@@ -179,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for case in cases(args.server or NAMES, args.workload or WORKLOADS, args.load or LOADS):
         if results.has(case):
             continue
-        print(f"{case.server}, {case.workload}, load {case.load}: ", end="", flush=True)
+        print(f"{case.server}, {case.workload}, {report.title(case.load)}: ", end="", flush=True)
         figures = run(case, terms, capacity["rows_per_s"])
         results.add(case, figures)
         print(report.line(figures), flush=True)

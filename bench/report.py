@@ -22,7 +22,8 @@ HOW = """\
 Open loop: Poisson arrivals from a seeded trace (`bench/workload.py`) go out at their times, whatever
 has become of those before them, and a latency counts from the time its request was meant to go out.
 Load 1 is the capacity: {capacity:.0f} rows of network calls a second, which is what a bare loop over
-the runtime ({runtime}, {dtype}) reaches at its best batch of {rows} rows on this machine. One server at
+the runtime ({runtime}, {dtype}) reaches at its best batch of {rows} rows on this machine; *all at once* is a
+burst of {burst:.0f} s of that, whose clients wait to the end. One server at
 a time, started afresh and warmed up for every line; clients and server share the machine. `service` is
 this repository's, with every client streaming; a peer runs over diffusers as documented, or over this
 repository's own runtime (`/ours`). Arrivals last {seconds:.0f} s on average, and a client waits
@@ -58,7 +59,7 @@ def row(case: Case) -> list[str]:
     return [
         case["server"],
         str(case["asks"]),
-        f"{case['offered']:.0f}",
+        "–" if case["offered"] is None else f"{case['offered']:.0f}",
         f"{case['rows_per_s']:.0f}",
         *latency,
         number(case["first_byte"], "p50"),
@@ -82,12 +83,17 @@ def line(case: Case) -> str:
     )
 
 
+def title(load: float | None) -> str:
+    """Name a load."""
+    return "all at once" if load is None else f"load {load}"
+
+
 def _by_server(cases: Iterable[Case]) -> list[Case]:
     return sorted(cases, key=lambda case: NAMES.index(case["server"]))
 
 
 def saturation(cases: Sequence[Case], capacity: float) -> str:
-    """Lay out the most rows per second that each server did at any load."""
+    """Lay out the rows per second of each server that was asked for everything at once."""
     rows = []
     for server in dict.fromkeys(case["server"] for case in _by_server(cases)):
         cells = []
@@ -95,13 +101,13 @@ def saturation(cases: Sequence[Case], capacity: float) -> str:
             done = [
                 case["rows_per_s"]
                 for case in cases
-                if (case["server"], case["workload"]) == (server, workload) and "error" not in case
+                if (case["server"], case["workload"], case["load"]) == (server, workload, None)
+                and "error" not in case
             ]
-            cells.append(f"{max(done):.0f} ({100 * max(done) / capacity:.0f} %)" if done else "–")
+            cells += [f"{each:.0f} ({100 * each / capacity:.0f} %)" for each in done] or ["–"]
         rows.append([server, *cells])
-    return table(
-        "Most rows per second at any load (share of capacity)", "|".join(["server", *WORKLOADS]), rows
-    )
+    header = "|".join(["server", *WORKLOADS])
+    return table("Rows per second, everything asked for at once (share of capacity)", header, rows)
 
 
 def markdown(content: Mapping[str, Any]) -> str:
@@ -121,17 +127,19 @@ def markdown(content: Mapping[str, Any]) -> str:
             dtype=capacity["dtype"],
             seconds=terms["seconds"],
             patience=terms["patience_s"],
+            burst=terms["burst_s"],
         ),
         "![p95 latency over load](comparison.svg)\n",
         saturation(cases, capacity["rows_per_s"]),
         LEGEND,
     ]
     for workload in WORKLOADS:
-        for load in sorted({case["load"] for case in cases if case["workload"] == workload}):
+        loads = {case["load"] for case in cases if case["workload"] == workload}
+        for load in sorted(loads, key=lambda load: (load is None, load)):
             here = [case for case in cases if (case["workload"], case["load"]) == (workload, load)]
-            parts.append(table(f"{workload}, load {load}", HEADER, map(row, _by_server(here))))
+            parts.append(table(f"{workload}, {title(load)}", HEADER, map(row, _by_server(here))))
     errors = [
-        f"- {case['server']}, {case['workload']}, load {case['load']}: `{' '.join(error.split())[:200]}`"
+        f"- {case['server']}, {case['workload']}, {title(case['load'])}: `{' '.join(error.split())[:200]}`"
         for case in _by_server(cases)
         for error in case.get("errors", ())
     ]
@@ -155,7 +163,9 @@ def plot(content: Mapping[str, Any], path: Path) -> None:
             points = sorted(
                 (case["load"], case["latency"]["p95"])
                 for case in content["cases"]
-                if (case["server"], case["workload"]) == (server, workload) and case.get("latency")
+                if (case["server"], case["workload"]) == (server, workload)
+                and case["load"] is not None
+                and case.get("latency")
             )
             if not points:
                 continue

@@ -6,6 +6,7 @@ import pytest
 
 from bench import compare, report
 from bench.compare import Case, Results, Terms, TermsError, cases
+from bench.workload import MEAN_ROWS
 from tests.bench.test_report import case
 
 TERMS = Terms("weights/mine", "auto", "auto", 10.0, 60.0, 0)
@@ -32,24 +33,24 @@ BROKEN: set[str] = set()
 
 def arguments(folder, *more):
     servers = ["--server", "service", "--server", "plain/ours"]
-    return ["--out", str(folder), "--load", "0.5", "--load", "1.5", *servers, *more]
+    return ["--out", str(folder), "--load", "0.5", "--load", "burst", *servers, *more]
 
 
 def test_what_is_done_is_not_done_again(ran, tmp_path):
     compare.main(arguments(tmp_path, "--workload", "mix"))
-    assert ran == [Case(server, "mix", load) for load in (0.5, 1.5) for server in ("service", "plain/ours")]
+    assert ran == [Case(server, "mix", load) for load in (0.5, None) for server in ("service", "plain/ours")]
     ran.clear()
     compare.main(arguments(tmp_path))
     assert {each.workload for each in ran} == {"uniform"}
     assert len(json.loads((tmp_path / "comparison.json").read_text())["cases"]) == 8
-    assert "#### uniform, load 1.5" in (tmp_path / "comparison.md").read_text()
+    assert "#### uniform, all at once" in (tmp_path / "comparison.md").read_text()
 
 
 def test_what_was_done_before_an_interruption_is_kept(ran, tmp_path, monkeypatch):
     whole = compare.run
 
     def interrupted(each, terms, capacity):
-        if each.load == 1.5:
+        if each.load is None:
             raise KeyboardInterrupt
         return whole(each, terms, capacity)
 
@@ -59,7 +60,7 @@ def test_what_was_done_before_an_interruption_is_kept(ran, tmp_path, monkeypatch
     monkeypatch.setattr(compare, "run", whole)
     ran.clear()
     compare.main(arguments(tmp_path, "--workload", "mix"))
-    assert {each.load for each in ran} == {1.5}
+    assert {each.load for each in ran} == {None}
 
 
 def test_what_went_wrong_is_tried_again(ran, tmp_path):
@@ -97,6 +98,14 @@ def test_every_load_asks_for_the_same():
     assert 0 < len(few) < len(many)
     assert [ask.rows for ask in few] == [ask.rows for ask in many[: len(few)]]
     assert few[-1].created == pytest.approx(TERMS.seconds, rel=0.8)
+
+
+def test_a_burst_asks_for_everything_at_once_and_waits_for_it():
+    burst = Case("service", "mix", None)
+    asks = TERMS.asks(burst, 200.0)
+    assert {ask.created for ask in asks} == {0.0}
+    assert len(asks) == round(200.0 * TERMS.burst_s / MEAN_ROWS["mix"])
+    assert TERMS.patience(burst) > TERMS.patience(Case("service", "mix", 1.5)) == TERMS.patience_s
 
 
 def test_load_by_load():
