@@ -27,7 +27,6 @@ from bench.workload import MAX_IMAGES, MEAN_ROWS, WORKLOADS, Ask, trace
 
 LOADS = (0.7, None, 0.3, 0.5, 0.9, 1.1, 1.5)  # the ones that matter most first; None: all at once
 BURST_PATIENCE_S = 600.0
-DRAWN = 10_000  # asks of a trace; a case takes the first of them, so that all loads ask for the same
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Terms:
         rate = capacity if case.load is None else case.load * capacity
         seconds = self.burst_s if case.load is None else self.seconds
         arrivals = max(1, round(rate * seconds / MEAN_ROWS[case.workload]))
-        asks = trace(case.workload, rate, max(DRAWN, arrivals), self.seed)[:arrivals]
+        asks = trace(case.workload, rate, arrivals, self.seed)
         return [replace(ask, created=0.0) for ask in asks] if case.load is None else asks
 
     def patience(self, case: Case) -> float:
@@ -144,12 +143,18 @@ def run(case: Case, terms: Terms, capacity: float) -> dict[str, Any]:
             server.watch.reset()
             answers = asyncio.run(drive(server.door, asks, terms.patience(case)))
             usage = server.watch.usage()
-            ready_s = server.ready_s
+            ready_s, info = server.ready_s, server.info() if kind.ours else None
     except ServerError as error:
         return {"error": str(error)}
     rows = sum(ask.rows for ask in asks)
     offered = None if case.load is None else rows / asks[-1].created
-    return {"offered": offered, "ready_s": ready_s, **asdict(summarise(answers)), "usage": asdict(usage)}
+    return {
+        "offered": offered,
+        "ready_s": ready_s,
+        "info": info,
+        **asdict(summarise(answers)),
+        "usage": asdict(usage),
+    }
 
 
 def cases(servers: Sequence[str], workloads: Sequence[str], loads: Sequence[float | None]) -> Iterator[Case]:

@@ -149,7 +149,10 @@ def markdown(content: Mapping[str, Any]) -> str:
 
 
 def plot(content: Mapping[str, Any], path: Path) -> None:
-    """Draw p95 over the load, a panel for each workload; dashed over diffusers, solid over our runtime."""
+    """Draw p95 over the load, a panel for each workload; dashed over diffusers, solid over our runtime.
+
+    Dotted: our service in its variants.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -170,7 +173,8 @@ def plot(content: Mapping[str, Any], path: Path) -> None:
             if not points:
                 continue
             peer, _, pipeline = server.partition("/")
-            style: dict[str, Any] = {"linestyle": "--" if pipeline == "diffusers" else "-", "marker": "o"}
+            lines = {"diffusers": "--", "ours": "-", "": "-"}
+            style: dict[str, Any] = {"linestyle": lines.get(pipeline, ":"), "marker": "o"}
             width = 3 if server == "service" else 1
             loads, p95 = zip(*points, strict=True)
             panel.semilogy(

@@ -40,6 +40,7 @@ CIFAR10_32 = UNetConfig(
 KINDS: tuple[tuple[str, DtypeName], ...] = tuple(
     (kind, dtype) for kind in ("openvino", "torch") for dtype in ("float32", "bfloat16")
 )
+COMPILED: tuple[tuple[str, DtypeName], ...] = (("torch-compile", "float32"), ("torch-compile", "bfloat16"))
 ROWS = (1, 2, 4, 8, 16, 32)
 
 
@@ -91,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, default=Path("weights/fashion-mnist"))
     parser.add_argument("--rows", type=int, nargs="*", default=ROWS, help="batch widths")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each figure")
+    parser.add_argument("--compiled", action="store_true", help="torch.compile too: minutes, and a compiler")
     args = parser.parse_args(arguments)
     shipped = checkpoint.load(args.model)
     cifar = replace(shipped, name="cifar10-32's shape", unet=UNet(CIFAR10_32).eval(), null_class=None)
@@ -102,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"\n#### {model.name}: {row / 1e9:.2f} GFLOP a row; rows/s (share of matrix products)\n")
         print("|runtime|" + "|".join(map(str, args.rows)) + "|")
         print("|---" + "|--:" * len(args.rows) + "|")
-        for kind, dtype in KINDS:
+        for kind, dtype in (*KINDS, *(COMPILED if args.compiled else ())):
             runtime = load_runtime(model, kind, "cpu", dtype, batch_invariant=False)  # type: ignore[arg-type]
             rates = row_rates(runtime, model, args.rows, args.seconds)
             cells = [f"{rate:.0f} ({rate * row / limits[dtype]:.0%})" for rate in rates]

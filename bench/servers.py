@@ -12,11 +12,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO
+from typing import IO, Any
 
+import httpx
 import psutil
 
 from bench.load import Door, drive
@@ -43,6 +44,7 @@ class Kind:
     path: str = "/generate"
     wrap: str = ""
     streams: bool = False
+    ours: bool = False
 
     def argv(self, port: int) -> list[str]:
         """The command line, run by this interpreter."""
@@ -53,7 +55,13 @@ class Kind:
         return Door(f"http://127.0.0.1:{port}{self.path}", self.wrap, self.streams)
 
 
-SERVICE = Kind("-m service --port {port}", streams=True)
+SERVICE = Kind("-m service --port {port}", streams=True, ours=True)
+VARIANTS = {
+    "json": replace(SERVICE, streams=False),
+    "fifo": replace(SERVICE, command=f"{SERVICE.command} --policy fifo"),
+    "sharing": replace(SERVICE, command=f"{SERVICE.command} --policy sharing"),
+}
+"""Of the service: clients who want one answer, as every peer's do; its other policies."""
 PEERS = {
     "plain": Kind("-m uvicorn bench.peers.plain:app --port {port} --no-access-log"),
     "grouped": Kind("-m uvicorn bench.peers.grouped:app --port {port} --no-access-log"),
@@ -63,8 +71,12 @@ PEERS = {
     "bentoml": Kind("-m bentoml serve bench.peers.bentoml_:Diffusion --port {port}", wrap="requests"),
 }
 PIPELINES = ("diffusers", "ours")
-NAMES = ("service", *(f"{peer}/{pipeline}" for pipeline in PIPELINES for peer in PEERS))
-"""Every server: ours, then each peer over each pipeline."""
+NAMES = (
+    "service",
+    *(f"{peer}/{pipeline}" for pipeline in PIPELINES for peer in PEERS),
+    *(f"service/{variant}" for variant in VARIANTS),
+)
+"""Every server: ours, then each peer over each pipeline, then ours in its variants."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +108,8 @@ def find(name: str) -> tuple[Kind, str]:
     if name == "service":
         return SERVICE, "ours"
     peer, _, pipeline = name.partition("/")
+    if peer == "service":
+        return VARIANTS[pipeline], "ours"
     if pipeline not in PIPELINES:
         raise KeyError(name)
     return PEERS[peer], pipeline
@@ -179,6 +193,12 @@ class Server:
     watch: Watch
     ready_s: float
     popen: subprocess.Popen[bytes] = field(repr=False)
+
+    def info(self) -> dict[str, Any]:
+        """What our service says of itself."""
+        url = self.door.url.removesuffix("/generate") + "/info"
+        found: dict[str, Any] = httpx.get(url, trust_env=False).raise_for_status().json()
+        return found
 
 
 def free_port() -> int:

@@ -8,11 +8,11 @@ Every run lasts until all its jobs have ended. Load 1 is the most rows per secon
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -140,7 +140,12 @@ class Outcome:
 
 def read_curve(path: Path) -> Curve:
     """Take `runtime.step_seconds`, {rows: seconds}, from a file with the answer of /info."""
-    seconds = json.loads(path.read_text())["runtime"]["step_seconds"]
+    return curve_of(json.loads(path.read_text()))
+
+
+def curve_of(info: Mapping[str, Any]) -> Curve:
+    """The same from the answer itself."""
+    seconds = info["runtime"]["step_seconds"]
     return tuple(sorted((int(rows), float(value)) for rows, value in seconds.items()))
 
 

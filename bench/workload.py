@@ -1,13 +1,15 @@
 """What is asked for, and when: one trace for the simulation and for the load on real servers.
 
 Arrivals are Poisson, drawn from a seeded Philox generator: the same seed gives the same asks at any rate,
-only closer together. "uniform" is one image of 50 steps each time; "mix" is 70 % of 20 steps, 25 % of 50 and
-5 % of 250, one to eight images, 30 % of them guided (two rows of a network call for a step of an image).
+only closer together, and a longer trace begins with a shorter one. "uniform" is one image of 50 steps each
+time; "mix" is 70 % of 20 steps, 25 % of 50 and 5 % of 250, one to eight images, 30 % of them guided (two rows
+of a network call for a step of an image).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -15,6 +17,7 @@ WORKLOADS = ("uniform", "mix")
 GUIDED = 0.3  # share of the mix's asks that are guided
 MAX_IMAGES = 8
 CLASSES = 10
+DRAWN = 10_000  # asks of any trace at least, so that a shorter one is the beginning of a longer one
 MEAN_ROWS = {"uniform": 50.0, "mix": 39 * 4.5 * (1 + GUIDED)}
 """Rows that an ask costs on average: for the mix, the means of steps, images and rows multiplied."""
 
@@ -51,16 +54,17 @@ def trace(
     if workload not in WORKLOADS:
         raise ValueError(f"a workload is one of {', '.join(WORKLOADS)}, not {workload!r}")
     rng = np.random.Generator(np.random.Philox(seed))
-    gaps = rng.exponential(size=arrivals)
+    drawn = max(arrivals, DRAWN)
+    gaps = rng.exponential(size=drawn)
     if workload == "uniform":
-        steps, images = np.full(arrivals, 50), np.ones(arrivals, np.int64)
-        guided = np.zeros(arrivals, bool)
+        steps, images = np.full(drawn, 50), np.ones(drawn, np.int64)
+        guided = np.zeros(drawn, bool)
     else:
-        steps = rng.choice([20, 50, 250], size=arrivals, p=[0.7, 0.25, 0.05])
-        images = rng.integers(1, MAX_IMAGES, size=arrivals, endpoint=True)
-        guided = rng.random(arrivals) < GUIDED
+        steps = rng.choice([20, 50, 250], size=drawn, p=[0.7, 0.25, 0.05])
+        images = rng.integers(1, MAX_IMAGES, size=drawn, endpoint=True)
+        guided = rng.random(drawn) < GUIDED
     created = np.cumsum(gaps) * MEAN_ROWS[workload] / rows_per_s
-    labels = rng.integers(classes, size=arrivals)
-    seeds = range(0, MAX_IMAGES * arrivals, MAX_IMAGES)  # no two images share one
+    labels = rng.integers(classes, size=drawn)
+    seeds = range(0, MAX_IMAGES * drawn, MAX_IMAGES)  # no two images share one
     columns = (created.tolist(), steps.tolist(), images.tolist(), guided.tolist(), labels.tolist(), seeds)
-    return [Ask(*each) for each in zip(*columns, strict=True)]
+    return [Ask(*each) for each in islice(zip(*columns, strict=True), arrivals)]

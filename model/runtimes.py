@@ -17,13 +17,12 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.checkpoint import Checkpoint
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 RuntimeName = Literal["auto", "torch", "torch-compile", "openvino"]
-STREAMS = 2  # of OpenVINO
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -128,6 +127,7 @@ class OpenVinoRuntime:
     """
 
     name = "openvino"
+    streams = 2
 
     def __init__(
         self, model: Checkpoint, dtype: Literal["auto"] | DtypeName = "float32", threads: int | None = None
@@ -150,17 +150,10 @@ class OpenVinoRuntime:
         self._row_shapes = [image, (), ()] if config.num_class_embeds is not None else [image, ()]
         example = [torch.zeros(2, *image)] + [torch.zeros(2, dtype=torch.int64)] * (len(self._row_shapes) - 1)
         # A copy, since the compiled network shares the memory of the weights it was made from.
-        unet = deepcopy(model.unet).eval()
-        with torch.no_grad(), warnings.catch_warnings():
-            # OpenVINO reads torch.jit's traces; that warns of its age, and of group norm's look at shapes.
-            warnings.filterwarnings("ignore", r"`torch\.jit", DeprecationWarning)
-            warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
-            # The converter would trace too, but check the trace by a second one: three quarters of its time.
-            traced = torch.jit.trace(unet, tuple(example), check_trace=False)  # type: ignore[no-untyped-call]
-            self._graph = ov.convert_model(traced, example_input=tuple(example))
+        self._graph = to_graph(deepcopy(model.unet).eval(), example)
         self._options = {
             "INFERENCE_PRECISION_HINT": "bf16" if self.dtype == "bfloat16" else "f32",
-            "NUM_STREAMS": str(STREAMS),
+            "NUM_STREAMS": str(self.streams),
         }
         if threads is not None:
             self._options["INFERENCE_NUM_THREADS"] = str(threads)
@@ -168,8 +161,10 @@ class OpenVinoRuntime:
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """Run one batch of any size. A size that is new compiles its shapes first, a good second."""
-        inputs = [x, t] if y is None else [x, t, y]
-        half = -(-len(x) // STREAMS)
+        return self._run([x, t] if y is None else [x, t, y])
+
+    def _run(self, inputs: Sequence[Tensor]) -> Tensor:
+        half = -(-len(inputs[0]) // self.streams)
         outputs = []
         with ExitStack() as stack:  # whatever fails, no request is left running
             parts = zip(*(torch.split(values, half) for values in inputs), strict=True)
@@ -190,8 +185,21 @@ class OpenVinoRuntime:
             graph = self._graph.clone()
             graph.reshape({graph.input(i): [size, *shape] for i, shape in enumerate(self._row_shapes)})
             compiled = self._core.compile_model(graph, "CPU", self._options)
-            self._requests[size] = [compiled.create_infer_request() for _ in range(STREAMS)]
+            self._requests[size] = [compiled.create_infer_request() for _ in range(self.streams)]
         return self._requests[size]
+
+
+def to_graph(network: nn.Module, example: Sequence[Tensor]) -> Any:
+    """A network as OpenVINO's graph, with the example's inputs. It shares the memory of the weights."""
+    import openvino as ov
+
+    with torch.no_grad(), warnings.catch_warnings():
+        # OpenVINO reads torch.jit's traces; that warns of its age, and of group norm's look at shapes.
+        warnings.filterwarnings("ignore", r"`torch\.jit", DeprecationWarning)
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
+        # The converter would trace too, but check the trace by a second one: three quarters of its time.
+        traced = torch.jit.trace(network, tuple(example), check_trace=False)  # type: ignore[no-untyped-call]
+        return ov.convert_model(traced, example_input=tuple(example))
 
 
 def _pad(values: Tensor, size: int) -> Tensor:

@@ -336,6 +336,17 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
 
+    def embed(self, t: Tensor, y: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """What the blocks are told of the timestep and the class: [B], [B] → [B, emb], past its SiLU."""
+        config = self.config
+        sinusoids = timestep_embedding(
+            t, config.block_out_channels[0], config.freq_shift, config.flip_sin_to_cos
+        )
+        emb: Tensor = self.time_embedding(sinusoids.to(dtype))
+        if y is not None:
+            emb = emb + self.class_embedding(y)
+        return F.silu(emb)  # each block starts with it; once is enough
+
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """Predict ε (or whatever the checkpoint's `prediction_type` says) for each row.
 
@@ -343,20 +354,14 @@ class UNet(nn.Module):
         y: [B] int64 class indices, required exactly when the network has a class embedding.
         Returns [B, C_out, H, W].
         """
-        config = self.config
-        if (y is None) == (config.num_class_embeds is not None):
+        if (y is None) == (self.config.num_class_embeds is not None):
             raise ValueError("class labels must be given exactly when the network is class-conditional")
-        if config.center_input_sample:
+        return self.after(x, self.embed(t, y, x.dtype))
+
+    def after(self, x: Tensor, emb: Tensor) -> Tensor:
+        """The network behind its embedding. x: [B, C, H, W]; emb: [B, emb]. Returns [B, C_out, H, W]."""
+        if self.config.center_input_sample:
             x = 2 * x - 1
-
-        sinusoids = timestep_embedding(
-            t, config.block_out_channels[0], config.freq_shift, config.flip_sin_to_cos
-        )
-        emb = self.time_embedding(sinusoids.to(x.dtype))
-        if y is not None:
-            emb = emb + self.class_embedding(y)
-        emb = F.silu(emb)  # each block starts with it; once is enough
-
         x = self.conv_in(x)
         skips = [x]
         for level in cast("Iterable[Level]", self.down_blocks):

@@ -18,6 +18,7 @@ Within a job the least advanced sample goes first, so that all its images sharpe
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice, takewhile
@@ -115,7 +116,7 @@ class Scheduler:
         # (key, arrival, job), smallest first; a job's entries are taken out before its remaining rows change.
         self._order: SortedList[tuple[int, int, str]] = SortedList()
         self._entries: dict[str, tuple[int, int, str]] = {}
-        self._active: dict[str, SortedList[tuple[int, int]]] = {}
+        self._active: dict[str, deque[Sample]] = {}  # unfinished ones, the least advanced first
         self._new: SortedList[tuple[int, int, str]] = SortedList()  # entries without a committed step
         self._first: dict[str, int] = {}  # rows of their first steps
         # Under a job's remaining rows: those rows, and if it has had no step yet, those of the first.
@@ -150,7 +151,7 @@ class Scheduler:
             return [Failed(job.id, DeadlineError(f"The deadline cannot be met: {needed}."))]
         self._arrivals += 1
         self._jobs[job.id] = job
-        self._active[job.id] = SortedList((sample.row, sample.index) for sample in job.samples)
+        self._active[job.id] = deque(job.samples)
         if job.deadline is not None:
             self._deadlines.add((job.deadline, job.id))
         self._backlog += job.remaining
@@ -195,8 +196,7 @@ class Scheduler:
         chosen: list[Sample] = []
         # A bounded look ahead: a last odd row is not worth walking a long queue for.
         for job in islice(self._by_priority(), 4 * self.max_rows):
-            for _, index in islice(self._active[job.id], 4 * self.max_rows):
-                sample = job.samples[index]
+            for sample in islice(self._active[job.id], 4 * self.max_rows):
                 # A guided sample costs two rows, and has to run even where one row is all there is.
                 if sample.chain.rows <= free or not chosen:
                     self._start(job, now)
@@ -288,24 +288,27 @@ class Scheduler:
 
     def _advance(self, sample: Sample, draw: Draw) -> None:
         active = self._active[sample.job.id]
-        active.remove((sample.row, sample.index))
+        active.remove(sample)
         sample.row += 1
         sample.job.remaining -= sample.chain.rows
         self._backlog -= sample.chain.rows
         if sample.row < sample.steps:
-            active.add((sample.row, sample.index))
+            active.append(sample)
         else:
             sample.result = draw(sample, "xt")
             self._unfinished -= 1
 
     def _previews(self, job: Job, samples: Sequence[Sample], draw: Draw) -> Iterator[Preview]:
-        """One event per row that some of the job's samples have reached and that is due a look."""
+        """One event per row that some of the job's samples have reached and that is due a look.
+
+        The first and the last are, and every `preview_every`-th.
+        """
         if job.preview == "none":
             return
         kinds = ("x0", "xt") if job.preview == "both" else (job.preview,)
         by_row: dict[int, list[Sample]] = {}
         for sample in samples:
-            if sample.row % job.preview_every == 0 or sample.row == sample.steps:
+            if sample.row in (1, sample.steps) or sample.row % job.preview_every == 0:
                 by_row.setdefault(sample.row, []).append(sample)
         eta = self.eta(job) if by_row else 0.0
         for row, group in by_row.items():

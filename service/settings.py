@@ -41,6 +41,9 @@ class Settings(BaseSettings):
     max_batch: int = Field(0, ge=0, le=4096, description="rows per network call; 0 follows the step times")
     max_queue: int = Field(256, ge=1, description="images in the house at once; more are refused with 429")
     max_images: int = Field(64, ge=1, description="images per request")
+    policy: Literal["remaining", "fifo", "sharing"] = Field(
+        "remaining", description="who goes next: least remaining work, order of arrival, or everybody in turn"
+    )
     deadline_s: float = Field(300.0, gt=0, description="longest a request may take, in seconds")
     drain_s: float = Field(30.0, ge=0, description="seconds that running work gets after SIGTERM")
     stall_s: float = Field(60.0, gt=0, description="a step that takes longer counts as hung (/livez)")

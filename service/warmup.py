@@ -89,7 +89,7 @@ def warm_up(model: Checkpoint, settings: Settings) -> Warm:
         if runtime.batch_sizes:  # or a narrower batch would be padded to what did not fit
             runtime.batch_sizes = (rows,)
 
-    engine = Engine(denoiser, Scheduler(max_rows, StepTimes(points)), narrow)
+    engine = Engine(denoiser, Scheduler(max_rows, StepTimes(points), settings.policy), narrow)
     return Warm(engine, runtime.name, str(runtime.device), runtime.dtype, tuple(points), invariance)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from bench import servers
 from bench.load import drive
-from bench.servers import NAMES, PEERS, Kind, Model, ServerError, Watch, find, running
+from bench.servers import NAMES, PEERS, VARIANTS, Kind, Model, ServerError, Watch, find, running
 from bench.workload import Ask
 from tests.service.fakes import until
 
@@ -116,11 +116,12 @@ def test_cpu_time_is_counted():
 
 
 def test_every_server_has_a_name():
-    assert len(NAMES) == 1 + 2 * len(PEERS)
+    assert len(NAMES) == 1 + 2 * len(PEERS) + len(VARIANTS)
     for name in NAMES:
         kind, pipeline = find(name)
         assert "{port}" in kind.command
-        assert name == "service" or name.endswith(f"/{pipeline}")
+        assert kind.ours == name.startswith("service")
+        assert kind.ours or name.endswith(f"/{pipeline}")
     for name in ("plain", "plain/theirs", "nobody/ours"):
         with pytest.raises(KeyError):
             find(name)

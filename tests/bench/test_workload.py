@@ -31,6 +31,10 @@ def test_at_another_rate_the_same_asks_come_closer_together():
     assert [(ask.rows, ask.seed, ask.label) for ask in slow] == [(a.rows, a.seed, a.label) for a in fast]
 
 
+def test_a_short_trace_is_the_beginning_of_a_long_one():
+    assert trace("mix", 10, 30) == trace("mix", 10, 300)[:30]
+
+
 def test_no_two_images_share_a_seed():
     seeds = [ask.seed + i for ask in trace("mix", 10, 200) for i in range(ask.images)]
     assert len(set(seeds)) == len(seeds)

@@ -405,10 +405,10 @@ def previews(job: Job, max_rows: int = 8) -> list[Preview]:
     return [event for event in events if isinstance(event, Preview)]
 
 
-def test_previews_come_when_due_and_at_the_end() -> None:
+def test_previews_come_at_once_when_due_and_at_the_end() -> None:
     found = previews(counting_job("a", steps=10, preview="x0", preview_every=4))
-    assert [(p.step, p.steps, p.timestep) for p in found] == [(4, 10, 6), (8, 10, 2), (10, 10, 0)]
-    assert [p.eta_s for p in found] == [6.0, 2.0, 0.0]
+    assert [(p.step, p.steps, p.timestep) for p in found] == [(1, 10, 9), (4, 10, 6), (8, 10, 2), (10, 10, 0)]
+    assert [p.eta_s for p in found] == [9.0, 6.0, 2.0, 0.0]
 
 
 @pytest.mark.parametrize(("kind", "drawn"), [("x0", ["x0"]), ("xt", ["xt"]), ("both", ["x0", "xt"])])

@@ -38,6 +38,11 @@ def test_torch_is_padded_to_its_widest_step_and_invariant() -> None:
     assert found.invariance.holds
 
 
+@pytest.mark.parametrize("policy", ["remaining", "fifo", "sharing"])
+def test_the_policy_is_the_one_that_was_asked_for(policy: str) -> None:
+    assert warm(max_batch=1, policy=policy).engine.scheduler.policy == policy
+
+
 @pytest.mark.parametrize(("runtime", "threads"), [("openvino", 1), ("torch", 2)])
 def test_torch_has_one_thread_beside_openvino(runtime: str, threads: int) -> None:
     pytest.importorskip("openvino")

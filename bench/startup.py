@@ -1,0 +1,119 @@
+"""Where the time from the process's start to readiness goes.
+
+`python -m bench.startup` starts the service a few times for the whole. For the parts it does the same things
+one after another in fresh processes; the service does some of them side by side, so they add up to more.
+"""
+
+# Imports are part of what is measured: they are where they are timed.
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+WIDTHS = (1, 2, 4, 8, 16)
+
+
+def parts(folder: Path) -> dict[str, float]:
+    """Seconds of every part, in order. To be called once in a process, which has imported nothing yet."""
+    taken: dict[str, float] = {}
+    begun = time.perf_counter()
+
+    def done(name: str) -> None:
+        nonlocal begun
+        taken[name] = time.perf_counter() - begun
+        begun = time.perf_counter()
+
+    import torch
+
+    done("import torch")
+    import service.app
+
+    done("import the rest of the service")
+    import openvino  # noqa: F401
+
+    done("import openvino")
+    from model import checkpoint
+
+    model = checkpoint.load(folder)
+    done("load the weights")
+    from model.runtimes import load_runtime
+    from service.settings import Settings
+
+    settings = Settings(_env_file=None)
+    runtime = load_runtime(model, batch_invariant=False)
+    torch.set_num_threads(1)
+    done("convert the network")
+    config = model.unet.config
+    for rows in WIDTHS:
+        x = torch.zeros(rows, config.in_channels, config.sample_size, config.sample_size)
+        t = torch.zeros(rows, dtype=torch.int64)
+        y = t if config.num_class_embeds is not None else None
+        runtime.forward(x, t, y)
+        done(f"first call of {rows} rows")
+    from service.warmup import warm_up
+
+    warm = warm_up(model, settings)
+    done("all of the warm-up, with converting and compiling")
+    service.app.describe(service.app.describe_model(model, settings), settings, warm)
+    return taken
+
+
+def start_to_ready(folder: Path) -> float:
+    """Seconds until /readyz says so. Raises RuntimeError when it never does."""
+    import httpx
+
+    from bench.servers import ROOT, SERVICE, Model, free_port
+
+    port, begun = free_port(), time.monotonic()
+    argv, environment = SERVICE.argv(port), Model(folder).environment("ours")
+    popen = subprocess.Popen(argv, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, verify=False) as client:
+            while popen.poll() is None:
+                try:
+                    if client.get("/readyz").status_code == 200:
+                        return time.monotonic() - begun
+                except httpx.TransportError:
+                    pass
+                time.sleep(0.02)
+        raise RuntimeError(f"the service ended with {popen.returncode}")
+    finally:
+        popen.terminate()
+        popen.wait()
+
+
+def in_a_fresh_process(folder: Path) -> dict[str, float]:
+    """`parts`, in a process of its own."""
+    command = [sys.executable, "-m", "bench.startup", "--parts", "--model", str(folder)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table as Markdown."""
+    parser = argparse.ArgumentParser("python -m bench.startup", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", type=Path, default=Path("weights/fashion-mnist"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--parts", action="store_true", help="this process's own, as one line for programs")
+    args = parser.parse_args(arguments)
+    if args.parts:
+        print(json.dumps(parts(args.model)))
+        return
+    whole = [start_to_ready(args.model) for _ in range(args.rounds)]
+    found = [in_a_fresh_process(args.model) for _ in range(args.rounds)]
+    print(f"Start to ready: {median(whole):.2f} s (median of {args.rounds})\n")
+    print("|part|seconds|\n|---|--:|")
+    for name in found[0]:
+        print(f"|{name}|{median(each[name] for each in found):.2f}|")
+
+
+if __name__ == "__main__":
+    main()
