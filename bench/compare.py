@@ -133,7 +133,11 @@ def warm(door: Door, patience_s: float) -> None:
 
 
 def run(case: Case, terms: Terms, capacity: float) -> dict[str, Any]:
-    """Start the server, warm it up, put the load on it, stop it. What went wrong is told under `error`."""
+    """Start the server, warm it up, put the load on it, stop it. What went wrong is told under `error`.
+
+    Before that the capacity is measured anew, briefly: a shared machine is not always as fast.
+    """
+    pace = measure_capacity(terms, 0.5)["rows_per_s"] / capacity
     asks = terms.asks(case, capacity)
     kind, pipeline = find(case.server)
     model = Model(Path(terms.model), terms.runtime, terms.dtype)
@@ -149,6 +153,7 @@ def run(case: Case, terms: Terms, capacity: float) -> dict[str, Any]:
     rows = sum(ask.rows for ask in asks)
     offered = None if case.load is None else rows / asks[-1].created
     return {
+        "pace": pace,
         "offered": offered,
         "ready_s": ready_s,
         "info": info,

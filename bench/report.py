@@ -33,11 +33,12 @@ LEGEND = """\
 ≥: some requests timed out; they count with the time the client waited, so the figure is a lower bound,
 and the case was cut short there. *rejected*: 429 or 503. *CPU*: cores that the server kept busy on
 average. *memory*: resident, at its peak, children included. *ETA error*: median and p95 of how far off
-the promised end was, as a share of the time it took.
+the promised end was, as a share of the time it took. *pace*: the machine's capacity just before the case,
+as a share of that above; other guests share its processor.
 """
 HEADER = (
     "server|requests|offered rows/s|done rows/s|mean|p50|p95|p99|first byte p50|first preview p50 / p95"
-    "|ETA error|rejected|failed|timed out|CPU|memory (MB)"
+    "|ETA error|rejected|failed|timed out|CPU|memory (MB)|pace"
 )
 
 
@@ -68,6 +69,7 @@ def row(case: Case) -> list[str]:
         *(str(case[fate]) for fate in ("rejected", "failed", "timeouts")),
         f"{usage['cpu_s'] / usage['seconds']:.1f}",
         f"{usage['peak_bytes'] / 1e6:.0f}",
+        f"{case['pace']:.2f}",
     ]
 
 

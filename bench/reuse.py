@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.quality import Judge
 from bench.roofline import inputs, timed
-from model import checkpoint, classifier, evaluate
+from model import checkpoint
 from model.checkpoint import Checkpoint
-from model.denoiser import Denoiser
 from model.runtimes import OpenVinoRuntime, TorchRuntime, to_graph
-from model.samplers import build_plan
 from model.unet import Level, UNet
 
 
@@ -166,16 +165,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=10, help="of the timing")
     args = parser.parse_args(arguments)
     model = checkpoint.load(args.model)
-    chosen = ["--model", str(args.model), "--data", str(args.data), "--samples", str(args.samples)]
-    judge, reference, _ = evaluate.prepare(evaluate.parse(chosen), model)
-    labels = [None] * args.samples if reference.labels is None else [int(y) for y in reference.labels]
+    judge = Judge(args.model, args.data, args.samples)
 
     def line(title: str, runtime: TorchRuntime, steps: int, operations: float, seconds: float) -> None:
-        plan = build_plan(model.schedule, args.sampler, steps)
-        images = evaluate.sample(
-            Denoiser.of(model, runtime), plan, labels, 1.0, seed=0, batch=32, tick=lambda _rows: None
-        )
-        found = evaluate.measure(classifier.judge(judge, images), reference)
+        found = judge.of(runtime, args.sampler, steps)
         agreed = "–" if found["agreement"] is None else f"{found['agreement']:.3f}"
         print(f"|{title}|{operations:.1f}|{seconds:.1f}|{agreed}|{found['frechet']:.1f}|", flush=True)
 

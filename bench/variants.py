@@ -2,7 +2,8 @@
 
 `python -m bench.variants` times each in turn, many rounds, at the service's usual width, and prints its rows
 per second as a share of the shipped way's in the same round, and how far its output is from torch's in
-float32. Int8 needs nncf, which is in no lock file: `pip install nncf`.
+float32. With `--data` each also makes the images of an evaluation, and their measures are printed.
+Int8 needs nncf, which is in no lock file: `pip install nncf`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bench.quality import Judge
 from bench.roofline import timed
 from model import checkpoint
 from model.checkpoint import Checkpoint
@@ -119,27 +122,45 @@ class ProjectedTable(Table):
 class Int8(OpenVinoRuntime):
     """Weights and activations in eight bits by NNCF's defaults, ranges measured along real chains."""
 
+    careful = False
+
     def __init__(self, model: Checkpoint, dtype: DtypeName) -> None:
         import nncf  # type: ignore[import-not-found]  # in no lock file
 
         super().__init__(model, dtype)
         rows = [[values.numpy() for values in row] for row in calibration(model)]
-        self._graph = nncf.quantize(self._graph, nncf.Dataset(rows), subset_size=len(rows))
+        options = {}
+        if self.careful:
+            options = {
+                "preset": nncf.QuantizationPreset.MIXED,
+                "fast_bias_correction": False,
+                "ignored_scope": nncf.IgnoredScope(
+                    patterns=[".*conv_in.*", ".*conv_out.*", ".*attentions.*"], validate=False
+                ),
+            }
+        self._graph = nncf.quantize(self._graph, nncf.Dataset(rows), subset_size=len(rows), **options)
+
+
+class CarefulInt8(Int8):
+    """The same, activations asymmetric, biases corrected exactly; first, last and attention layers kept."""
+
+    careful = True
 
 
 def calibration(model: Checkpoint) -> list[list[Tensor]]:
-    """Rows that the network sees in DDIM chains of 50 steps, each as a batch of one."""
+    """Rows that the network sees in DDIM chains of 50 steps of every class, each as a batch of one."""
     denoiser = Denoiser.of(model, TorchRuntime(model))
     plan = build_plan(model.schedule, "ddim", 50)
     kinds = model.unet.config.num_class_embeds
-    chains = [Chain(plan, seed, seed % kinds if kinds else None) for seed in range(CALIBRATION // 50)]
+    chains = [Chain(plan, seed, seed % kinds if kinds else None) for seed in range(2 * (kinds or 10))]
     rows = []
     for row, latents in enumerate(trajectory(denoiser, chains)):
         for chain, latent in zip(chains, latents, strict=True):
             if row + 1 < len(plan):
                 label = [] if chain.label is None else [torch.tensor([chain.label])]
                 rows.append([latent.x[None], torch.tensor([plan.timesteps[row + 1]]), *label])
-    return rows
+    order = np.random.Generator(np.random.Philox(key=0)).permutation(len(rows))
+    return [rows[place] for place in order[:CALIBRATION]]
 
 
 VARIANTS: dict[str, type[OpenVinoRuntime]] = {
@@ -150,14 +171,15 @@ VARIANTS: dict[str, type[OpenVinoRuntime]] = {
     "table of embeddings": Table,
     "table of projections": ProjectedTable,
     "int8": Int8,
+    "int8, careful": CarefulInt8,
 }
 
 
 def built(model: Checkpoint, dtype: DtypeName, names: Sequence[str]) -> Iterator[tuple[str, OpenVinoRuntime]]:
     """The variants by name; int8 only where nncf is installed."""
     for name in names:
-        if name == "int8" and importlib.util.find_spec("nncf") is None:
-            print("int8 is left out: nncf is not installed\n")
+        if name.startswith("int8") and importlib.util.find_spec("nncf") is None:
+            print(f"{name} is left out: nncf is not installed\n")
             continue
         yield name, VARIANTS[name](model, dtype)
 
@@ -173,12 +195,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--variant", action="append", choices=[name for name in VARIANTS if name != "shipped"]
     )
+    parser.add_argument("--data", type=Path, help="as for model.evaluate; measures quality too")
+    parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--sampler", default="ddim")
+    parser.add_argument("--steps", type=int, default=50)
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)  # as the service does: torch's threads would wait on the network's cores
     model = checkpoint.load(args.model)
     names = ["shipped", *(args.variant or [name for name in VARIANTS if name != "shipped"])]
     runtimes = dict(built(model, args.dtype, names))
-    seen = calibration(model)[:: CALIBRATION // args.rows][: args.rows]
+    seen = calibration(model)[: args.rows]
     x, t, *labels = (torch.cat(column) for column in zip(*seen, strict=True))
     batch = x, t, labels[0] if labels else None
     true = TorchRuntime(model).forward(*batch)
@@ -193,6 +219,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         error = ((runtime.forward(*batch) - true).norm() / true.norm()).item()
         spread = f"{min(shares):.0%} … {max(shares):.0%}"
         print(f"|{name}|{median(rates[name]):.0f}|{median(shares):.1%}|{spread}|{error:.2%}|")
+    if args.data:
+        print(f"\n{args.sampler}, {args.steps} steps, {args.samples} samples\n")
+        print("|variant|agreement|Fréchet ↓|precision|recall|\n|---|--:|--:|--:|--:|")
+        judge = Judge(args.model, args.data, args.samples)
+        for name, runtime in runtimes.items():
+            found = judge.of(runtime, args.sampler, args.steps)
+            agreement = "–" if found["agreement"] is None else f"{found['agreement']:.3f}"
+            rest = "|".join(f"{found[key]:.3f}" for key in ("frechet", "precision", "recall"))
+            print(f"|{name}|{agreement}|{rest}|", flush=True)
 
 
 def _call(runtime: OpenVinoRuntime, batch: tuple[Tensor, Tensor, Tensor | None]) -> Callable[[], Tensor]:

@@ -17,7 +17,7 @@ def case(server, workload="mix", load=0.7, *, preview=None, timeouts=0, latency_
         answers = [Answer(ask, "done", 200, "", 0.0, 2.0, 0.25, preview, 0.5, 1.0)] * 4
     answers += [Answer(ask, "timeout", 0, latency_s=60.0)] * timeouts
     usage = {"seconds": 10.0, "cpu_s": 15.0, "mean_bytes": 1e8, "peak_bytes": 2e8}
-    figures = {"offered": 91.4, "ready_s": 3.0, **asdict(summarise(answers)), "usage": usage}
+    figures = {"offered": 91.4, "ready_s": 3.0, "pace": 0.98, **asdict(summarise(answers)), "usage": usage}
     return {"server": server, "workload": workload, "load": load, **figures}
 
 

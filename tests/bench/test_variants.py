@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationW
 pytest.importorskip("openvino")
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "int8"])
+@pytest.mark.parametrize("name", [name for name in VARIANTS if not name.startswith("int8")])
 def test_every_variant_is_the_same_network(name, tiny_folder):
     model = checkpoint.load(tiny_folder)
     x, _, _ = inputs(model, 5)
@@ -27,7 +27,9 @@ def test_calibration_is_what_the_network_sees(tiny_folder, monkeypatch):
     rows = calibration(checkpoint.load(tiny_folder))
     assert {len(row) for row in rows} == {3}
     assert {tuple(row[0].shape[:1]) for row in rows} == {(1,)}
-    assert len({int(t) for _, t, _ in rows}) == 49
+    assert len(rows) == 100
+    assert len({int(t) for _, t, _ in rows}) > 25
+    assert {int(y) for _, _, y in rows} == set(range(11))
 
 
 def test_the_table(tiny_folder, capsys):
