@@ -162,9 +162,9 @@ def jobs_of(asks: Iterable[Ask]) -> list[Job]:
     return [request(str(i), ask.created, ask.steps, ask.images, ask.width) for i, ask in enumerate(asks)]
 
 
-def draw(sample: Sample, kind: str) -> Picture:
-    """Return an empty picture."""
-    return Picture(sample.index, sample.chain.seed, kind, EMPTY)
+def draw(looks: Iterable[tuple[Sample, str]]) -> list[Picture]:
+    """Return empty pictures."""
+    return [Picture(sample.index, sample.chain.seed, kind, EMPTY) for sample, kind in looks]
 
 
 def drive(serving: Scheduler | RunToCompletion, jobs: Iterable[Job], times: StepTimes) -> list[Outcome]:

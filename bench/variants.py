@@ -42,12 +42,15 @@ class OneStream(OpenVinoRuntime):
 class AnyShape(OpenVinoRuntime):
     """Compiled once, with the number of rows left open."""
 
-    def _compiled(self, size: int) -> list[Any]:  # noqa: ARG002 (its base's signature)
+    def _compiled(self, size: int) -> list[Any]:
         if not self._requests:
             graph = self._graph.clone()
             graph.reshape({graph.input(i): [-1, *shape] for i, shape in enumerate(self._row_shapes)})
             compiled = self._core.compile_model(graph, "CPU", self._options)
             self._requests[0] = [compiled.create_infer_request() for _ in range(self.streams)]
+        for request in self._requests[0]:
+            for place, shape in enumerate(self._row_shapes):
+                request.get_input_tensor(place).shape = [size, *shape]
         return self._requests[0]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from model import noise
 from model.checkpoint import Checkpoint
 from model.runtimes import Runtime
-from model.samplers import A_O, A_X, C_0, C_N, C_P, C_X, Plan, T
+from model.samplers import A_X, C_N, Plan, T
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,10 +96,9 @@ class Denoiser:
         table = np.stack([chain.plan.table[row] for chain, row in zip(chains, rows, strict=True)])
         out = self._guided(x, chains, table[:, T].astype(np.int64))
 
-        a_x, a_o, c_x, c_0, c_p, c_n = (
-            self._column(table[:, column]) for column in (A_X, A_O, C_X, C_0, C_P, C_N)
-        )
-        clip = self._column(np.array([chain.plan.clip for chain in chains]))
+        clips = np.array([[chain.plan.clip] for chain in chains])
+        columns = self._columns(np.concatenate((table[:, A_X:], clips), axis=1))
+        a_x, a_o, c_x, c_0, c_p, c_n, clip = columns.unbind(1)
         x0 = torch.clamp(a_x * x + a_o * out, -clip, clip)
         x = c_x * x + c_0 * x0 + c_p * previous
         noisy = [i for i in range(len(chains)) if table[i, C_N] != 0]
@@ -111,24 +110,25 @@ class Denoiser:
         """The network's output for each sample, the guided ones combined from two rows of the same call."""
         guided = [i for i, chain in enumerate(chains) if chain.rows == 2]
         device = self.runtime.device
-        source = torch.tensor([*range(len(chains)), *guided], device=device)
+        timesteps = torch.from_numpy(t).to(device)
         y: Tensor | None = None
         if self.conditional:
             null = self.null_class if self.null_class is not None else 0
             labels = [null if chain.label is None else chain.label for chain in chains]
             y = torch.tensor(labels + [null] * len(guided), device=device)
-        out = self.runtime.forward(x[source], torch.from_numpy(t).to(device)[source], y)
         if not guided:
-            return out
+            return self.runtime.forward(x, timesteps, y)
+        source = torch.tensor([*range(len(chains)), *guided], device=device)
+        out = self.runtime.forward(x[source], timesteps[source], y)
         # A copy: the runtime's output may be an inference tensor, which must not be written to.
         conditional, unconditional = out[: len(chains)].clone(), out[len(chains) :]
-        scale = self._column(np.array([chains[i].guidance_scale for i in guided]))
+        scale = self._columns(np.array([[chains[i].guidance_scale] for i in guided]))[:, 0]
         conditional[guided] = unconditional + scale * (conditional[guided] - unconditional)
         return conditional
 
-    def _column(self, values: NDArray[np.float64]) -> Tensor:
-        """[B] float64 → [B, 1, 1, 1] float32 on the device."""
-        return torch.from_numpy(values.astype(np.float32)).to(self.runtime.device).view(-1, 1, 1, 1)
+    def _columns(self, values: NDArray[np.float64]) -> Tensor:
+        """[B, K] float64 → [B, K, 1, 1, 1] float32 on the device."""
+        return torch.from_numpy(values.astype(np.float32)).to(self.runtime.device)[..., None, None, None]
 
     def _noise(self, chains: Sequence[Chain], rows: Sequence[int]) -> Tensor:
         drawn = noise.normals([chain.seed for chain in chains], rows, self.shape)

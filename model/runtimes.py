@@ -172,15 +172,16 @@ class OpenVinoRuntime:
                 rows = len(part[0])
                 size = 1 << (rows - 1).bit_length()
                 request = self._compiled(size)[stream]
-                arrays = [_pad(values, size).contiguous().numpy() for values in part]
-                request.start_async(arrays, share_inputs=True)
+                for place, values in enumerate(part):
+                    request.get_input_tensor(place).data[:] = _pad(values, size).numpy()
+                request.start_async()
                 stack.callback(request.wait)
-                outputs.append((request, rows, arrays))  # shared: they have to live until it is done
+                outputs.append((request, rows))
         # A copy out of the requests' buffers, which the next call overwrites.
-        return torch.from_numpy(np.concatenate([r.get_output_tensor(0).data[:n] for r, n, _ in outputs]))
+        return torch.from_numpy(np.concatenate([r.get_output_tensor(0).data[:n] for r, n in outputs]))
 
     def _compiled(self, size: int) -> list[Any]:
-        """The requests, one of each stream, for `size` rows."""
+        """The requests, one of each stream, for `size` rows. They have memory of their own for both ends."""
         if size not in self._requests:
             graph = self._graph.clone()
             graph.reshape({graph.input(i): [size, *shape] for i, shape in enumerate(self._row_shapes)})

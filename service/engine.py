@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from time import monotonic, perf_counter
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from model.denoiser import Chain, Latent, to_pixels
@@ -125,15 +126,18 @@ class Engine:
         return len(broken)
 
 
-def draw(sample: Sample, kind: str) -> Picture:
-    """What a sample's latent looks like: its x₀ guess ("x0") or the latent itself ("xt")."""
-    pixels = to_picture(sample.latent.x0 if kind == "x0" else sample.latent.x)
-    return Picture(sample.index, sample.chain.seed, kind, pixels)
+def draw(looks: Sequence[tuple[Sample, str]]) -> list[Picture]:
+    """What samples' latents look like: the x₀ guess ("x0") or the latent itself ("xt")."""
+    values = [sample.latent.x0 if kind == "x0" else sample.latent.x for sample, kind in looks]
+    return [
+        Picture(sample.index, sample.chain.seed, kind, pixels)
+        for (sample, kind), pixels in zip(looks, to_pictures(torch.stack(values)), strict=True)
+    ]
 
 
-def to_picture(x: torch.Tensor) -> Pixels:
-    """[C, H, W] float in [-1, 1], clamped → [H, W, C] uint8, a copy of its own."""
-    return to_pixels(x).transpose(1, 2, 0).copy()
+def to_pictures(x: torch.Tensor) -> Pixels:
+    """[B, C, H, W] float in [-1, 1], clamped → [B, H, W, C] uint8, in memory of its own."""
+    return np.ascontiguousarray(to_pixels(x).transpose(0, 2, 3, 1))
 
 
 def _chain(sample: Sample) -> Chain:

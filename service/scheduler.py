@@ -32,8 +32,8 @@ from service.events import Cancelled, Event, Failed, Finished, Picture, Preview,
 from service.jobs import Job, Sample, State
 
 Policy = Literal["remaining", "fifo", "sharing"]
-Draw = Callable[[Sample, str], Picture]
-"""(sample, "x0" or "xt") → what it looks like after the step being committed."""
+Draw = Callable[[Sequence[tuple[Sample, str]]], Sequence[Picture]]
+"""For each (sample, "x0" or "xt"), what it looks like after the step being committed."""
 
 
 class StepTimes:
@@ -295,7 +295,7 @@ class Scheduler:
         if sample.row < sample.steps:
             active.append(sample)
         else:
-            sample.result = draw(sample, "xt")
+            (sample.result,) = draw([(sample, "xt")])
             self._unfinished -= 1
 
     def _previews(self, job: Job, samples: Sequence[Sample], draw: Draw) -> Iterator[Preview]:
@@ -313,7 +313,7 @@ class Scheduler:
         eta = self.eta(job) if by_row else 0.0
         for row, group in by_row.items():
             timestep = group[0].chain.plan.timesteps[row - 1]
-            pictures = tuple(draw(sample, kind) for sample in group for kind in kinds)
+            pictures = tuple(draw([(sample, kind) for sample in group for kind in kinds]))
             yield Preview(job.id, row, group[0].steps, timestep, eta, pictures)
 
     def _finished(self, job: Job, now: float) -> Finished:

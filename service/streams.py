@@ -73,8 +73,8 @@ class Stream:
         self._wake.set()  # lets the former reader notice
         return self.reader
 
-    async def events(self, reader: int) -> AsyncIterator[Numbered]:
-        """Every event until the last, or until another reader takes over."""
+    async def events(self, reader: int, idle_s: float | None = None) -> AsyncIterator[Numbered | None]:
+        """Every event until the last, or until another reader takes over; None after `idle_s` without one."""
         if self._last_number is not None and self._last is not None and not self._taken:
             yield Numbered(self._last_number, self._last)  # it was sent, but did not arrive
             return
@@ -82,7 +82,11 @@ class Stream:
             if not self._taken:
                 self._take()
             if not self._taken:
-                await self._wake.wait()
+                try:
+                    async with asyncio.timeout(idle_s):
+                        await self._wake.wait()
+                except TimeoutError:
+                    yield None
                 continue
             item = self._taken.popleft()
             yield item
@@ -92,7 +96,7 @@ class Stream:
     async def last(self, reader: int) -> Terminal:
         """The last event, skipping the others."""
         async for item in self.events(reader):
-            if isinstance(item.event, Terminal):
+            if item is not None and isinstance(item.event, Terminal):
                 return item.event
         raise asyncio.CancelledError  # another reader took over
 

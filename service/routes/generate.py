@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Annotated, TypeVar
 
 from fastapi import APIRouter, Header, Query, Request, Response
@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from fastapi.sse import EventSourceResponse, format_sse_event
 
 from service.errors import CancelledError, NotAcceptableError
-from service.events import Cancelled, Failed, Finished, Preview, Queued, Terminal
+from service.events import Cancelled, Event, Failed, Finished, Preview, Queued, Terminal
 from service.images import MEDIA_TYPES, contact_sheet, encode
 from service.routes import House, InHouse
 from service.schemas import (
@@ -33,6 +33,8 @@ router = APIRouter(tags=["generate"])
 EVENTS = "text/event-stream"
 ANSWERS = ("application/json", *MEDIA_TYPES.values(), EVENTS)
 PING_S = 15.0
+INLINE_VALUES = 10_000
+"""Of pixels: as many are encoded sooner than another thread is woken twice, in less than a millisecond."""
 PROBLEM = {"model": Problem, "content": {"application/problem+json": {}}}
 REFUSALS = {
     status: {**PROBLEM, "description": text}
@@ -63,9 +65,9 @@ async def generate(body: GenerateRequest, request: Request, house: InHouse) -> R
     result = _result(finished)
     headers = {"Vary": "Accept", "X-Job-ID": order.job.id}
     if answer == "application/json":
-        content = await asyncio.to_thread(_json_body, result, order, house)
+        content = await _drawn(result, _json_body, result, order, house)
         return Response(content, media_type=answer, headers=headers)
-    picture = await asyncio.to_thread(_sheet, result, order, house, answer)
+    picture = await _drawn(result, _sheet, result, order, house, answer)
     return Response(picture, media_type=answer, headers=headers)
 
 
@@ -123,6 +125,7 @@ async def _admit(order: Order, house: House) -> tuple[Stream, Numbered]:
     try:
         house.worker.submit(order.job)
         first = await anext(aiter(stream.events(reader)))
+        assert first is not None  # which only comes where a time was given
         if isinstance(first.event, Terminal):
             _result(first.event)
     except BaseException:
@@ -162,39 +165,25 @@ async def _chunks(
     begun, previewed = time.monotonic(), False
     try:
         if queued is not None:
-            yield await asyncio.to_thread(_chunk, queued, order, house)
-        async for item in _with_pings(stream.events(reader)):
+            yield _chunk(queued, order, house)
+        async for item in stream.events(reader, PING_S):
             if item is None:
                 yield b": ping\n\n"
                 continue
             if isinstance(item.event, Preview) and not previewed:
                 previewed = True
                 house.telemetry.first_preview.observe(time.monotonic() - begun)
-            # Encoding pictures takes long enough to hold up every other connection.
-            yield await asyncio.to_thread(_chunk, item, order, house)
+            yield await _drawn(item.event, _chunk, item, order, house)
     finally:
         house.streams.leave(stream, reader)
 
 
-async def _with_pings(events: AsyncIterator[Numbered]) -> AsyncIterator[Numbered | None]:
-    """The events, and None whenever PING_S pass without one."""
-    waiting: asyncio.Task[Numbered] | None = None
-    try:
-        while True:
-            if waiting is None:
-                waiting = asyncio.ensure_future(anext(events))
-            done, _ = await asyncio.wait({waiting}, timeout=PING_S)
-            if not done:
-                yield None
-                continue
-            finished, waiting = waiting, None
-            try:
-                yield finished.result()
-            except StopAsyncIteration:
-                return
-    finally:
-        if waiting is not None:
-            waiting.cancel()
+async def _drawn(event: Event, make: Callable[..., bytes], *arguments: object) -> bytes:
+    """Make an event's bytes. Many or large pictures take long enough to hold up every other connection."""
+    pictures = event.pictures if isinstance(event, Preview | Finished) else ()
+    if sum(picture.pixels.size for picture in pictures) <= INLINE_VALUES:
+        return make(*arguments)
+    return await asyncio.to_thread(make, *arguments)
 
 
 def _chunk(item: Numbered, order: Order, house: House) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -80,9 +80,10 @@ def counting_job(
     return job
 
 
-def blank(sample: Sample, kind: str) -> Picture:
+def blank(looks: Iterable[tuple[Sample, str]]) -> list[Picture]:
     """Draws nothing."""
-    return Picture(sample.index, sample.chain.seed, kind, np.zeros((1, 1, 1), np.uint8))
+    nothing = np.zeros((1, 1, 1), np.uint8)
+    return [Picture(sample.index, sample.chain.seed, kind, nothing) for sample, kind in looks]
 
 
 # ── Jobs for the engine ────────────────────────────────────────────────────────────────────────

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model.denoiser import Chain, Latent
-from service.engine import Engine, FatalError, StepReport, to_picture
+from service.engine import Engine, FatalError, StepReport, to_pictures
 from service.errors import ComputeError, DeadlineError, NonFiniteError
 from service.events import Cancelled, Event, Failed, Finished, Preview
 from service.jobs import Job, State
@@ -265,13 +265,13 @@ def test_previews_and_results_are_the_latents() -> None:
         pictures = event.pictures if isinstance(event, Preview | Finished) else ()
         assert [p.kind for p in pictures] == (["x0", "xt"] if isinstance(event, Preview) else ["xt"])
         for picture in pictures:
-            assert (picture.pixels == to_picture(x)).all()
+            assert (picture.pixels == to_pictures(x[None])[0]).all()
     assert len(events) == 4
 
 
 def test_pixels_are_clamped_rounded_and_channels_last() -> None:
     x = torch.tensor([-7.0, -1.0, 0.0, 0.996, 1.0, 7.0]).view(1, 2, 3).repeat(3, 1, 1)
-    pixels = to_picture(x)
+    (pixels,) = to_pictures(x[None])
     assert (pixels.shape, pixels.dtype.name) == ((2, 3, 3), "uint8")
     assert pixels[..., 0].tolist() == [[0, 0, 128], [254, 255, 255]]
 

@@ -35,7 +35,7 @@ def a_stream() -> Stream:
 
 
 async def read(stream: Stream) -> list[Numbered]:
-    return [item async for item in stream.events(stream.attach())]
+    return [item async for item in stream.events(stream.attach()) if item is not None]
 
 
 def told(items: list[Numbered]) -> list[tuple[str, int | None, list[int]]]:
@@ -72,6 +72,7 @@ def test_a_reader_that_keeps_up_misses_nothing() -> None:
         coming: Iterator[Event] = iter([QUEUED, *(preview(step) for step in range(1, 20)), FINISHED])
         stream.publish(next(coming))
         async for item in stream.events(stream.attach()):
+            assert item is not None
             items.append(item)
             if (event := next(coming, None)) is not None:
                 stream.publish(event)
@@ -135,6 +136,22 @@ def test_publishing_after_the_loop_is_gone_is_harmless() -> None:
     assert streams[0].over
 
 
+def test_a_reader_is_told_that_nothing_happens() -> None:
+    async def test() -> None:
+        stream = a_stream()
+        events = stream.events(stream.attach(), idle_s=0.01)
+        assert [await anext(events) for _ in range(2)] == [None, None]
+        stream.publish(QUEUED)
+        item = await anext(events)
+        assert item is not None
+        assert item.event is QUEUED
+        assert await anext(events) is None
+        stream.publish(FINISHED)
+        assert [item.event async for item in events if item is not None] == [FINISHED]
+
+    run(test)
+
+
 def test_the_last_event_alone() -> None:
     async def test() -> None:
         stream = a_stream()
@@ -153,6 +170,7 @@ def test_numbers_go_on_after_a_reconnect() -> None:
         stream = a_stream()
         stream.publish(QUEUED)
         async for item in stream.events(stream.attach()):
+            assert item is not None
             assert item.number == 1
             break
         stream.publish(preview(1))
