@@ -46,12 +46,13 @@ class AnyShape(OpenVinoRuntime):
         if not self._requests:
             graph = self._graph.clone()
             graph.reshape({graph.input(i): [-1, *shape] for i, shape in enumerate(self._row_shapes)})
-            compiled = self._core.compile_model(graph, "CPU", self._options)
-            self._requests[0] = [compiled.create_infer_request() for _ in range(self.streams)]
-        for request in self._requests[0]:
-            for place, shape in enumerate(self._row_shapes):
-                request.get_input_tensor(place).shape = [size, *shape]
-        return self._requests[0]
+            self._open = self._core.compile_model(graph, "CPU", self._options)
+        if size not in self._requests:
+            self._requests[size] = [self._open.create_infer_request() for _ in range(self.streams)]
+            for request in self._requests[size]:
+                for place, shape in enumerate(self._row_shapes):
+                    request.get_input_tensor(place).shape = [size, *shape]
+        return self._requests[size]
 
 
 class Unpinned(OpenVinoRuntime):

@@ -8,9 +8,12 @@ networks that only give the same bits at the same shape.
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from copy import deepcopy
 from typing import Any, Literal, Protocol
@@ -44,6 +47,9 @@ class Runtime(Protocol):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """x: [B, C, H, W] float32; t: [B] int64; y: [B] int64 or None. Returns [B, C_out, H, W] float32."""
+
+    def prepare(self, widths: Iterable[int]) -> None:
+        """Spare the first batches of so many rows what only a first one needs, as far as that can be done."""
 
 
 class TorchRuntime:
@@ -83,6 +89,9 @@ class TorchRuntime:
         ]
         network = self._graph(size, inputs) if size in self.batch_sizes else self._network
         return network(*inputs)[:rows].float()
+
+    def prepare(self, widths: Iterable[int]) -> None:
+        """Nothing: eager needs none, and the compiler would not be quicker for several at once."""
 
     def _graph(self, size: int, inputs: Sequence[Tensor]) -> Network:
         """On CUDA the recorded call of `size` rows; recordings of sizes no longer in use are let go."""
@@ -163,6 +172,12 @@ class OpenVinoRuntime:
         """Run one batch of any size. A size that is new compiles its shapes first, a good second."""
         return self._run([x, t] if y is None else [x, t, y])
 
+    def prepare(self, widths: Iterable[int]) -> None:
+        """Compile the shapes of these batches side by side."""
+        sizes = {_shape(-(-width // self.streams)) for width in widths}
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            deque(pool.map(self._compiled, sizes))  # raises what went wrong
+
     def _run(self, inputs: Sequence[Tensor]) -> Tensor:
         half = -(-len(inputs[0]) // self.streams)
         outputs = []
@@ -170,7 +185,7 @@ class OpenVinoRuntime:
             parts = zip(*(torch.split(values, half) for values in inputs), strict=True)
             for stream, part in enumerate(parts):
                 rows = len(part[0])
-                size = 1 << (rows - 1).bit_length()
+                size = _shape(rows)
                 request = self._compiled(size)[stream]
                 for place, values in enumerate(part):
                     request.get_input_tensor(place).data[:] = _pad(values, size).numpy()
@@ -201,6 +216,11 @@ def to_graph(network: nn.Module, example: Sequence[Tensor]) -> Any:
         # The converter would trace too, but check the trace by a second one: three quarters of its time.
         traced = torch.jit.trace(network, tuple(example), check_trace=False)  # type: ignore[no-untyped-call]
         return ov.convert_model(traced, example_input=tuple(example))
+
+
+def _shape(rows: int) -> int:
+    """The next power of two."""
+    return 1 << (rows - 1).bit_length()
 
 
 def _pad(values: Tensor, size: int) -> Tensor:

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 # A CPU's rows per second stop growing at a few rows; a GPU's go on for longer.
 CPU_WIDTHS = (1, 2, 4, 8, 16)
 GPU_WIDTHS = (1, 2, 4, 8, 16, 32, 64)
+TIMING_S = 0.4
+"""How long widths are timed, after the first time."""
 COMPILED_ROWS = 8
 """The one width of torch-compile, where none is set: every width takes a minute to compile."""
 
@@ -70,6 +72,7 @@ def warm_up(model: Checkpoint, settings: Settings) -> Warm:
     label = 0 if denoiser.conditional else None
     chains = [Chain(plan, seed, label) for seed in range(max(widths))]
 
+    runtime.prepare(widths)
     points = _time_widths(denoiser, chains, widths)
     if settings.max_batch > points[-1][0]:
         points.append((settings.max_batch, _time_step(denoiser, chains)))
@@ -109,21 +112,29 @@ def _shapes(runtime: Runtime, widths: Sequence[int], max_rows: int, *, invariant
 def _time_widths(
     denoiser: Denoiser, chains: Sequence[Chain], widths: Sequence[int]
 ) -> list[tuple[int, float]]:
-    """(rows, seconds) of ever wider steps, until two widths in a row bring no more rows per second."""
-    points: list[tuple[int, float]] = []
+    """(rows, seconds) of ever wider steps, until two widths in a row bring no more rows per second.
+
+    Then all of them again and again, in turn: the least of each counts, so that what disturbs a start
+    for a moment does not decide how wide its batches are.
+    """
+    times: dict[int, float] = {}
     best, in_vain = 0.0, 0
     for width in widths:
-        points.append((width, _time_step(denoiser, chains[:width])))
-        rate = width / points[-1][1]
+        times[width] = _time_step(denoiser, chains[:width])
+        rate = width / times[width]
         in_vain = 0 if rate > best * 1.05 else in_vain + 1
         best = max(best, rate)
         if in_vain == 2:
             break
-    return points
+    begun = perf_counter()
+    while perf_counter() - begun < TIMING_S:
+        for width in times:
+            times[width] = min(times[width], _time_step(denoiser, chains[:width], repeats=0))
+    return list(times.items())
 
 
 def _time_step(denoiser: Denoiser, chains: Sequence[Chain], repeats: int = 2) -> float:
-    """Seconds of a step of these chains: the best of a few, after one that is not counted."""
+    """Seconds of a step of these chains: the best of `repeats` after a first, which counts if it is alone."""
     latents = [denoiser.start(chain) for chain in chains]
     times = []
     for _ in range(repeats + 1):
@@ -131,7 +142,7 @@ def _time_step(denoiser: Denoiser, chains: Sequence[Chain], repeats: int = 2) ->
         advanced = denoiser.step(chains, latents, [0] * len(chains))
         advanced[0].x.cpu()  # waits for a device that computes in the background
         times.append(perf_counter() - begun)
-    return min(times[1:])
+    return min(times[1:] or times)
 
 
 def measure_invariance(denoiser: Denoiser, chains: Sequence[Chain], max_rows: int) -> Invariance:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,9 @@ class FakeRuntime:
 
     def __init__(self) -> None:
         self.calls: list[tuple[Tensor, Tensor, Tensor | None]] = []
+
+    def prepare(self, widths: Iterable[int]) -> None:
+        """Nothing to prepare."""
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         self.calls.append((x.clone(), t, y))

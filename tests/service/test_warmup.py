@@ -19,6 +19,12 @@ from tests.service.fakes import FakeDenoiser, job_of, tiny_model
 from tests.service.live import settings
 
 
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One look at every width: how long steps take is no concern of most tests."""
+    monkeypatch.setattr(warmup, "TIMING_S", 0.0)
+
+
 def warm(**values: Any) -> Warm:
     return warm_up(tiny_model(), settings(runtime="torch", device="cpu", **values))
 
@@ -65,7 +71,7 @@ def test_or_not_padded_when_nobody_asks_for_it() -> None:
 def test_the_width_follows_the_times_of_steps_that_are_not_padded(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes: list[tuple[int, tuple[int, ...]]] = []
 
-    def timed(denoiser: Denoiser, chains: Sequence[Chain], repeats: int = 3) -> float:
+    def timed(denoiser: Denoiser, chains: Sequence[Chain]) -> float:
         shapes.append((len(chains), denoiser.runtime.batch_sizes))
         return {1: 1.0, 2: 1.1, 4: 1.2}.get(len(chains), float(len(chains)))
 
@@ -73,6 +79,22 @@ def test_the_width_follows_the_times_of_steps_that_are_not_padded(monkeypatch: p
     found = warm()
     assert found.engine.scheduler.max_rows == 4
     assert shapes == [(1, ()), (2, ()), (4, ()), (8, ()), (16, ()), (4, (4,))]
+
+
+def test_a_disturbed_first_look_does_not_decide_the_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+
+    def timed(_denoiser: Denoiser, chains: Sequence[Chain], repeats: int = 2) -> float:
+        looks.append(repeats)
+        rows = len(chains)
+        disturbed = rows in (4, 8) and looks.count(0) < 4  # until every width has had another look
+        return (1.0 if rows == 1 else 1.2) * (20 if disturbed else 1) * (2 if rows == 8 else 1)
+
+    monkeypatch.setattr(warmup, "_time_step", timed)
+    monkeypatch.setattr(warmup, "TIMING_S", 0.02)
+    found = warm(batch_invariant=False)
+    assert found.engine.scheduler.max_rows == 4
+    assert dict(found.step_times) == {1: 1.0, 2: 1.2, 4: 1.2, 8: 2.4}
 
 
 def test_a_warm_engine_runs() -> None:
