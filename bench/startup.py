@@ -15,9 +15,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
-
-WIDTHS = (1, 2, 4, 8, 16)
 
 
 def parts(folder: Path) -> dict[str, float]:
@@ -30,10 +29,10 @@ def parts(folder: Path) -> dict[str, float]:
         taken[name] = time.perf_counter() - begun
         begun = time.perf_counter()
 
-    import torch
+    import torch  # noqa: F401
 
     done("import torch")
-    import service.app
+    import service.app  # noqa: F401
 
     done("import the rest of the service")
     import openvino  # noqa: F401
@@ -43,25 +42,31 @@ def parts(folder: Path) -> dict[str, float]:
 
     model = checkpoint.load(folder)
     done("load the weights")
-    from model.runtimes import load_runtime
+    from model.runtimes import OpenVinoRuntime, keep_torch_off
     from service.settings import Settings
+    from service.warmup import CPU_WIDTHS, warm_up
 
-    settings = Settings(_env_file=None)
-    runtime = load_runtime(model, batch_invariant=False)
-    torch.set_num_threads(1)
+    runtime = OpenVinoRuntime(model, "auto")
+    keep_torch_off(runtime)
     done("convert the network")
-    config = model.unet.config
-    for rows in WIDTHS:
-        x = torch.zeros(rows, config.in_channels, config.sample_size, config.sample_size)
-        t = torch.zeros(rows, dtype=torch.int64)
-        y = t if config.num_class_embeds is not None else None
-        runtime.forward(x, t, y)
-        done(f"first call of {rows} rows")
-    from service.warmup import warm_up
+    runtime.prepare(CPU_WIDTHS)
+    done("compile its shapes side by side")
+    warm_up(model, Settings(_env_file=None))
+    taken["all of the warm-up, with these two and the timing of widths"] = time.perf_counter() - begun
 
-    warm = warm_up(model, settings)
-    done("all of the warm-up, with converting and compiling")
-    service.app.describe(service.app.describe_model(model, settings), settings, warm)
+    runtime = OpenVinoRuntime(model, "auto")
+    begun = time.perf_counter()
+    for width in CPU_WIDTHS:
+        runtime.prepare([width])
+    done("not done: compile one after another")
+    with TemporaryDirectory() as cache:
+        for name in ("", "not done: compile from a cache on disk"):
+            runtime = OpenVinoRuntime(model, "auto")
+            runtime._options["CACHE_DIR"] = cache  # no option of the service: it does not pay
+            begun = time.perf_counter()
+            runtime.prepare(CPU_WIDTHS)
+            done(name)
+    del taken[""]
     return taken
 
 

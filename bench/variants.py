@@ -25,7 +25,7 @@ from bench.roofline import timed
 from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.denoiser import Chain, Denoiser, trajectory
-from model.runtimes import DtypeName, OpenVinoRuntime, TorchRuntime, to_graph
+from model.runtimes import DtypeName, OpenVinoRuntime, TorchRuntime, keep_torch_off, to_graph
 from model.samplers import build_plan
 from model.unet import ResBlock, UNet
 
@@ -204,10 +204,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sampler", default="ddim")
     parser.add_argument("--steps", type=int, default=50)
     args = parser.parse_args(arguments)
-    torch.set_num_threads(1)  # as the service does: torch's threads would wait on the network's cores
     model = checkpoint.load(args.model)
     names = ["shipped", *(args.variant or [name for name in VARIANTS if name != "shipped"])]
     runtimes = dict(built(model, args.dtype, names))
+    keep_torch_off(runtimes["shipped"])
     seen = calibration(model)[: args.rows]
     x, t, *labels = (torch.cat(column) for column in zip(*seen, strict=True))
     batch = x, t, labels[0] if labels else None

@@ -37,7 +37,13 @@ from model.checkpoint import Checkpoint, CheckpointError
 from model.classifier import Classifier, ClassifierConfig, Judgement
 from model.data import DataError, Dataset, Labels, Pixels
 from model.denoiser import Chain, Denoiser, to_pixels, trajectory
-from model.runtimes import TORCH_DTYPES, DtypeName, RuntimeName, RuntimeUnavailableError
+from model.runtimes import (
+    TORCH_DTYPES,
+    DtypeName,
+    RuntimeName,
+    RuntimeUnavailableError,
+    keep_torch_off,
+)
 from model.samplers import SAMPLERS, Plan, build_plan
 from model.schedule import ScheduleError
 
@@ -375,6 +381,8 @@ def run(args: argparse.Namespace, model: Checkpoint, command: str) -> dict[str, 
     done = {Setting(*(row[f.name] for f in fields(Setting))) for row in evaluation["rows"]}
     to_do = [setting for setting in settings if setting not in done]
     denoisers = {s.dtype: plots.denoiser_of(model, args.runtime, args.device, s.dtype) for s in to_do}
+    for denoiser in denoisers.values():
+        keep_torch_off(denoiser.runtime)
     labels = [None] * args.samples if reference.labels is None else [int(y) for y in reference.labels]
 
     total = sum(setting.evaluations for setting in to_do) * args.samples

@@ -253,6 +253,15 @@ def check_available(runtime: str, device: str) -> None:
         raise RuntimeUnavailableError("openvino is not installed: pip install openvino")
 
 
+def keep_torch_off(runtime: Runtime) -> None:
+    """Leave the cores to a runtime that has threads of its own.
+
+    Torch only updates tables then, but its threads would wait for more by spinning.
+    """
+    if runtime.name == "openvino":
+        torch.set_num_threads(1)
+
+
 def load_runtime(
     model: Checkpoint,
     runtime: RuntimeName = "auto",

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from time import perf_counter
 
 import numpy as np
-import torch
 
 from model.checkpoint import Checkpoint
 from model.denoiser import Chain, Denoiser, Latent
-from model.runtimes import Runtime, load_runtime
+from model.runtimes import Runtime, keep_torch_off, load_runtime
 from model.samplers import build_plan
 from service.engine import Engine
 from service.scheduler import Scheduler, StepTimes
@@ -58,10 +57,7 @@ def warm_up(model: Checkpoint, settings: Settings) -> Warm:
     """Build, time and check. Raises RuntimeUnavailableError when the machine cannot do what is asked for."""
     # Not padded yet: the times of narrow steps decide how wide a batch is worth it.
     runtime = load_runtime(model, settings.runtime, settings.device, settings.dtype, batch_invariant=False)
-    if runtime.name == "openvino":
-        # Torch only updates tables then. Threads of its own would wait for more by spinning, on cores
-        # that the network needs.
-        torch.set_num_threads(1)
+    keep_torch_off(runtime)
     denoiser = Denoiser.of(model, runtime)
     widths: Sequence[int] = CPU_WIDTHS if runtime.device.type == "cpu" else GPU_WIDTHS
     if settings.runtime == "torch-compile":

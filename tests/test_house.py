@@ -40,7 +40,7 @@ SERVICE = {
         f"{DOOR} service.warmup service.routes service.routes.* {BELOW_ROUTES} {BELOW_WORKER} {LEAVES}"
         f" model.* {HTTP}"
     ),
-    "service.warmup": f"service.settings {BELOW_WORKER} {LEAVES} model.* torch numpy",
+    "service.warmup": f"service.settings {BELOW_WORKER} {LEAVES} model.* numpy",
     "service.server": f"service.settings service.routes {BELOW_ROUTES} {LEAVES} uvicorn",
     "service.settings": "service.errors pydantic pydantic_settings",
     # HTTP: no tensors.

@@ -24,7 +24,7 @@ from pydantic import BaseModel
 
 from model import checkpoint
 from model.denoiser import Chain, Denoiser, generate, to_pixels
-from model.runtimes import DtypeName, load_runtime
+from model.runtimes import DtypeName, keep_torch_off, load_runtime
 from model.samplers import Plan, build_plan
 
 MAX_BATCH = 16
@@ -91,12 +91,12 @@ class Ours:
     """This repository's runtime and denoiser, all images side by side to the end."""
 
     def __init__(self, folder: Path, runtime: str = "auto", dtype: str = "auto") -> None:
-        torch.set_num_threads(1)  # as in the service: torch's threads would spin on the runtime's cores
         model = checkpoint.load(folder)
         self.schedule = model.schedule
         loaded = load_runtime(
             model, cast("Any", runtime), "cpu", cast("DtypeName", dtype), batch_invariant=False
         )
+        keep_torch_off(loaded)  # as the service does
         self.denoiser = Denoiser.of(model, loaded)
         self._plan = lru_cache(self._build)
 
