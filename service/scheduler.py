@@ -60,7 +60,7 @@ class StepTimes:
         share = (rows - low) / (high - low)
         return float(self._seconds[low] * (1 - share) + self._seconds[high] * share)
 
-    def knee(self, tolerance: float = 0.05) -> int:
+    def knee(self, tolerance: float = 0.07) -> int:
         """The narrowest measured batch whose rows per second are within `tolerance` of the best."""
         rates = {rows: rows / seconds for rows, seconds in self._seconds.items()}
         best = max(rates.values())
