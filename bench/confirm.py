@@ -2,7 +2,8 @@
 
 `python -m bench.confirm docs` takes the service's cases from comparison.json there, simulates the very same
 requests under the same policy, at the width and with the step times that the service measured at its start,
-and prints both side by side. The simulation knows nothing of HTTP, of pictures, and of clients on the cores.
+and prints both side by side, and the simulation's peer, which batches equal step counts and runs them to
+their end. The simulation knows nothing of HTTP, of pictures, and of clients on the cores.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from bench.workload import trace
 
 HEADER = (
     "workload|load|policy|latency: mean|p95|p99|simulated: mean|p95|p99"
-    "|first preview: mean|p95|simulated: mean|p95|ETA off by: median|p95"
+    "|simulated peer: mean|p95|p99|first preview: mean|p95|simulated: mean|p95|ETA off by: median|p95"
 )
 
 
@@ -30,10 +31,16 @@ def policy_of(found: Mapping[str, Any]) -> str:
     return variant if variant in POLICIES else "remaining"
 
 
-def simulated(found: Mapping[str, Any], content: Mapping[str, Any]) -> tuple[Figures, Figures]:
-    """(latency, time to the first step) of a case's requests, in seconds of the virtual clock."""
+def simulated(
+    found: Mapping[str, Any], content: Mapping[str, Any], policy: str = ""
+) -> tuple[Figures, Figures]:
+    """(latency, time to the first step) of a case's requests, in seconds of the virtual clock.
+
+    policy: another than the case's; `peer` at its own usual width.
+    """
     curve, info = curve_of(found["info"]), found["info"]
-    case = Case(curve, found["workload"], policy_of(found), info["limits"]["max_batch"])
+    width = 0 if policy == "peer" else info["limits"]["max_batch"]
+    case = Case(curve, found["workload"], policy or policy_of(found), width)
     rate = found["load"] * content["capacity"]["rows_per_s"]
     asks = trace(found["workload"], rate, found["asks"], content["terms"]["seed"])
     outcomes = case.drive(jobs_of(asks))
@@ -47,12 +54,13 @@ def simulated(found: Mapping[str, Any], content: Mapping[str, Any]) -> tuple[Fig
 def row(found: Mapping[str, Any], content: Mapping[str, Any]) -> list[str]:
     """Lay out a case beside its simulation."""
     latency, first = simulated(found, content)
+    peer, _ = simulated(found, content, "peer")
     real, preview, eta = found["latency"], found["first_preview"], found["eta_error_share"]
     return [
         found["workload"],
         str(found["load"]),
         policy_of(found),
-        *(f"{values[name]:.2f}" for values in (real, latency) for name in ("mean", "p95", "p99")),
+        *(f"{values[name]:.2f}" for values in (real, latency, peer) for name in ("mean", "p95", "p99")),
         *(f"{values[name]:.3f}" for values in (preview, first) for name in ("mean", "p95")),
         *(f"{eta[name]:.0%}" for name in ("p50", "p95")),
     ]

@@ -25,9 +25,10 @@ Load 1 is the capacity: {capacity:.0f} rows of network calls a second, which is 
 the runtime ({runtime}, {dtype}) reaches at its best batch of {rows} rows on this machine; *all at once* is a
 burst of {burst:.0f} s of that, whose clients wait to the end. One server at
 a time, started afresh and warmed up for every line; clients and server share the machine. `service` is
-this repository's, with every client streaming; a peer runs over diffusers as documented, or over this
-repository's own runtime (`/ours`). Arrivals last {seconds:.0f} s on average, and a client waits
-{patience:.0f} s at most. Times in seconds; rows/s count the requests that were done.
+this repository's, with every client streaming; with `/json` clients want one answer, as those of every
+other server do; with `/fifo` and `/sharing` it has another policy. A peer runs over diffusers as
+documented, or over this repository's own runtime (`/ours`). Arrivals last {seconds:.0f} s on average, and
+a client waits {patience:.0f} s at most. Times in seconds; rows/s count the requests that were done.
 """
 LEGEND = """\
 ≥: some requests timed out; they count with the time the client waited, so the figure is a lower bound,

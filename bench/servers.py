@@ -73,10 +73,10 @@ PEERS = {
 PIPELINES = ("diffusers", "ours")
 NAMES = (
     "service",
-    *(f"{peer}/{pipeline}" for pipeline in PIPELINES for peer in PEERS),
     *(f"service/{variant}" for variant in VARIANTS),
+    *(f"{peer}/{pipeline}" for pipeline in PIPELINES for peer in PEERS),
 )
-"""Every server: ours, then each peer over each pipeline, then ours in its variants."""
+"""Every server: ours, also in its variants, then each peer over each pipeline."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ Within a job the least advanced sample goes first, so that all its images sharpe
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice, takewhile
@@ -116,7 +115,7 @@ class Scheduler:
         # (key, arrival, job), smallest first; a job's entries are taken out before its remaining rows change.
         self._order: SortedList[tuple[int, int, str]] = SortedList()
         self._entries: dict[str, tuple[int, int, str]] = {}
-        self._active: dict[str, deque[Sample]] = {}  # unfinished ones, the least advanced first
+        self._active: dict[str, list[Sample]] = {}  # unfinished ones, the least advanced first
         self._new: SortedList[tuple[int, int, str]] = SortedList()  # entries without a committed step
         self._first: dict[str, int] = {}  # rows of their first steps
         # Under a job's remaining rows: those rows, and if it has had no step yet, those of the first.
@@ -151,7 +150,7 @@ class Scheduler:
             return [Failed(job.id, DeadlineError(f"The deadline cannot be met: {needed}."))]
         self._arrivals += 1
         self._jobs[job.id] = job
-        self._active[job.id] = deque(job.samples)
+        self._active[job.id] = list(job.samples)
         if job.deadline is not None:
             self._deadlines.add((job.deadline, job.id))
         self._backlog += job.remaining
