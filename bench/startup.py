@@ -43,17 +43,13 @@ def parts(folder: Path) -> dict[str, float]:
     model = checkpoint.load(folder)
     done("load the weights")
     from model.runtimes import OpenVinoRuntime, keep_torch_off
-    from service.settings import Settings
-    from service.warmup import CPU_WIDTHS, warm_up
+    from service.warmup import CPU_WIDTHS
 
     runtime = OpenVinoRuntime(model, "auto")
     keep_torch_off(runtime)
     done("convert the network")
     runtime.prepare(CPU_WIDTHS)
     done("compile its shapes side by side")
-    warm_up(model, Settings(_env_file=None))
-    taken["all of the warm-up, with these two and the timing of widths"] = time.perf_counter() - begun
-
     runtime = OpenVinoRuntime(model, "auto")
     begun = time.perf_counter()
     for width in CPU_WIDTHS:

@@ -209,7 +209,10 @@ def to_graph(network: nn.Module, example: Sequence[Tensor]) -> Any:
     """A network as OpenVINO's graph, with the example's inputs. It shares the memory of the weights."""
     import openvino as ov
 
-    with torch.no_grad(), warnings.catch_warnings():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the others would get in the converter's way, spinning
+    with ExitStack() as stack, torch.no_grad(), warnings.catch_warnings():
+        stack.callback(torch.set_num_threads, threads)
         # OpenVINO reads torch.jit's traces; that warns of its age, and of group norm's look at shapes.
         warnings.filterwarnings("ignore", r"`torch\.jit", DeprecationWarning)
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
