@@ -169,7 +169,7 @@ class OpenVinoRuntime:
         self._requests: dict[int, list[Any]] = {}  # by rows, one of each stream
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        """Run one batch of any size. A size that is new compiles its shapes first, a good second."""
+        """Run one batch of any size. A size that is new compiles its shapes first: a moment."""
         return self._run([x, t] if y is None else [x, t, y])
 
     def prepare(self, widths: Iterable[int]) -> None:
