@@ -21,7 +21,8 @@ from bench.quality import Judge
 from bench.roofline import inputs, timed
 from model import checkpoint
 from model.checkpoint import Checkpoint
-from model.runtimes import OpenVinoRuntime, TorchRuntime, to_graph
+from model.lowering import lowered, to_graph
+from model.runtimes import OpenVinoRuntime, TorchRuntime
 from model.unet import Level, UNet
 
 
@@ -143,7 +144,10 @@ def share_of_time(model: Checkpoint, blocks: int, rows: int, rounds: int) -> flo
     given = [value for value in inputs(model, rows) if value is not None]
     with torch.no_grad():
         _, kept = Whole(model.unet, blocks)(*given)
-    whole, shallow = OpenVinoRuntime(model, "auto"), _Call(model, Shallow(model.unet, blocks), [*given, kept])
+    whole, shallow = (
+        OpenVinoRuntime(model, "auto"),
+        _Call(model, Shallow(lowered(model.unet), blocks), [*given, kept]),
+    )
     calls = lambda: whole.forward(*inputs(model, rows)), shallow.run([*given, kept])
     pairs = [[timed(call, 0.3) for call in calls] for _ in range(rounds)]
     return median(few / all_ for all_, few in pairs)

@@ -11,10 +11,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
-from copy import deepcopy
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,9 +24,10 @@ from bench.roofline import timed
 from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.denoiser import Chain, Denoiser, trajectory
-from model.runtimes import DtypeName, OpenVinoRuntime, TorchRuntime, keep_torch_off, to_graph
+from model.lowering import REWRITES, Rewrites, lowered, to_graph
+from model.runtimes import DtypeName, OpenVinoRuntime, TorchRuntime, keep_torch_off
 from model.samplers import build_plan
-from model.unet import ResBlock, UNet
+from model.unet import ResBlock, UNet, Upsample
 
 CALIBRATION = 300
 """Rows that int8's ranges are measured on."""
@@ -63,6 +63,24 @@ class Unpinned(OpenVinoRuntime):
         self._options["ENABLE_CPU_PINNING"] = "NO"
 
 
+class AsWritten(OpenVinoRuntime):
+    """The layers as PyTorch has them."""
+
+    rewrites: ClassVar[Rewrites] = {}
+
+
+class ChannelNorms(OpenVinoRuntime):
+    """Group norm by channel, the rest as PyTorch has it."""
+
+    rewrites: ClassVar[Rewrites] = {kind: REWRITES[kind] for kind in (ResBlock, nn.GroupNorm)}
+
+
+class PlainUpsampling(OpenVinoRuntime):
+    """Shipped, but upsampling and its convolution apart."""
+
+    rewrites: ClassVar[Rewrites] = {kind: new for kind, new in REWRITES.items() if kind is not Upsample}
+
+
 class _Body(nn.Module):
     """The network behind its embedding: (x, what `embed` gives) → output."""
 
@@ -94,7 +112,7 @@ class Table(OpenVinoRuntime):
 
     def __init__(self, model: Checkpoint, dtype: DtypeName) -> None:
         super().__init__(model, dtype)
-        unet = deepcopy(model.unet).eval()
+        unet = lowered(model.unet)
         times, classes = model.schedule.timesteps, unet.config.num_class_embeds or 1
         t = torch.arange(times).repeat_interleave(classes)
         y = torch.arange(classes).repeat(times) if unet.config.num_class_embeds is not None else None
@@ -129,7 +147,7 @@ class Int8(OpenVinoRuntime):
     careful = False
 
     def __init__(self, model: Checkpoint, dtype: DtypeName) -> None:
-        import nncf  # type: ignore[import-not-found]  # in no lock file
+        import nncf  # in no lock file
 
         super().__init__(model, dtype)
         rows = [[values.numpy() for values in row] for row in calibration(model)]
@@ -169,6 +187,9 @@ def calibration(model: Checkpoint) -> list[list[Tensor]]:
 
 VARIANTS: dict[str, type[OpenVinoRuntime]] = {
     "shipped": OpenVinoRuntime,
+    "as PyTorch has it": AsWritten,
+    "channel norms alone": ChannelNorms,
+    "upsampling apart": PlainUpsampling,
     "one stream": OneStream,
     "any shape": AnyShape,
     "threads not pinned": Unpinned,

@@ -10,19 +10,19 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from copy import deepcopy
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.checkpoint import Checkpoint
+from model.lowering import REWRITES, Rewrites, lowered, to_graph
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 RuntimeName = Literal["auto", "torch", "torch-compile", "openvino"]
@@ -132,11 +132,13 @@ class OpenVinoRuntime:
 
     A batch is halved over two streams that run side by side, each on half of the cores, since small
     networks gain more from that than from more threads. Every half has a shape compiled for it,
-    a power of two rows, because OpenVINO fuses and vectorises far better where it knows the shape.
+    a power of two rows, because OpenVINO fuses and vectorises better where it knows the shape, and the
+    network is written in the way that OpenVINO runs best (`model/lowering.py`).
     """
 
     name = "openvino"
     streams = 2
+    rewrites: ClassVar[Rewrites] = REWRITES
 
     def __init__(
         self, model: Checkpoint, dtype: Literal["auto"] | DtypeName = "float32", threads: int | None = None
@@ -158,8 +160,7 @@ class OpenVinoRuntime:
         image = config.in_channels, config.sample_size, config.sample_size
         self._row_shapes = [image, (), ()] if config.num_class_embeds is not None else [image, ()]
         example = [torch.zeros(2, *image)] + [torch.zeros(2, dtype=torch.int64)] * (len(self._row_shapes) - 1)
-        # A copy, since the compiled network shares the memory of the weights it was made from.
-        self._graph = to_graph(deepcopy(model.unet).eval(), example)
+        self._graph = to_graph(lowered(model.unet, self.rewrites), example)
         self._options = {
             "INFERENCE_PRECISION_HINT": "bf16" if self.dtype == "bfloat16" else "f32",
             "NUM_STREAMS": str(self.streams),
@@ -203,22 +204,6 @@ class OpenVinoRuntime:
             compiled = self._core.compile_model(graph, "CPU", self._options)
             self._requests[size] = [compiled.create_infer_request() for _ in range(self.streams)]
         return self._requests[size]
-
-
-def to_graph(network: nn.Module, example: Sequence[Tensor]) -> Any:
-    """A network as OpenVINO's graph, with the example's inputs. It shares the memory of the weights."""
-    import openvino as ov
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the others would get in the converter's way, spinning
-    with ExitStack() as stack, torch.no_grad(), warnings.catch_warnings():
-        stack.callback(torch.set_num_threads, threads)
-        # OpenVINO reads torch.jit's traces; that warns of its age, and of group norm's look at shapes.
-        warnings.filterwarnings("ignore", r"`torch\.jit", DeprecationWarning)
-        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
-        # The converter would trace too, but check the trace by a second one: three quarters of its time.
-        traced = torch.jit.trace(network, tuple(example), check_trace=False)  # type: ignore[no-untyped-call]
-        return ov.convert_model(traced, example_input=tuple(example))
 
 
 def _shape(rows: int) -> int:

@@ -67,7 +67,8 @@ MODEL = {
     "model.schedule": "numpy",
     "model.noise": "numpy",
     "model.samplers": "model.schedule model.diffusion numpy",
-    "model.runtimes": "model.checkpoint model.unet model.schedule torch numpy openvino",
+    "model.lowering": "model.unet torch openvino",
+    "model.runtimes": "model.checkpoint model.lowering model.unet model.schedule torch numpy openvino",
     "model.denoiser": "model.runtimes model.checkpoint model.samplers model.noise torch numpy",
     "model*": "model model.* numpy torch safetensors PIL tqdm matplotlib",
 }
