@@ -315,7 +315,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch", type=int, default=32, help="images generated side by side")
     add("--runtime", default="auto", choices=get_args(RuntimeName))
     add("--device", default="auto", help="cpu, cuda, mps")
-    add("--classifier", type=Path, help="file (default: training/classifier.safetensors in the model folder)")
+    add("--classifier", type=Path, help="file (default: judge/classifier.safetensors in the model folder)")
     add("--classifier-epochs", type=int, default=ClassifierConfig().epochs)
     args = parser.parse_args(argv)
     for sampler in args.samplers:
@@ -338,7 +338,7 @@ def prepare(args: argparse.Namespace, model: Checkpoint) -> tuple[Classifier, Re
         count = len(train_set.class_names)
         raise DataError(f"{args.data}: {count} classes, but the model has {len(model.class_names)}")
     index = draw(test_set, args.samples, conditional)
-    path = args.classifier or args.model / "training" / "classifier.safetensors"
+    path = args.classifier or args.model / "judge" / "classifier.safetensors"
     net = classifier.load_or_train(path, train_set, ClassifierConfig(epochs=args.classifier_epochs))
     on_test = classifier.judge(net, test_set.images)
     truth = agreement(on_test.labels, test_set.labels, test_set.class_names)
