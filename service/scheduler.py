@@ -24,7 +24,7 @@ from itertools import chain, islice, takewhile
 from typing import Literal
 
 import numpy as np
-from sortedcontainers import SortedDict, SortedList
+from sortedcontainers import SortedList
 
 from service.errors import CancelledError, DeadlineError, ServiceError
 from service.events import Cancelled, Event, Failed, Finished, Picture, Preview, Queued
@@ -39,31 +39,35 @@ class StepTimes:
     """Seconds a step takes by rows: measured points, kept up to date, straight lines between."""
 
     def __init__(self, points: Sequence[tuple[int, float]]) -> None:
-        self._seconds: SortedDict[int, float] = SortedDict(points)
+        known = dict(sorted(points))
+        self._rows, self._seconds = list(known), list(known.values())
 
     def observe(self, rows: int, seconds: float) -> None:
         """Move the estimate at `rows` a tenth of the way to what was just seen."""
         old = self.at(rows)
-        self._seconds[rows] = old + 0.1 * (seconds - old)
+        place = bisect_left(self._rows, rows)
+        if place == len(self._rows) or self._rows[place] != rows:
+            self._rows.insert(place, rows)
+            self._seconds.insert(place, old)
+        self._seconds[place] = old + 0.1 * (seconds - old)
 
     def at(self, rows: int) -> float:
         """Expected seconds of a step of `rows` rows; beyond the last point, in proportion."""
-        known = self._seconds.keys()
-        place = bisect_left(known, rows)
-        if place == len(known):
-            return float(self._seconds[known[-1]] * rows / known[-1])
-        high = known[place]
+        place = bisect_left(self._rows, rows)
+        if place == len(self._rows):
+            return self._seconds[-1] * rows / self._rows[-1]
+        high = self._rows[place]
         if place == 0 or high == rows:
-            return float(self._seconds[high])
-        low = known[place - 1]
+            return self._seconds[place]
+        low = self._rows[place - 1]
         share = (rows - low) / (high - low)
-        return float(self._seconds[low] * (1 - share) + self._seconds[high] * share)
+        return self._seconds[place - 1] * (1 - share) + self._seconds[place] * share
 
     def knee(self, tolerance: float = 0.07) -> int:
         """The narrowest measured batch whose rows per second are within `tolerance` of the best."""
-        rates = {rows: rows / seconds for rows, seconds in self._seconds.items()}
-        best = max(rates.values())
-        return min(rows for rows, rate in rates.items() if rate >= (1 - tolerance) * best)
+        rates = [rows / seconds for rows, seconds in zip(self._rows, self._seconds, strict=True)]
+        enough = (1 - tolerance) * max(rates)
+        return next(rows for rows, rate in zip(self._rows, rates, strict=True) if rate >= enough)
 
 
 class KeyedSums:
@@ -246,7 +250,7 @@ class Scheduler:
         rows = min(self.max_rows, sum(s.chain.rows for s in job.samples if s.row < s.steps))
         if rows == 0:
             return 0.0
-        return max(longest * self.times.at(rows), job.remaining * self.times.at(rows) / rows)
+        return max(longest, job.remaining / rows) * self.times.at(rows)
 
     def _ahead(self, job: Job) -> tuple[int, int]:
         """(jobs, rows) that go before a job; when sharing, all the others do. Does not look at every job."""
