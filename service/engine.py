@@ -59,6 +59,9 @@ class Engine:
     denoiser: Denoises
     scheduler: Scheduler
     narrow: Callable[[int], None] = lambda _rows: None
+    _latest: tuple[float, int] | None = (
+        None  # start and rows of the latest step, if it tells of the next ones
+    )
 
     def step(self, poll: Callable[[], list[Event]] = list) -> StepReport | None:
         """Advance a batch of samples by one row. None when there is nothing to do.
@@ -66,15 +69,18 @@ class Engine:
         `poll` is called between the network call and the commit: it applies arrivals and cancellations, so
         that a job cancelled during the call leaves before its result counts, and returns their events.
         """
+        begun = perf_counter()
+        if self._latest is not None:  # from step to step: what a step takes with all that is done between two
+            started, rows = self._latest
+            self.scheduler.times.observe(rows, begun - started)
+            self._latest = None
         events = self.scheduler.expire(monotonic())
         plan = self.scheduler.schedule(monotonic())
         if not plan.samples:
             return StepReport(0, 0, 0.0, events, 0) if events else None
-        begun = perf_counter()
+        called = perf_counter()
         latents, failures = self._denoise(plan.samples)
-        seconds = perf_counter() - begun
-        if not failures:
-            self.scheduler.times.observe(plan.rows, seconds)
+        seconds = perf_counter() - called
 
         events += poll()
         nonfinite = self._check_finite(latents, failures)
@@ -84,6 +90,8 @@ class Engine:
             if not sample.job.over:
                 sample.latent = latent
         events += self.scheduler.commit(StepPlan(tuple(latents), plan.rows), monotonic(), draw)
+        if not failures and len(self.scheduler):
+            self._latest = begun, plan.rows
         return StepReport(plan.rows, len(latents), seconds, events, nonfinite)
 
     def _denoise(self, samples: Sequence[Sample]) -> tuple[dict[Sample, Latent], dict[Sample, ComputeError]]:

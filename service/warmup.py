@@ -14,6 +14,7 @@ from model.denoiser import Chain, Denoiser, Latent
 from model.runtimes import Runtime, keep_torch_off, load_runtime
 from model.samplers import build_plan
 from service.engine import Engine
+from service.jobs import Job, State
 from service.scheduler import Scheduler, StepTimes
 from service.settings import Settings
 
@@ -130,14 +131,22 @@ def _time_widths(
 
 
 def _time_step(denoiser: Denoiser, chains: Sequence[Chain], repeats: int = 2) -> float:
-    """Seconds of a step of these chains: the best of `repeats` after a first, which counts if it is alone."""
-    latents = [denoiser.start(chain) for chain in chains]
-    times = []
-    for _ in range(repeats + 1):
+    """Seconds of an engine's step of these chains, a look at each of them included.
+
+    The best of `repeats` after a first, which counts if it is alone. Raises RuntimeError when it fails.
+    """
+    engine = Engine(denoiser, Scheduler(sum(chain.rows for chain in chains), StepTimes([(1, 1.0)])))
+    job = Job("warm-up", "ddim", preview="x0")
+    for chain in chains:
+        job.add(chain)
+    engine.scheduler.add(job, 0.0)
+    times: list[float] = []
+    while len(times) <= repeats and not job.over:
         begun = perf_counter()
-        advanced = denoiser.step(chains, latents, [0] * len(chains))
-        advanced[0].x.cpu()  # waits for a device that computes in the background
+        engine.step()
         times.append(perf_counter() - begun)
+    if job.state is State.FAILED:
+        raise RuntimeError(f"the network fails on {len(chains)} rows")
     return min(times[1:] or times)
 
 

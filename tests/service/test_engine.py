@@ -64,11 +64,27 @@ def test_a_step_reports_itself() -> None:
     assert engine.step() is None
 
 
-def test_the_measured_time_goes_to_the_scheduler() -> None:
-    engine = engine_with(FakeDenoiser(), job_of("a", [1], steps=1))
-    before = engine.scheduler.times.at(1)
+def test_step_times_are_learned_from_step_to_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies between two network calls counts, being idle does not."""
+    clock = 0.0
+    monkeypatch.setattr("service.engine.perf_counter", lambda: clock)
+    engine = engine_with(FakeDenoiser(), job_of("a", [1], steps=3))
+    seen: list[tuple[int, float]] = []
+    monkeypatch.setattr(engine.scheduler.times, "observe", lambda rows, seconds: seen.append((rows, seconds)))
+    for now in (0.0, 5.0, 7.0):
+        clock = now
+        engine.step()
+    assert seen == [(1, 5.0), (1, 2.0)]
+    clock = 100.0  # nothing was left to do meanwhile
+    engine.scheduler.add(job_of("b", [2], steps=2), 0.0)
     engine.step()
-    assert engine.scheduler.times.at(1) != before
+    engine.scheduler.cancel("b")
+    clock = 101.0
+    engine.step()
+    clock = 200.0
+    engine.scheduler.add(job_of("c", [3], steps=1), 0.0)
+    engine.step()
+    assert seen == [(1, 5.0), (1, 2.0), (1, 1.0)]
 
 
 # ── A sample that breaks the step ──────────────────────────────────────────────────────────────

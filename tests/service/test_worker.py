@@ -21,6 +21,7 @@ from service.errors import (
 )
 from service.events import Cancelled, Event, Failed, Finished, Preview, Queued, Terminal
 from service.jobs import Job
+from service.scheduler import StepTimes
 from service.telemetry import Telemetry
 from service.worker import Phase, Worker
 from tests.service.fakes import PATIENCE_S, FakeDenoiser, fake_engine, job_of, until
@@ -156,8 +157,7 @@ def test_room_counts_images_and_comes_back(start: Start) -> None:
 
 def test_retry_after_follows_the_backlog(start: Start) -> None:
     house = start(capacity=8, max_rows=8)
-    house.engine.scheduler.times._seconds.clear()
-    house.engine.scheduler.times._seconds[8] = 2.0
+    house.engine.scheduler.times = StepTimes([(8, 2.0)])
     house.gate.shut()
     house.worker.submit(job_of("work", range(8), steps=31))
     house.gate.allow(1)
