@@ -27,5 +27,5 @@ class Judge:
         wanted = self._reference.labels
         labels = [None] * self.samples if wanted is None else [int(label) for label in wanted]
         denoiser, plan = Denoiser.of(self.model, runtime), build_plan(self.model.schedule, sampler, steps)
-        images = evaluate.sample(denoiser, plan, labels, 1.0, seed=0, batch=32, tick=lambda _rows: None)
+        images = evaluate.sample(denoiser, plan, labels, seed=0, batch=32, tick=lambda _rows: None)
         return evaluate.measure(classifier.judge(self._judge, images), self._reference)

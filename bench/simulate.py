@@ -62,7 +62,7 @@ def grid(title: str, cases: Iterable[Case], label: str, shown: str, steps: tuple
     rows = []
     for case, of in ((case, of) for case in cases for of in steps):
         runs = [run(replace(case, policy=policy)) for policy in POLICIES]
-        kept = [[o for o in done if of in (0, len(o.chain.plan))] for done in runs]
+        kept = [[o for o in done if of in (0, len(o.course))] for done in runs]
         names = [*(getattr(case, name) for name in label.split()), *([of, len(kept[0])] if of else [])]
         rows.append([*names, *(" / ".join(cells(outcomes, shown)) for outcomes in kept if outcomes)])
     header = [*label.split(), *(["steps", "requests"] if steps[0] else []), *POLICIES]

@@ -18,7 +18,7 @@ import numpy as np
 
 from bench.workload import Ask, trace
 from service.events import Event, Finished, Picture
-from service.jobs import Chain, Job, Sample
+from service.jobs import Job, Sample
 from service.scheduler import Draw, Policy, Scheduler, StepPlan, StepTimes
 
 Curve = tuple[tuple[int, float], ...]
@@ -38,8 +38,9 @@ class Course:
     """A chain and its plan in one; only length and cost matter here."""
 
     steps: int
-    rows: int = 1
+    cost: int = 1
     seed: int = 0
+    probe = False
 
     def __len__(self) -> int:
         return self.steps
@@ -53,6 +54,21 @@ class Course:
     def timesteps(self) -> Sequence[int]:
         """Any will do."""
         return range(self.steps)
+
+    @property
+    def rows(self) -> Sequence[int]:
+        """The same for each step."""
+        return _same(self.steps, self.cost)
+
+    @property
+    def work(self) -> Sequence[int]:
+        """In proportion to the steps left."""
+        return range(self.steps * self.cost, -1, -self.cost)
+
+
+@cache
+def _same(steps: int, cost: int) -> Sequence[int]:
+    return (cost,) * steps
 
 
 class RunToCompletion:
@@ -84,17 +100,17 @@ class RunToCompletion:
         others: list[Sample] = []
         if not self._batch:
             for sample in self._waiting:
-                fits = sample.steps == self._waiting[0].steps and sample.chain.rows <= free
+                fits = sample.steps == self._waiting[0].steps and sample.cost <= free
                 (self._batch if fits else others).append(sample)
-                free -= sample.chain.rows if fits else 0
+                free -= sample.cost if fits else 0
             self._waiting = others
-        return StepPlan(tuple(self._batch), sum(sample.chain.rows for sample in self._batch))
+        return StepPlan(tuple(self._batch), sum(sample.cost for sample in self._batch))
 
     def commit(self, plan: StepPlan, now: float, draw: Draw) -> list[Event]:  # noqa: ARG002 - the same
         """Advance the batch by a step; after its last, end the jobs that lack no other image."""
         for sample in plan.samples:
+            sample.job.remaining -= sample.cost
             sample.row += 1
-            sample.job.remaining -= sample.chain.rows
         if plan.samples[0].remaining:
             return []
         self._batch = []
@@ -108,18 +124,18 @@ class Outcome:
     """How a job fared, in seconds of the virtual clock."""
 
     created: float
-    chain: Chain  # each of its images
+    course: Course  # of each of its images
     images: int
     ahead_rows: int  # still to be done at its arrival, for it and the jobs there
     ahead_steps: int  # of the longest chain among them
-    cost: int  # rows of the widest
+    cost: int  # rows of a step of the widest
     first: float = 0.0  # end of the first step that advanced it
     ended: float = 0.0
 
     @property
     def rows(self) -> int:
         """Rows of network calls that it took."""
-        return len(self.chain.plan) * self.images * self.chain.rows
+        return self.course.work[0] * self.images
 
     @property
     def latency(self) -> float:
@@ -128,7 +144,8 @@ class Outcome:
 
     def slowdown(self, curve: Curve) -> float:
         """Latency over the least that it takes with the machine to itself, at any width."""
-        widths = {min(rows, self.images * self.chain.rows) for rows, _ in curve if rows >= self.chain.rows}
+        cost = self.course.cost
+        widths = {min(rows, self.images * cost) for rows, _ in curve if rows >= cost}
         return self.latency / (self.rows * min(StepTimes(curve).at(rows) / rows for rows in widths))
 
     def bound(self, width: int, turn: int, times: StepTimes) -> float:
@@ -177,10 +194,10 @@ def drive(serving: Scheduler | RunToCompletion, jobs: Iterable[Job], times: Step
             job = coming.pop()
             there[job.id] = job
             serving.add(job, now)
-            chains = [other.samples[0].chain for other in there.values()]
+            courses = [cast("Course", other.samples[0].chain) for other in there.values()]
             work = sum(other.remaining for other in there.values())
-            ahead = work, max(len(chain.plan) for chain in chains), max(chain.rows for chain in chains)
-            outcomes[job.id] = Outcome(job.created, chains[-1], len(job.samples), *ahead)
+            ahead = work, max(map(len, courses)), max(course.cost for course in courses)
+            outcomes[job.id] = Outcome(job.created, courses[-1], len(job.samples), *ahead)
         plan = serving.schedule(now)
         if not plan.samples:
             now = coming[-1].created

@@ -66,6 +66,13 @@ def load(folder: Path) -> Checkpoint:
         schedule = NoiseSchedule.from_diffusers(scheduler_config)
     except (TypeError, ValueError) as error:  # a ScheduleError, or a number that is none
         raise CheckpointError(f"{scheduler_folder / 'scheduler_config.json'}: {error}") from error
+    learned = schedule.variance_type == "learned_range"
+    if config.out_channels not in (config.in_channels, 2 * config.in_channels) or (
+        learned and config.out_channels == config.in_channels
+    ):
+        wanted = "twice as many" if learned else "as many, or twice as many"
+        found = f"out_channels={config.out_channels} with in_channels={config.in_channels}"
+        raise CheckpointError(f"{place / 'config.json'}: {found}; there must be {wanted}")
     _load_weights(unet, place)
     names, null_class = _class_names(index, config.num_class_embeds, folder)
     return Checkpoint(folder.resolve().name, unet.eval(), schedule, scheduler_config, names, null_class)

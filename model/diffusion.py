@@ -81,30 +81,29 @@ def q_posterior(schedule: NoiseSchedule, x0: Tensor, x: Tensor, t: Tensor) -> tu
 
 
 def vlb_terms(
-    schedule: NoiseSchedule, x0: Tensor, x: Tensor, t: Tensor, out: Tensor, variance: VarianceType
+    schedule: NoiseSchedule, x0: Tensor, guess: Tensor, t: Tensor, variance: VarianceType
 ) -> Tensor:
     """L_{t} of the variational bound in bits per dimension (Ho et al. 2020, eq. 5).
 
     For t > 0 the divergence of p(x_{t−1} | x_t) from the posterior; for t = 0 the discretised
-    decoder's −log p(x_0 | x_1), eq. 13. x0: [B, C, H, W] exactly on the 256 levels of [-1, 1]; x: x_t;
-    out: the network's output there. Returns [B] float64.
+    decoder's −log p(x_0 | x_1), eq. 13. Both depend on x_t through the guess at x_0 alone, since the two
+    means share its term. x0: [B, C, H, W] exactly on the 256 levels of [-1, 1]; guess: the network's x₀ at
+    x_t, clipped as in sampling; t: [B] int64. Returns [B] float64.
     """
-    x0, x, out = x0.double(), x.double(), out.double()
-    guess = predict_x0(schedule, x, t, out).clamp(-schedule.clip, schedule.clip)
-    true_mean, true_variance = q_posterior(schedule, x0, x, t)
-    mean, _ = q_posterior(schedule, guess, x, t)
+    x0, guess = x0.double(), guess.double()
+    ac, prev = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
+    off = _at(prev**0.5 * schedule.betas / (1 - ac), t, x0) * (x0 - guess)  # the difference of the means
+    true_variance = _at(schedule.posterior_variance("fixed_small"), t, x0)
     # β̃_0 is zero; the decoder at t = 0 takes β̃_1 instead, for both variances, as the original code does.
     variances = schedule.posterior_variance(variance).copy()
     variances[0] = schedule.posterior_variance("fixed_small")[1]
-    model_variance = _at(variances, t, x)
+    model_variance = _at(variances, t, x0)
 
     ratio = true_variance / model_variance
     # where() keeps log(0) at t = 0 out of the result; that row takes the decoder's term.
-    divergence = 0.5 * (
-        torch.where(ratio > 0, ratio, 1.0).log().neg() + ratio - 1 + (true_mean - mean) ** 2 / model_variance
-    )
-    decoder = -discretised_gaussian_log_likelihood(x0, mean, model_variance.sqrt())
-    nats = torch.where(t.view(-1, *[1] * (x.ndim - 1)) == 0, decoder, divergence)
+    divergence = 0.5 * (torch.where(ratio > 0, ratio, 1.0).log().neg() + ratio - 1 + off**2 / model_variance)
+    decoder = -discretised_gaussian_log_likelihood(x0, guess, model_variance.sqrt())
+    nats = torch.where(t.view(-1, *[1] * (x0.ndim - 1)) == 0, decoder, divergence)
     return nats.flatten(1).mean(1) / math.log(2)
 
 

@@ -44,7 +44,7 @@ from model.runtimes import (
     RuntimeUnavailableError,
     keep_torch_off,
 )
-from model.samplers import SAMPLERS, Plan, build_plan
+from model.samplers import SAMPLERS, Guidance, Plan, build_plan
 from model.schedule import ScheduleError
 
 FLOOR_DRAWS = 5
@@ -120,7 +120,6 @@ def sample(
     denoiser: Denoiser,
     plan: Plan,
     labels: Sequence[int | None],
-    guidance_scale: float,
     *,
     seed: int,
     batch: int,
@@ -131,14 +130,14 @@ def sample(
     tick: told the network rows of each step. Returns uint8 [N, C, H, W]. Raises FloatingPointError at an
     image that is not finite.
     """
-    chains = [Chain(plan, seed + i, label, guidance_scale) for i, label in enumerate(labels)]
+    chains = [Chain(plan, seed + i, label) for i, label in enumerate(labels)]
     images = []
     for start in range(0, len(chains), batch):
         part = chains[start : start + batch]
         x = torch.empty(0)
-        for latents in trajectory(denoiser, part):
+        for row, latents in enumerate(trajectory(denoiser, part)):
             x = torch.stack([latent.x for latent in latents])
-            tick(sum(chain.rows for chain in part))
+            tick(len(part) * plan.rows[row])
         if not x.isfinite().all():
             raise FloatingPointError(f"samples {start} to {start + len(part) - 1} are not finite")
         images.append(to_pixels(x))
@@ -373,7 +372,12 @@ def run(args: argparse.Namespace, model: Checkpoint, command: str) -> dict[str, 
     settings = [Setting(*chosen) for chosen in product(args.samplers, args.steps, args.guidance, args.dtype)]
     if model.null_class is None and any(s.guidance_scale != 1 for s in settings):
         raise ScheduleError("guidance needs a model trained with a null class: --guidance 1 is all it can do")
-    plans = {setting: build_plan(model.schedule, setting.sampler, setting.steps) for setting in settings}
+    plans = {
+        setting: build_plan(
+            model.schedule, setting.sampler, setting.steps, guidance=Guidance(setting.guidance_scale)
+        )
+        for setting in settings
+    }
     net, reference, evaluation = prepare(args, model)
     evaluation["commands"] = [command]
     identity = ("weights_sha256", "samples", "seed", "train_images", "test_images", "classifier")
@@ -397,7 +401,6 @@ def run(args: argparse.Namespace, model: Checkpoint, command: str) -> dict[str, 
                 denoiser,
                 plans[setting],
                 labels,
-                setting.guidance_scale,
                 seed=args.seed,
                 batch=args.batch,
                 tick=bar.update,

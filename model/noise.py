@@ -41,23 +41,30 @@ _FAR_TAIL = (
 Floats = NDArray[np.float64]
 
 
-def normal(seed: int, row: int, shape: Sequence[int]) -> NDArray[np.float32]:
+KNOWN = 1
+"""The stream of the noise on known pixels; what is made has stream 0."""
+
+
+def normal(seed: int, row: int, shape: Sequence[int], stream: int = 0) -> NDArray[np.float32]:
     """Standard normal noise of a sample's row (START, 0, 1, …): float32 of `shape`.
 
-    seed: 0 … MAX_SEED, else ValueError. The same arguments give the same bytes on every machine.
+    seed: 0 … MAX_SEED, else ValueError. stream: another gives other noise. The same arguments give the same
+    bytes on every machine.
     """
-    drawn: NDArray[np.float32] = normals([seed], [row], shape)[0]
+    drawn: NDArray[np.float32] = normals([seed], [row], shape, stream)[0]
     return drawn
 
 
-def normals(seeds: Sequence[int], rows: Sequence[int], shape: Sequence[int]) -> NDArray[np.float32]:
+def normals(
+    seeds: Sequence[int], rows: Sequence[int], shape: Sequence[int], stream: int = 0
+) -> NDArray[np.float32]:
     """`normal` of each seed and row: [N, *shape] float32, bit for bit, in less time than one by one."""
     count = int(np.prod(shape))
     bits = np.empty((len(seeds), count), np.uint64)
     for i, (seed, row) in enumerate(zip(seeds, rows, strict=True)):
         if not 0 <= seed <= MAX_SEED:
             raise ValueError(f"a seed is from 0 to {MAX_SEED}, got {seed}")
-        bits[i] = np.random.Philox(key=seed, counter=[0, 0, row + 1, 0]).random_raw(count)
+        bits[i] = np.random.Philox(key=seed, counter=[0, 0, row + 1, stream]).random_raw(count)
     # The top 52 bits, at the middle of their interval: exact in float64, so strictly between 0 and 1.
     uniform = ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
     return inverse_normal_cdf(uniform.ravel()).astype(np.float32).reshape(len(seeds), *shape)

@@ -25,7 +25,7 @@ from model.checkpoint import Checkpoint
 from model.data import Pixels
 from model.denoiser import Chain, Denoiser, generate, to_pixels, trajectory
 from model.runtimes import DtypeName, RuntimeName, load_runtime
-from model.samplers import build_plan
+from model.samplers import Guidance, build_plan
 
 GAP = 2
 FONT_SIZE = 13
@@ -53,12 +53,12 @@ def class_sheet(
     The first image has `seed`, and they count up row by row. scale: pixels per pixel.
     """
     denoiser = denoiser_of(model, runtime)
-    plan = build_plan(model.schedule, sampler, steps)
+    plan = build_plan(model.schedule, sampler, steps, guidance=Guidance(guidance_scale))
     labels: Sequence[int | None] = range(len(model.class_names)) if model.class_names else [None] * per_class
     rows = []
     for row, label in enumerate(labels):
         first = seed + row * per_class
-        chains = [Chain(plan, first + i, label, guidance_scale) for i in range(per_class)]
+        chains = [Chain(plan, first + i, label) for i in range(per_class)]
         rows.append(to_pixels(generate(denoiser, chains)))
     return contact_sheet(np.stack(rows), model.class_names, scale=scale)
 
@@ -80,8 +80,8 @@ def trajectory_strip(
     has seed `seed` + i. The last guess is the finished sample.
     """
     denoiser = denoiser_of(model, runtime)
-    plan = build_plan(model.schedule, sampler, steps)
-    chains = [Chain(plan, seed + i, label, guidance_scale) for i, label in enumerate(labels)]
+    plan = build_plan(model.schedule, sampler, steps, guidance=Guidance(guidance_scale))
+    chains = [Chain(plan, seed + i, label) for i, label in enumerate(labels)]
     shown = np.unique(np.linspace(0, steps - 1, columns).round().astype(int))
     x = torch.stack([denoiser.start(chain).x for chain in chains])
     moments = []

@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
-VarianceType = Literal["fixed_small", "fixed_large"]
-Spacing = Literal["leading", "trailing", "linspace"]
+VarianceType = Literal["fixed_small", "fixed_large", "learned_range"]
+Spacing = Literal["leading", "trailing", "linspace", "quadratic", "logsnr"]
 
 PREDICTION_TYPES: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample")
-VARIANCE_TYPES: tuple[VarianceType, ...] = ("fixed_small", "fixed_large")
-SPACINGS: tuple[Spacing, ...] = ("leading", "trailing", "linspace")
+VARIANCE_TYPES: tuple[VarianceType, ...] = ("fixed_small", "fixed_large", "learned_range")
+SPACINGS: tuple[Spacing, ...] = ("leading", "trailing", "linspace", "quadratic", "logsnr")
 SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")  # others clip, space or even noise in other ways
 
 
@@ -97,7 +97,10 @@ class NoiseSchedule:
         return np.concatenate(([1.0], self.alphas_cumprod[:-1]))
 
     def posterior_variance(self, kind: VarianceType) -> Array:
-        """Variance of p(x_{t−1} | x_t): β̃_t (fixed small) or β_t (fixed large), Ho et al. 2020, §3.2. [T]."""
+        """Variance of p(x_{t−1} | x_t): β̃_t (fixed small) or β_t (fixed large), Ho et al. 2020, §3.2. [T].
+
+        Of a learned one, β̃_t: the least it can be.
+        """
         if kind == "fixed_large":
             return self.betas
         return self.betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
@@ -105,7 +108,9 @@ class NoiseSchedule:
     def spaced_timesteps(self, steps: int, spacing: Spacing | None = None) -> NDArray[np.int64]:
         """Choose `steps` of the T timesteps, highest first (Lin et al. 2024, table 2).
 
-        *leading* starts below T, *trailing* starts at T − 1, *linspace* includes both ends.
+        *leading* starts below T, *trailing* starts at T − 1, *linspace* includes both ends; so do
+        *quadratic*, evenly in √t (Song et al. 2021, appendix D.2, which ends at 0.8 T), and *logsnr*, evenly
+        in log (ᾱ / (1 − ᾱ)) (Lu et al. 2022, §5). These two are dense near 0 and move apart what coincides.
         Raises ScheduleError unless 1 ≤ steps ≤ T. Returns [steps] int64, strictly falling.
         """
         total = self.timesteps
@@ -122,6 +127,12 @@ class NoiseSchedule:
                 chosen = np.round(np.arange(total, 0, -total / steps)[:steps]).astype(np.int64) - 1
             case "linspace":
                 chosen = np.round(np.linspace(0, total - 1, steps)).astype(np.int64)[::-1]
+            case "quadratic":
+                chosen = _apart(np.linspace(0, math.sqrt(total - 1), steps) ** 2, total)
+            case "logsnr":
+                snr = np.log(self.snr)
+                even = np.linspace(snr[0], snr[-1], steps)
+                chosen = _apart(np.interp(-even, -snr, np.arange(total)), total)
             case _:
                 raise ScheduleError(f"timestep_spacing={spacing!r} is not supported (known: {SPACINGS})")
         return np.ascontiguousarray(chosen)
@@ -147,6 +158,15 @@ class NoiseSchedule:
             timestep_spacing=config.get("timestep_spacing", "leading"),
             steps_offset=int(config.get("steps_offset", 0)),
         )
+
+
+def _apart(wanted: Array, total: int) -> NDArray[np.int64]:
+    """The nearest whole timesteps to `wanted` (rising), moved up or down until no two coincide; falling."""
+    chosen = np.round(wanted).astype(np.int64)
+    steps = np.arange(len(chosen))
+    chosen = np.maximum.accumulate(chosen - steps) + steps  # each at least one above the one before
+    chosen = np.minimum(chosen, total - len(chosen) + steps)  # and room for those that follow
+    return chosen[::-1]
 
 
 def _betas_from(config: Mapping[str, Any]) -> Array:

@@ -17,7 +17,7 @@ import torch
 
 from model.denoiser import Chain, Latent, to_pixels
 from service.errors import ComputeError, NonFiniteError
-from service.events import Event, Picture, Pixels
+from service.events import Event, Measure, Picture, Pixels
 from service.jobs import Sample
 from service.scheduler import Scheduler, StepPlan
 
@@ -32,6 +32,11 @@ class Denoises(Protocol):
         self, chains: Sequence[Chain], latents: Sequence[Latent], rows: Sequence[int]
     ) -> Sequence[Latent]:
         """New latents, in order."""
+
+    def measure(
+        self, chains: Sequence[Chain], latents: Sequence[Latent], rows: Sequence[int]
+    ) -> Sequence[tuple[float, float]]:
+        """(bits per dimension, mean squared error) of probes' latest guesses, in order."""
 
 
 class FatalError(RuntimeError):
@@ -89,6 +94,7 @@ class Engine:
         for sample, latent in latents.items():
             if not sample.job.over:
                 sample.latent = latent
+        self._measure([sample for sample in latents if sample.chain.plan.probe and not sample.job.over])
         events += self.scheduler.commit(StepPlan(tuple(latents), plan.rows), monotonic(), draw)
         if not failures and len(self.scheduler):
             self._latest = begun, plan.rows
@@ -113,7 +119,7 @@ class Engine:
         del cause
         if out_of_memory:
             torch.cuda.empty_cache()
-            fits = max(1, sum(sample.chain.rows for sample in samples) // 2)
+            fits = max(1, sum(sample.cost for sample in samples) // 2)
             self.scheduler.max_rows = min(self.scheduler.max_rows, fits)
             self.narrow(self.scheduler.max_rows)
         if len(samples) == 1:
@@ -121,6 +127,17 @@ class Engine:
         half = len(samples) // 2
         first, second = self._denoise(samples[:half]), self._denoise(samples[half:])
         return first[0] | second[0], first[1] | second[1]
+
+    def _measure(self, probes: Sequence[Sample]) -> None:
+        """Add to each probe's measures what it has just found."""
+        if not probes:
+            return
+        rows = [sample.row for sample in probes]
+        found = self.denoiser.measure(
+            [_chain(each) for each in probes], [each.latent for each in probes], rows
+        )
+        for sample, row, values in zip(probes, rows, found, strict=True):
+            sample.measures += (Measure(sample.chain.plan.timesteps[row], *values),)
 
     def _check_finite(self, latents: dict[Sample, Latent], failures: dict[Sample, ComputeError]) -> int:
         """Move samples whose latents are not finite over to the failures. Returns how many."""
@@ -138,7 +155,9 @@ def draw(looks: Sequence[tuple[Sample, str]]) -> list[Picture]:
     """What samples' latents look like: the x₀ guess ("x0") or the latent itself ("xt")."""
     values = [sample.latent.x0 if kind == "x0" else sample.latent.x for sample, kind in looks]
     return [
-        Picture(sample.index, sample.chain.seed, kind, pixels)
+        Picture(
+            sample.index, sample.chain.seed, kind, pixels, sample.measures[-1] if sample.measures else None
+        )
         for (sample, kind), pixels in zip(looks, to_pictures(torch.stack(values)), strict=True)
     ]
 

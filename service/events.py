@@ -12,14 +12,27 @@ from service.errors import ServiceError
 Pixels = NDArray[np.uint8]
 
 
+@dataclass(frozen=True)
+class Measure:
+    """What a probe found at a timestep: L_t in bits per dimension, mean squared error of x₀ in [-1, 1]."""
+
+    timestep: int
+    bits: float
+    error: float
+
+
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """One image of a job: a finished one, or a look at one in the making (`kind` x0 or xt)."""
+    """One image of a job: a finished one, or a look at one in the making (`kind` x0 or xt).
+
+    measure: of a probe's guess.
+    """
 
     index: int
     seed: int
     kind: str
     pixels: Pixels
+    measure: Measure | None = None
 
 
 @dataclass(frozen=True)
@@ -45,12 +58,13 @@ class Preview:
 
 @dataclass(frozen=True)
 class Finished:
-    """All samples are done. Durations in seconds."""
+    """All samples are done. Durations in seconds. measures: each sample's, row by row, if they are probes."""
 
     job_id: str
     pictures: tuple[Picture, ...]
     queue_s: float
     run_s: float
+    measures: tuple[tuple[Measure, ...], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,18 @@ class Plan(Protocol):
     def timesteps(self) -> Sequence[int]:
         """The timestep of each row."""
 
+    @property
+    def rows(self) -> Sequence[int]:
+        """Rows of the network call that each row costs."""
+
+    @property
+    def work(self) -> Sequence[int]:
+        """Rows of network calls still to be done before each row, and 0 after the last."""
+
+    @property
+    def probe(self) -> bool:
+        """Whether its guesses are to be measured."""
+
 
 class Chain(Protocol):
     """What the engine runs for a sample; the scheduler only needs its length and cost."""
@@ -60,10 +72,6 @@ class Chain(Protocol):
     @property
     def plan(self) -> Plan:
         """One row per step."""
-
-    @property
-    def rows(self) -> int:
-        """Rows of the network call per step."""
 
     @property
     def seed(self) -> int:
@@ -74,7 +82,8 @@ class Chain(Protocol):
 class Sample:
     """One image in the making. `row` is the next row of its plan; `result` is set once it is finished.
 
-    latent: what the engine goes on from; None before the first step and once there is no next one.
+    latent: what the engine goes on from; None before the first step and once there is no next one. measures:
+    what a probe has found, row by row.
     """
 
     job: Job
@@ -83,6 +92,7 @@ class Sample:
     row: int = 0
     latent: Any = None
     result: Any = None
+    measures: Any = ()
 
     @property
     def steps(self) -> int:
@@ -92,7 +102,12 @@ class Sample:
     @property
     def remaining(self) -> int:
         """Rows of network calls until it is finished."""
-        return (self.steps - self.row) * self.chain.rows
+        return self.chain.plan.work[self.row]
+
+    @property
+    def cost(self) -> int:
+        """Rows of the network call of its next step."""
+        return self.chain.plan.rows[self.row]
 
 
 @dataclass(eq=False, slots=True)

@@ -162,7 +162,7 @@ class Scheduler:
         self._enter(job, self._arrivals)
         self._new.add(self._entries[job.id])
         # Rows of its first step, should it have the batch to itself.
-        self._first[job.id] = min(self.max_rows, sum(sample.chain.rows for sample in job.samples))
+        self._first[job.id] = min(self.max_rows, sum(sample.cost for sample in job.samples))
         self._first_rows.add(job.remaining, self._first[job.id])
         return [queued]
 
@@ -201,10 +201,10 @@ class Scheduler:
         for job in islice(self._by_priority(), 4 * self.max_rows):
             for sample in islice(self._active[job.id], 4 * self.max_rows):
                 # A guided sample costs two rows, and has to run even where one row is all there is.
-                if sample.chain.rows <= free or not chosen:
+                if sample.cost <= free or not chosen:
                     self._start(job, now)
                     chosen.append(sample)
-                    free -= sample.chain.rows
+                    free -= sample.cost
                 if free <= 0:
                     break
             if free <= 0:
@@ -247,9 +247,9 @@ class Scheduler:
     def shortest(self, job: Job) -> float:
         """Seconds `job` would take with the machine to itself."""
         longest = max((sample.steps - sample.row for sample in job.samples), default=0)
-        rows = min(self.max_rows, sum(s.chain.rows for s in job.samples if s.row < s.steps))
-        if rows == 0:
+        if longest == 0:
             return 0.0
+        rows = min(self.max_rows, max(1, job.remaining // longest))  # as wide as its steps are on average
         return max(longest, job.remaining / rows) * self.times.at(rows)
 
     def _ahead(self, job: Job) -> tuple[int, int]:
@@ -292,9 +292,9 @@ class Scheduler:
     def _advance(self, sample: Sample, draw: Draw) -> None:
         active = self._active[sample.job.id]
         active.remove(sample)
+        sample.job.remaining -= sample.cost
+        self._backlog -= sample.cost
         sample.row += 1
-        sample.job.remaining -= sample.chain.rows
-        self._backlog -= sample.chain.rows
         if sample.row < sample.steps:
             active.append(sample)
         else:
@@ -322,7 +322,8 @@ class Scheduler:
     def _finished(self, job: Job, now: float) -> Finished:
         started = job.started if job.started is not None else now
         pictures = tuple(sample.result for sample in job.samples)
-        return Finished(job.id, pictures, started - job.created, now - started)
+        measures = tuple(sample.measures for sample in job.samples)
+        return Finished(job.id, pictures, started - job.created, now - started, measures)
 
     def _enter(self, job: Job, arrival: int) -> None:
         key = {"remaining": job.remaining, "fifo": 0, "sharing": self._steps}[self.policy]

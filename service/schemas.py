@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import secrets
 import time
 from collections.abc import Iterable
@@ -13,8 +14,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from model.denoiser import Chain
-from model.samplers import Plan, build_plan
-from model.schedule import NoiseSchedule
+from model.samplers import Guidance, Plan, build_plan
+from model.schedule import NoiseSchedule, Spacing
 from service.errors import InvalidRequestError
 from service.events import Finished, Picture, Preview, Queued
 from service.images import MEDIA_TYPES, ImageFormat, encode
@@ -39,6 +40,14 @@ class GenerateRequest(BaseModel):
     guidance_scale: float | None = Field(
         None, ge=0, le=100, description="classifier-free guidance; 1 is none. Needs a class"
     )
+    guidance_sigma_min: float = Field(
+        0.0, ge=0, description="lowest noise level σ = √((1 − ᾱ) / ᾱ) at which guidance is applied"
+    )
+    guidance_sigma_max: float | None = Field(None, gt=0, description="highest such noise level; absent: any")
+    classifier_scale: float = Field(
+        0.0, ge=0, le=100, description="guidance by the gradient of a classifier, where the model has one"
+    )
+    timestep_spacing: Spacing | None = Field(None, description="which timesteps; absent: as the model says")
     class_label: int | str | None = Field(None, description="class index or name; absent: unconditional")
     deadline_s: float | None = Field(None, gt=0, description="give up (504) after this many seconds")
     output_format: ImageFormat = Field("png", description="of pictures inside JSON and events")
@@ -62,6 +71,7 @@ class Catalogue:
     class_names: tuple[str, ...]
     conditional: bool
     guided: bool
+    classified: bool
     parameters: int
     max_images: int
     deadline_s: float
@@ -89,8 +99,10 @@ class Order:
 
 
 @lru_cache(maxsize=64)
-def _plan(schedule: NoiseSchedule, sampler: str, steps: int, eta: float) -> Plan:
-    return build_plan(schedule, sampler, steps, eta=eta)
+def _plan(
+    schedule: NoiseSchedule, sampler: str, steps: int, eta: float, spacing: Spacing | None, guidance: Guidance
+) -> Plan:
+    return build_plan(schedule, sampler, steps, eta=eta, spacing=spacing, guidance=guidance)
 
 
 def to_job(request: GenerateRequest, catalogue: Catalogue, *, streamed: bool) -> Order:
@@ -105,7 +117,7 @@ def to_job(request: GenerateRequest, catalogue: Catalogue, *, streamed: bool) ->
     if request.eta and request.sampler != "ddim":
         raise InvalidRequestError("eta", "Only ddim has an η; the other samplers fix their noise themselves.")
     label = None if request.class_label is None else catalogue.label(request.class_label)
-    scale = _guidance(request, catalogue, label)
+    guidance = _guidance(request, catalogue, label)
     seed = secrets.randbits(32) if request.seed is None else request.seed
     if seed + request.n - 1 > MAX_SEED:
         raise InvalidRequestError("seed", f"Image i has seed + i, and seeds end at {MAX_SEED}.")
@@ -120,32 +132,45 @@ def to_job(request: GenerateRequest, catalogue: Catalogue, *, streamed: bool) ->
         preview_every=request.preview_every or max(1, steps // 25),
         created=now,
     )
-    plan = _plan(catalogue.schedule, request.sampler, steps, request.eta)
+    plan = _plan(catalogue.schedule, request.sampler, steps, request.eta, request.timestep_spacing, guidance)
     for i in range(request.n):
-        job.add(Chain(plan, seed + i, label, scale))
+        job.add(Chain(plan, seed + i, label))
     parameters = {
         "n": request.n,
         "seed": seed,
         "sampler": request.sampler,
         "num_inference_steps": steps,
         "eta": request.eta,
-        "guidance_scale": scale,
+        "guidance_scale": guidance.scale,
+        "guidance_sigma_min": request.guidance_sigma_min,
+        "guidance_sigma_max": request.guidance_sigma_max,
+        "classifier_scale": request.classifier_scale,
+        "timestep_spacing": request.timestep_spacing or catalogue.schedule.timestep_spacing,
         "class_label": None if label is None else catalogue.class_names[label],
         "output_format": request.output_format,
     }
     return Order(job, parameters, request.output_format)
 
 
-def _guidance(request: GenerateRequest, catalogue: Catalogue, label: int | None) -> float:
+def _guidance(request: GenerateRequest, catalogue: Catalogue, label: int | None) -> Guidance:
     if catalogue.conditional and not catalogue.guided and label is None:
         raise InvalidRequestError("class_label", "This model has no unconditional branch: name a class.")
-    if request.guidance_scale is None:
-        return DEFAULT_GUIDANCE if catalogue.guided and label is not None else 1.0
-    if request.guidance_scale != 1.0 and not catalogue.guided:
+    low, high = request.guidance_sigma_min, request.guidance_sigma_max
+    if high is not None and high <= low:
+        raise InvalidRequestError("guidance_sigma_max", "The interval of noise levels is empty.")
+    if request.classifier_scale and not catalogue.classified:
+        raise InvalidRequestError("classifier_scale", "This model has no classifier.")
+    if request.classifier_scale and label is None:
+        raise InvalidRequestError("classifier_scale", "A classifier needs a class_label to guide towards.")
+    scale = request.guidance_scale
+    if scale is None:
+        by_default = catalogue.guided and label is not None and not request.classifier_scale
+        scale = DEFAULT_GUIDANCE if by_default else 1.0
+    elif scale != 1.0 and not catalogue.guided:
         raise InvalidRequestError("guidance_scale", "This model was trained without a null class.")
-    if request.guidance_scale != 1.0 and label is None:
+    elif scale != 1.0 and label is None:
         raise InvalidRequestError("guidance_scale", "Guidance needs a class_label to guide towards.")
-    return request.guidance_scale
+    return Guidance(scale, (low, math.inf if high is None else high), request.classifier_scale)
 
 
 # ── Answers ────────────────────────────────────────────────────────────────────────────────────

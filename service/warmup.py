@@ -135,7 +135,7 @@ def _time_step(denoiser: Denoiser, chains: Sequence[Chain], repeats: int = 2) ->
 
     The best of `repeats` after a first, which counts if it is alone. Raises RuntimeError when it fails.
     """
-    engine = Engine(denoiser, Scheduler(sum(chain.rows for chain in chains), StepTimes([(1, 1.0)])))
+    engine = Engine(denoiser, Scheduler(sum(chain.plan.rows[0] for chain in chains), StepTimes([(1, 1.0)])))
     job = Job("warm-up", "ddim", preview="x0")
     for chain in chains:
         job.add(chain)

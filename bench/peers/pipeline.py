@@ -25,7 +25,7 @@ from pydantic import BaseModel
 from model import checkpoint
 from model.denoiser import Chain, Denoiser, generate, to_pixels
 from model.runtimes import DtypeName, keep_torch_off, load_runtime
-from model.samplers import Plan, build_plan
+from model.samplers import Guidance, Plan, build_plan
 
 MAX_BATCH = 16
 """Images of a batch, for every peer that batches."""
@@ -100,13 +100,13 @@ class Ours:
         self.denoiser = Denoiser.of(model, loaded)
         self._plan = lru_cache(self._build)
 
-    def _build(self, steps: int) -> Plan:
-        return build_plan(self.schedule, "ddim", steps)
+    def _build(self, steps: int, guidance_scale: float) -> Plan:
+        return build_plan(self.schedule, "ddim", steps, guidance=Guidance(guidance_scale))
 
     def __call__(self, images: Sequence[Wanted]) -> list[str]:
         """Drain a trajectory of the images' chains."""
         chains = [
-            Chain(self._plan(each.num_inference_steps), each.seed, each.class_label, each.guidance_scale)
+            Chain(self._plan(each.num_inference_steps, each.guidance_scale), each.seed, each.class_label)
             for each in images
         ]
         return [png(image) for image in to_pixels(generate(self.denoiser, chains))]

@@ -21,7 +21,7 @@ from bench.workload import Ask
 from model import checkpoint, noise
 from model.denoiser import Chain, Denoiser, generate, to_pixels
 from model.runtimes import load_runtime
-from model.samplers import build_plan
+from model.samplers import Guidance, build_plan
 
 BOOT = Ask(0.0, 4, images=3, guided=True, label=9, seed=70)
 BAG = Ask(0.0, 3, images=2, label=8, seed=80)
@@ -90,8 +90,8 @@ def ours(tiny_folder):
 def test_with_our_runtime_a_peer_gives_what_the_denoiser_gives(tiny_folder, ours):
     model = checkpoint.load(tiny_folder)
     denoiser = Denoiser.of(model, load_runtime(model, device="cpu"))
-    plan = build_plan(model.schedule, "ddim", BOOT.steps)
-    expected = to_pixels(generate(denoiser, [Chain(plan, 70 + i, BOOT.label, 2.0) for i in range(3)]))
+    plan = build_plan(model.schedule, "ddim", BOOT.steps, guidance=Guidance(2.0))
+    expected = to_pixels(generate(denoiser, [Chain(plan, 70 + i, BOOT.label) for i in range(3)]))
     found = pixels(ours(Wanted(**body_of(BOOT)).each()))
     assert (found == expected[:, 0]).all()
 

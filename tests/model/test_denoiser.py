@@ -10,9 +10,37 @@ from torch import Tensor
 
 from model import noise
 from model.checkpoint import Checkpoint
-from model.denoiser import Chain, Denoiser, Latent, generate, trajectory
+from model.denoiser import (
+    Chain,
+    Denoiser,
+    Known,
+    Latent,
+    Mix,
+    from_pixels,
+    generate,
+    noised,
+    to_pixels,
+    trajectory,
+)
 from model.runtimes import DtypeName, OpenVinoRuntime, TorchRuntime
-from model.samplers import build_plan
+from model.samplers import (
+    A_O,
+    A_X,
+    C_0,
+    C_N,
+    C_P,
+    C_V,
+    C_X,
+    K_0,
+    K_N,
+    Guidance,
+    T,
+    W,
+    build_inversion,
+    build_plan,
+    build_probe,
+    build_repaint,
+)
 from model.schedule import NoiseSchedule, linear_betas
 
 SHAPE = (1, 8, 8)
@@ -44,10 +72,16 @@ def fake(conditional: bool = True, null_class: int | None = 3) -> Denoiser:
 
 
 def chain(sampler: str = "ddim", steps: int = 5, seed: int = 0, **options: Any) -> Chain:
-    chosen = {name: options.pop(name) for name in ("label", "guidance_scale") if name in options}
+    chosen = {name: options.pop(name) for name in ("label", "start", "known") if name in options}
+    if "guidance_scale" in options:
+        options["guidance"] = Guidance(options.pop("guidance_scale"))
     return Chain(build_plan(SCHEDULE, sampler, steps, **options), seed, **chosen)
 
 
+IMAGE = np.linspace(-1, 1, 64, dtype=np.float32).reshape(SHAPE)
+HALF = np.arange(8)[:, None] < np.full(8, 4)[None]
+EDIT = build_plan(SCHEDULE, "ddim", 6, strength=0.5)
+LEARNED = NoiseSchedule(linear_betas(1000), variance_type="learned_range", timestep_spacing="trailing")
 MIXED = (
     chain("ddpm", 6, seed=1, label=0),
     chain("ddim", 3, seed=2, label=1, guidance_scale=3.0),
@@ -57,6 +91,22 @@ MIXED = (
     chain("dpmpp_2m", 1, seed=6, label=1),
     chain("ddpm", 7, seed=7, label=1, guidance_scale=1.5),
     chain("sde_dpmpp_2m", 4, seed=8, label=0),
+    chain("ddim", 8, seed=9, label=0, guidance=Guidance(2.0, sigmas=(0.5, 20.0))),
+    Chain(EDIT, 10, start=noised(EDIT, IMAGE, 10)),
+    Chain(build_inversion(SCHEDULE, 5), 11, start=Mix(((1.0, IMAGE),))),
+    Chain(
+        build_repaint(SCHEDULE, "ddpm", 6, jump_length=2, jump_n_sample=2),
+        12,
+        label=1,
+        known=Known(IMAGE, HALF[None]),
+    ),
+    Chain(
+        probe := build_probe(SCHEDULE, [999, 10, 500, 0]),
+        13,
+        start=noised(probe, IMAGE, 13),
+        known=Known(IMAGE, np.ones((1, 1, 1), bool)),
+    ),
+    chain("dpmpp_2m", 3, seed=14, start=Mix(noises=((0.6, 1), (0.8, 2)))),
 )
 
 
@@ -96,20 +146,34 @@ def by_hand(runtime: Any, one: Chain, null: int | None) -> Tensor:
     """The whole chain of one sample, row by row, without the denoiser."""
     plan = one.plan
     x = torch.from_numpy(noise.normal(one.seed, noise.START, SHAPE))[None]
+    if one.start is not None:
+        x = torch.zeros_like(x)
+        for weight, image in one.start.images:
+            x = x + weight * torch.from_numpy(image)
+        for weight, seed in one.start.noises:
+            x = x + weight * torch.from_numpy(noise.normal(seed, noise.START, SHAPE))
     previous = torch.zeros_like(x)
-    for row, (t, *coefficients) in enumerate(plan.table):
-        a_x, a_o, c_x, c_0, c_p, c_n = (float(np.float32(c)) for c in coefficients)
+    for row, values in enumerate(plan.table):
+        t, w = int(values[T]), float(values[W])
+        a_x, a_o, c_x, c_0, c_p, c_n, c_v = (float(v) for v in values[[A_X, A_O, C_X, C_0, C_P, C_N, C_V]])
 
-        def call(y: int | None, x: Tensor = x, t: float = t) -> Tensor:
-            out: Tensor = runtime.forward(x, torch.tensor([int(t)]), None if y is None else torch.tensor([y]))
+        def call(y: int | None, x: Tensor = x, t: int = t) -> Tensor:
+            out: Tensor = runtime.forward(x, torch.tensor([t]), None if y is None else torch.tensor([y]))
             return out
 
         out = call(null if one.label is None else one.label)
-        if one.label is not None:
-            unconditional = call(null)
-            out = unconditional + one.guidance_scale * (out - unconditional)
-        x0 = (a_x * x + a_o * out).clamp(-plan.clip, plan.clip)
-        x = c_x * x + c_0 * x0 + c_p * previous + c_n * torch.from_numpy(noise.normal(one.seed, row, SHAPE))
+        spread = (out[:, 1:] + 1) / 2
+        if w != 1:
+            unconditional = call(null)[:, :1]
+            out = unconditional + w * (out[:, :1] - unconditional)
+        x0 = (a_x * x + a_o * out[:, :1]).clamp(-plan.clip, plan.clip)
+        z = torch.from_numpy(noise.normal(one.seed, row, SHAPE))
+        scale = torch.exp(c_v * spread) if spread.numel() else 1.0
+        x = c_x * x + c_0 * x0 + c_p * previous + c_n * scale * z
+        if one.known is not None:
+            other = torch.from_numpy(noise.normal(one.seed, row, SHAPE, noise.KNOWN))
+            given = float(values[K_0]) * torch.from_numpy(one.known.image) + float(values[K_N]) * other
+            x = torch.where(torch.from_numpy(one.known.mask), given, x)
         previous = x0
     return x
 
@@ -157,11 +221,11 @@ def test_one_call_per_step_with_a_row_more_for_each_guided_sample() -> None:
         chain(),
         chain(label=2, guidance_scale=0.5),
     ]
-    assert [one.rows for one in chains] == [1, 2, 1, 2]
+    assert [one.plan.rows[0] for one in chains] == [1, 2, 1, 2]
     denoiser.step(chains, [denoiser.start(one) for one in chains], [0, 3, 1, 0])
     assert isinstance(denoiser.runtime, FakeRuntime)
     ((x, t, y),) = denoiser.runtime.calls
-    assert len(x) == sum(one.rows for one in chains)
+    assert len(x) == sum(one.plan.rows[0] for one in chains)
     assert y is not None
     assert y.tolist() == [0, 1, 3, 2, 3, 3]
     assert torch.equal(x[[1, 3]], x[[4, 5]])
@@ -227,3 +291,102 @@ def test_what_the_network_cannot_do_is_refused_at_the_start(
 ) -> None:
     with pytest.raises(ValueError, match=reason):
         fake(conditional, null_class).start(chain(**options))
+
+
+# ── Where chains begin, and what is known ──────────────────────────────────────────────────────
+
+
+def test_known_pixels_come_back_exactly() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 1), np.uint8)
+    plan = build_repaint(SCHEDULE, "ddpm", 5, jump_length=2, jump_n_sample=2)
+    (image,) = to_pixels(generate(fake(), [Chain(plan, 3, known=Known(from_pixels(pixels), HALF[None]))]))
+    assert (image[0][HALF] == pixels[..., 0][HALF]).all()
+    assert (image[0][~HALF] != pixels[..., 0][~HALF]).any()
+
+
+def test_a_probe_shows_the_network_the_image_under_fresh_noise() -> None:
+    denoiser = fake()
+    timesteps = [999, 10, 500, 0]
+    plan = build_probe(SCHEDULE, timesteps)
+    one = Chain(plan, 5, start=noised(plan, IMAGE, 5), known=Known(IMAGE, np.ones((1, 1, 1), bool)))
+    final = generate(denoiser, [one])
+    np.testing.assert_array_equal(final[0].numpy(), IMAGE)
+    assert isinstance(denoiser.runtime, FakeRuntime)
+    for row, (x, t, _) in enumerate(denoiser.runtime.calls):
+        assert t.tolist() == [timesteps[row]]
+        ac = SCHEDULE.alphas_cumprod[timesteps[row]]
+        z = (x[0].numpy() - ac**0.5 * IMAGE) / (1 - ac) ** 0.5
+        stream = (noise.START, 0) if row == 0 else (row - 1, noise.KNOWN)
+        np.testing.assert_allclose(z, noise.normal(5, stream[0], SHAPE, stream[1]), atol=1e-4)
+
+
+def test_an_edit_begins_with_the_image_under_noise() -> None:
+    latent = fake().start(Chain(EDIT, 7, start=noised(EDIT, IMAGE, 7)))
+    ac = SCHEDULE.alphas_cumprod[EDIT.timesteps[0]]
+    z = noise.normal(7, noise.START, SHAPE)
+    np.testing.assert_allclose(latent.x.numpy(), ac**0.5 * IMAGE + (1 - ac) ** 0.5 * z, rtol=1e-5, atol=1e-6)
+
+
+class Spread(FakeRuntime):
+    """A network that also says how large its variance is: more on the right."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        out = super().forward(x, t, y)
+        return torch.cat((out, torch.linspace(-1, 1, 8).expand_as(out)), dim=1)
+
+
+@pytest.mark.parametrize("guidance", [Guidance(), Guidance(3.0)], ids=["plain", "guided"])
+def test_a_learned_variance_lies_between_its_ends(guidance: Guidance) -> None:
+    plan = build_plan(LEARNED, "ddpm", 5, guidance=guidance)
+    one = Chain(plan, 1, label=2)
+    denoiser = Denoiser(Spread(), SHAPE, conditional=True, null_class=3)
+    torch.testing.assert_close(
+        generate(denoiser, [one]), by_hand(Spread(), one, null=3), rtol=1e-5, atol=1e-6
+    )
+    # One step, left and right edges: the noise is the small variance's and the large one's.
+    latent = denoiser.start(one)
+    ends = {}
+    for variance in ("fixed_small", "fixed_large", "learned_range"):
+        plan = build_plan(LEARNED, "ddpm", 5, variance=variance, guidance=guidance)
+        ends[variance] = denoiser.step([Chain(plan, 1, label=2)], [latent], [0])[0].x[0]
+    torch.testing.assert_close(ends["learned_range"][:, 0], ends["fixed_small"][:, 0])
+    torch.testing.assert_close(ends["learned_range"][:, -1], ends["fixed_large"][:, -1])
+    assert not torch.allclose(ends["fixed_small"], ends["fixed_large"])
+
+
+class Towards:
+    """A classifier whose gradient is the same everywhere."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[int], list[int]]] = []
+
+    def gradient(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        self.asked.append((t.tolist(), y.tolist()))
+        return torch.full_like(x, 0.25)
+
+
+def test_classifier_guidance_moves_the_guess_by_the_gradient() -> None:
+    classifier = Towards()
+    denoiser = Denoiser(FakeRuntime(), SHAPE, conditional=True, null_class=3, classifier=classifier)
+    loose = NoiseSchedule(linear_betas(1000), clip=float("inf"))
+    plans = [
+        build_plan(loose, "ddim", 1, timesteps=[300], guidance=Guidance(classifier_scale=s)) for s in (0, 2)
+    ]
+    chains = [Chain(plans[0], 1, label=1), Chain(plans[1], 1, label=1)]
+    plain, led = denoiser.step(chains, [denoiser.start(one) for one in chains], [0, 0])
+    ac = loose.alphas_cumprod[300]
+    expected = 2 * 0.25 * (1 - ac) / ac**0.5
+    torch.testing.assert_close(led.x0 - plain.x0, torch.full(SHAPE, float(expected)), rtol=1e-4, atol=1e-4)
+    assert classifier.asked == [([300], [1])]  # only for the one that is led
+
+
+@pytest.mark.parametrize("label", [None, 1])
+def test_classifier_guidance_needs_a_classifier_and_a_label(label: int | None) -> None:
+    one = chain(label=label, guidance=Guidance(classifier_scale=1.0))
+    with pytest.raises(ValueError, match="a classifier and a label"):
+        fake().start(one)
+
+
+def test_guidance_without_a_label_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs a label"):
+        fake().start(chain(guidance_scale=2.0))

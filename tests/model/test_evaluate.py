@@ -13,7 +13,7 @@ from model.classifier import Judgement
 from model.data import DataError, Dataset
 from model.denoiser import Chain, to_pixels
 from model.evaluate import Reference
-from model.samplers import build_plan
+from model.samplers import Guidance, build_plan
 from model.schedule import NoiseSchedule
 from model.unet import UNet, UNetConfig
 from tests.model.conftest import SCHEDULER, TINY, randomise
@@ -123,13 +123,13 @@ def test_real_features_measure_as_perfect_and_far_ones_do_not():
 def test_samples_are_those_of_their_seeds_whatever_the_batch():
     model = tiny_model()
     denoiser = plots.denoiser_of(model, "torch")
-    plan = build_plan(model.schedule, "ddpm", 3)
+    plan = build_plan(model.schedule, "ddpm", 3, guidance=Guidance(2.0))
     ticks: list[int] = []
     labels = [0, 1, 2, 0, 1]
-    some = evaluate.sample(denoiser, plan, labels, 2.0, seed=7, batch=2, tick=ticks.append)
+    some = evaluate.sample(denoiser, plan, labels, seed=7, batch=2, tick=ticks.append)
     assert ticks == [4, 4, 4, 4, 4, 4, 2, 2, 2]  # guided: two rows per image
     assert some.shape == (5, 1, 8, 8)
-    latents = [denoiser.start(chain := Chain(plan, 7 + 4, 1, 2.0))]
+    latents = [denoiser.start(chain := Chain(plan, 7 + 4, 1))]
     for row in range(3):
         latents = list(denoiser.step([chain], latents, [row]))
     assert np.abs(some[4].astype(int) - to_pixels(latents[0].x)).max() <= 1
@@ -142,7 +142,7 @@ def test_samples_that_are_not_finite_are_an_error():
     plan = build_plan(model.schedule, "ddim", 2)
     with pytest.raises(FloatingPointError, match="samples 0 to 1"):
         evaluate.sample(
-            plots.denoiser_of(model, "torch"), plan, [None] * 4, 1.0, seed=0, batch=2,
+            plots.denoiser_of(model, "torch"), plan, [None] * 4, seed=0, batch=2,
             tick=int,
         )  # fmt: skip
 

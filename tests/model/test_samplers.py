@@ -14,7 +14,27 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model.diffusion import predict_x0, training_target
-from model.samplers import A_O, A_X, C_0, C_N, C_P, C_X, SAMPLERS, Plan, T, build_plan
+from model.samplers import (
+    A_G,
+    A_O,
+    A_X,
+    C_0,
+    C_N,
+    C_P,
+    C_V,
+    C_X,
+    K_0,
+    K_N,
+    SAMPLERS,
+    Guidance,
+    Plan,
+    T,
+    W,
+    build_inversion,
+    build_plan,
+    build_probe,
+    build_repaint,
+)
 from model.schedule import NoiseSchedule, VarianceType, linear_betas
 
 SHAPE = (2, 1, 4, 4)
@@ -41,7 +61,8 @@ def network(schedule: NoiseSchedule) -> Network:
 def follow(plan: Plan, eps: Network) -> list[Tensor]:
     """x after every row, in float64, as the module's docstring says."""
     x, previous, xs = noise(-1), torch.zeros(SHAPE, dtype=torch.float64), []
-    for row, (t, a_x, a_o, c_x, c_0, c_p, c_n) in enumerate(plan.table):
+    for row, values in enumerate(plan.table):
+        t, a_x, a_o, c_x, c_0, c_p, c_n = values[[T, A_X, A_O, C_X, C_0, C_P, C_N]]
         x0 = (a_x * x + a_o * eps(x, int(t))).clamp(-plan.clip, plan.clip)
         x = c_x * x + c_0 * x0 + c_p * previous + c_n * noise(row)
         previous = x0
@@ -168,7 +189,7 @@ def test_a_plan_of_one_row_is_the_x0_guess(sampler: str) -> None:
     plan = build_plan(schedule, sampler, 1, eta=1.0, timesteps=[700])
     assert plan.timesteps == (700,)
     x, out = noise(0), noise(1)
-    _, a_x, a_o, c_x, c_0, c_p, c_n = plan.table[0]
+    a_x, a_o, c_x, c_0, c_p, c_n = plan.table[0, [A_X, A_O, C_X, C_0, C_P, C_N]]
     guess = predict_x0(schedule, x, torch.tensor([700, 700]), out)
     torch.testing.assert_close(c_x * x + c_0 * (a_x * x + a_o * out), guess)
     assert (c_x, c_0, c_p, c_n) == (0, 1, 0, 0)
@@ -260,3 +281,137 @@ def test_defaults_come_from_the_schedule() -> None:
     explicit = build_plan(schedule, "ddpm", 10, variance="fixed_large", spacing="trailing")
     np.testing.assert_array_equal(plan.table, explicit.table)
     assert plan.timesteps[0] == 999
+
+
+# ── Guidance as columns ────────────────────────────────────────────────────────────────────────
+
+
+def test_guidance_outside_its_interval_costs_one_row() -> None:
+    schedule = NoiseSchedule(linear_betas(1000))
+    plan = build_plan(schedule, "ddim", 50, guidance=Guidance(3.0, (0.3, 5.0), classifier_scale=2.0))
+    sigma = np.sqrt(1 / schedule.alphas_cumprod[list(plan.timesteps)] - 1)
+    inside = (sigma >= 0.3) & (sigma <= 5.0)
+    assert 5 < inside.sum() < 45
+    assert plan.rows == tuple(np.where(inside, 2, 1))
+    np.testing.assert_array_equal(plan.table[:, W], np.where(inside, 3.0, 1.0))
+    np.testing.assert_array_equal(plan.table[:, A_G] != 0, inside)
+    assert plan.work[0] == sum(plan.rows)
+    assert plan.work[-1] == 0
+    assert [before - after for before, after in zip(plan.work, plan.work[1:], strict=False)] == list(
+        plan.rows
+    )
+
+
+def test_a_learned_variance_has_the_small_and_the_large_one_as_ends() -> None:
+    schedule = NoiseSchedule(linear_betas(1000))
+    kinds: tuple[VarianceType, ...] = ("fixed_small", "fixed_large", "learned_range")
+    small, large, learned = (build_plan(schedule, "ddpm", 40, variance=kind).table for kind in kinds)
+    np.testing.assert_array_equal(learned[:, C_N], small[:, C_N])
+    np.testing.assert_allclose(learned[:-1, C_N] * np.exp(learned[:-1, C_V]), large[:-1, C_N], rtol=1e-12)
+    assert not small[:, C_V].any()
+    assert not large[:, C_V].any()
+
+
+# ── Other courses ──────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("strength", "rows"), [(1.0, 20), (0.5, 10), (0.01, 1), (0.13, 3)])
+def test_an_edit_is_the_end_of_a_chain(strength: float, rows: int) -> None:
+    schedule = NoiseSchedule(linear_betas(1000))
+    whole, part = (build_plan(schedule, "ddim", 20, strength=s) for s in (1.0, strength))
+    np.testing.assert_array_equal(part.table, whole.table[20 - rows :])
+    start = 0.0 if strength == 1 else schedule.alphas_cumprod[part.timesteps[0]] ** 0.5
+    assert part.start == pytest.approx(start)
+
+
+@pytest.mark.parametrize("strength", [0.0, -1.0, 1.1, math.nan])
+def test_a_strength_outside_its_range_is_refused(strength: float) -> None:
+    with pytest.raises(ValueError, match="strength"):
+        build_plan(NoiseSchedule(linear_betas(1000)), "ddim", 20, strength=strength)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_inversion_leads_to_the_noise_that_leads_back(spacing: Any) -> None:
+    schedule = NoiseSchedule(linear_betas(1000), clip=math.inf)
+    up, down = (
+        build_inversion(schedule, 250, spacing=spacing),
+        build_plan(schedule, "ddim", 250, spacing=spacing),
+    )
+    assert (np.diff(up.table[:, T]) > 0).all()
+    image, spread = noise(3).clamp(-1, 1), 0.5
+
+    def run(plan: Plan, x: Tensor) -> Tensor:
+        """With the network that is right for images of independent normal pixels."""
+        for row in plan.table:
+            ac = float(schedule.alphas_cumprod[int(row[T])])
+            guess = ac**0.5 * spread**2 / (ac * spread**2 + 1 - ac) * x
+            eps = (x - ac**0.5 * guess) / (1 - ac) ** 0.5
+            x = row[C_X] * x + row[C_0] * (row[A_X] * x + row[A_O] * eps)
+        return x
+
+    top = run(up, image)
+    torch.testing.assert_close(top, image / spread, rtol=0.03, atol=0)  # the exact flow stretches them
+    torch.testing.assert_close(run(down, top), image, rtol=0.03, atol=0)
+
+
+def test_inversion_keeps_a_perfect_network_on_its_way() -> None:
+    schedule = NoiseSchedule(linear_betas(1000))
+    plan = build_inversion(schedule, 20)
+    assert plan.start == 1.0
+    levels = schedule.alphas_cumprod[np.append(plan.table[:, T].astype(int)[1:], 950)]
+    for row, ac in zip(plan.table, levels, strict=True):
+        here = schedule.alphas_cumprod[int(row[T])]
+        x0, eps = 0.3, -0.7
+        x = here**0.5 * x0 + (1 - here) ** 0.5 * eps
+        assert row[C_X] * x + row[C_0] * x0 == pytest.approx(ac**0.5 * x0 + (1 - ac) ** 0.5 * eps)
+
+
+def test_repaint_goes_down_with_jumps_back_up() -> None:
+    schedule = NoiseSchedule(linear_betas(1000))
+    plan = build_repaint(schedule, "ddpm", 6, jump_length=2, jump_n_sample=3)
+    t = build_plan(schedule, "ddpm", 6).timesteps  # levels 6 … 1
+    level = {6 - i: timestep for i, timestep in enumerate(t)}
+    down = [6, 5, 4, 3, 4, 3, 4, 3, 2, 1, 2, 1, 2, 1]
+    assert plan.timesteps == tuple(level[i] for i in down)
+    without = build_repaint(schedule, "ddpm", 6, jump_length=2, jump_n_sample=1)
+    np.testing.assert_array_equal(without.table, build_plan(schedule, "ddpm", 6).table)
+
+
+def test_a_jump_is_the_forward_process() -> None:
+    """With x₀ known, x has the mean and variance of its level after every row, jumps included."""
+    schedule = NoiseSchedule(linear_betas(1000))
+    plan = build_repaint(schedule, "ddpm", 9, jump_length=3, jump_n_sample=2)
+    x0 = 0.5
+    after = np.append(schedule.alphas_cumprod[list(plan.timesteps[1:])], 1.0)
+    for t, row, ac in zip(plan.timesteps, plan.table, after, strict=True):
+        here = schedule.alphas_cumprod[t]
+        assert row[C_X] * here**0.5 * x0 + row[C_0] * x0 == pytest.approx(ac**0.5 * x0, abs=1e-12)
+        assert row[C_X] ** 2 * (1 - here) + row[C_N] ** 2 == pytest.approx(1 - ac, abs=1e-12)
+        assert row[K_0] ** 2 == pytest.approx(ac)
+        assert row[K_N] ** 2 == pytest.approx(1 - ac)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "options", "reason"),
+    [
+        ("dpmpp_2m", {}, "jumps need a sampler"),
+        ("ddpm", {"jump_length": 0}, "at least 1"),
+        ("ddpm", {"jump_n_sample": 0}, "at least 1"),
+    ],
+)
+def test_jumps_that_make_no_sense_are_refused(sampler: str, options: dict[str, int], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        build_repaint(NoiseSchedule(linear_betas(1000)), sampler, 10, **options)  # type: ignore[arg-type]
+
+
+def test_a_probe_forgets() -> None:
+    schedule = NoiseSchedule(linear_betas(1000))
+    plan = build_probe(schedule, [5, 900, 5])
+    assert plan.timesteps == (5, 900, 5)
+    assert not plan.table[:, [C_X, C_0, C_P, C_N, C_V, A_G]].any()
+    ac = schedule.alphas_cumprod
+    assert plan.start == pytest.approx(ac[5] ** 0.5)
+    np.testing.assert_allclose(plan.table[:, K_0], [ac[900] ** 0.5, ac[5] ** 0.5, 1.0])
+    for wrong in ([], [1000], [-1]):
+        with pytest.raises(ValueError, match="timesteps"):
+            build_probe(schedule, wrong)

@@ -14,7 +14,7 @@ import torch
 from model import noise
 from model.checkpoint import Checkpoint
 from model.denoiser import Chain, Latent
-from model.samplers import build_plan
+from model.samplers import Guidance, build_plan
 from model.schedule import NoiseSchedule, linear_betas
 from model.unet import UNet, UNetConfig
 from service.engine import Engine
@@ -44,9 +44,11 @@ def until(condition: Callable[[], object], what: str = "the condition") -> None:
 
 @dataclass(frozen=True)
 class Steps:
-    """A plan of so many rows."""
+    """A plan of so many rows, each of which costs as many rows of a network call."""
 
     count: int
+    cost: int = 1
+    probe = False
 
     def __len__(self) -> int:
         return self.count
@@ -55,13 +57,20 @@ class Steps:
     def timesteps(self) -> Sequence[int]:
         return range(self.count - 1, -1, -1)
 
+    @property
+    def rows(self) -> Sequence[int]:
+        return (self.cost,) * self.count
+
+    @property
+    def work(self) -> Sequence[int]:
+        return range(self.count * self.cost, -1, -self.cost)
+
 
 @dataclass(frozen=True)
 class Counting:
     """A chain that cannot be computed."""
 
     plan: Steps
-    rows: int = 1
     seed: int = 0
 
 
@@ -76,7 +85,7 @@ def counting_job(
 ) -> Job:
     job = Job(job_id, "ddim", deadline, preview, preview_every)
     for i in range(n):
-        job.add(Counting(Steps(steps), rows, i))
+        job.add(Counting(Steps(steps, rows), i))
     return job
 
 
@@ -101,7 +110,7 @@ def job_of(
     job = Job(job_id, "ddim", deadline, preview, created=time.monotonic())
     label = None if guidance_scale == 1.0 else 0
     for seed in seeds:
-        job.add(Chain(build_plan(SCHEDULE, "ddim", steps), seed, label, guidance_scale))
+        job.add(Chain(build_plan(SCHEDULE, "ddim", steps, guidance=Guidance(guidance_scale)), seed, label))
     return job
 
 
@@ -163,7 +172,7 @@ class FakeDenoiser:
         self, chains: Sequence[Chain], latents: Sequence[Latent], rows: Sequence[int]
     ) -> Sequence[Latent]:
         self.gate.come_through()
-        width = sum(chain.rows for chain in chains)
+        width = sum(chain.plan.rows[row] for chain, row in zip(chains, rows, strict=True))
         self.widths.append(width)
         if width > self.rows_that_fit:
             raise torch.OutOfMemoryError(f"{width} rows do not fit")
@@ -171,6 +180,12 @@ class FakeDenoiser:
             if chain.seed in self.raises:
                 raise self.raises[chain.seed](f"seed {chain.seed}")
         return [self._one(*each) for each in zip(chains, latents, rows, strict=True)]
+
+    def measure(
+        self, chains: Sequence[Chain], latents: Sequence[Latent], rows: Sequence[int]
+    ) -> Sequence[tuple[float, float]]:
+        """The row, and how bright the guess is."""
+        return [(float(row), float(latent.x0.mean())) for latent, row in zip(latents, rows, strict=True)]
 
     def _one(self, chain: Chain, latent: Latent, row: int) -> Latent:
         x = 0.9 * latent.x + 0.1 * torch.from_numpy(noise.normal(chain.seed, row, (1, SIZE, SIZE)))

@@ -112,7 +112,7 @@ class Life(RuleBasedStateMachine):
     @rule()
     def schedule(self) -> None:
         plan = self.plan = self.under.schedule(self.now)
-        assert plan.rows == sum(sample.chain.rows for sample in plan.samples)
+        assert plan.rows == sum(sample.cost for sample in plan.samples)
         alone_at_one = self.under.max_rows == 1 and len(plan.samples) == 1
         assert plan.rows <= self.under.max_rows or (alone_at_one and plan.rows == 2)
         assert len(set(plan.samples)) == len(plan.samples) == self.under.running
@@ -478,12 +478,14 @@ def slow_ahead(under: Scheduler, job: Job) -> tuple[int, int, int]:
         return len(earlier), rows, rows
     before = [o for o in others if (o.remaining, arrival[o.id]) < (job.remaining, place)]
     behind = [o for o in others if o not in before and all(sample.row == 0 for sample in o.samples)]
-    first = {o.id: min(under.max_rows, sum(sample.chain.rows for sample in o.samples)) for o in behind}
+    first = {
+        o.id: min(under.max_rows, sum(sample.chain.plan.rows[0] for sample in o.samples)) for o in behind
+    }
     sure = sum(o.remaining for o in before) + sum(first[o.id] for o in behind if o.remaining > job.remaining)
     # Of jobs with as much to do, those before and behind count alike.
     ties = [o for o in [*others, job] if o.remaining == job.remaining]
     tied = sum(o in behind for o in ties)
-    widest = max((min(under.max_rows, sum(s.chain.rows for s in o.samples)) for o in ties), default=0)
+    widest = max((min(under.max_rows, sum(s.chain.plan.rows[0] for s in o.samples)) for o in ties), default=0)
     return len(before), sure + tied, sure + tied * widest
 
 
