@@ -13,6 +13,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -27,6 +28,9 @@ from bench.workload import MAX_IMAGES, MEAN_ROWS, WORKLOADS, Ask, trace
 
 LOADS = (0.7, None, 0.3, 0.5, 0.9, 1.1, 1.5)  # the ones that matter most first; None: all at once
 BURST_PATIENCE_S = 600.0
+FAIR_PACE = 0.85
+"""Below this share of the capacity a case would tell of the machine's other guests."""
+PATIENCE_FOR_PACE = 20
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,7 @@ def run(case: Case, terms: Terms, capacity: float) -> dict[str, Any]:
 
     Before that the capacity is measured anew, briefly: a shared machine is not always as fast.
     """
-    pace = measure_capacity(terms, 0.5)["rows_per_s"] / capacity
+    pace = steady(lambda: float(measure_capacity(terms, 0.5)["rows_per_s"]) / capacity)
     asks = terms.asks(case, capacity)
     kind, pipeline = find(case.server)
     model = Model(Path(terms.model), terms.runtime, terms.dtype)
@@ -160,6 +164,17 @@ def run(case: Case, terms: Terms, capacity: float) -> dict[str, Any]:
         **asdict(summarise(answers)),
         "usage": asdict(usage),
     }
+
+
+def steady(measure: Callable[[], float], wait: Callable[[float], None] = time.sleep) -> float:
+    """The machine's pace, once it is no longer slowed down by others; the last one when that does not end."""
+    pace = measure()
+    for _ in range(PATIENCE_FOR_PACE):
+        if pace >= FAIR_PACE:
+            break
+        wait(30.0)
+        pace = measure()
+    return pace
 
 
 def cases(servers: Sequence[str], workloads: Sequence[str], loads: Sequence[float | None]) -> Iterator[Case]:

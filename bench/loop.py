@@ -28,8 +28,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from bench.roofline import inputs
 from bench.servers import SERVICE, Model, Server, running
 from model import checkpoint
+from model.checkpoint import Checkpoint
 from model.denoiser import Chain, Denoiser
 from model.samplers import build_plan
+from service.engine import Engine
 from service.jobs import Job
 from service.settings import Settings
 from service.warmup import warm_up
@@ -95,10 +97,10 @@ async def saturate(url: str, accept: str, body: dict[str, object], seconds: floa
     return rate
 
 
-def contenders(folder: Path, sampler: str, seconds: float, server: Server) -> dict[str, Callable[[], float]]:
+def contenders(
+    model: Checkpoint, engine: Engine, sampler: str, seconds: float, server: Server
+) -> dict[str, Callable[[], float]]:
     """What to measure, by name: each gives rows per second."""
-    model = checkpoint.load(folder)
-    engine = warm_up(model, Settings(_env_file=None)).engine
     denoiser = engine.denoiser
     assert isinstance(denoiser, Denoiser)
     width = engine.scheduler.max_rows
@@ -147,13 +149,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="of each turn")
     parser.add_argument("--rounds", type=int, default=12)
     args = parser.parse_args(arguments)
+    model = checkpoint.load(args.model)
+    engine = warm_up(model, Settings(_env_file=None)).engine
     environment = {**Model(args.model).environment("ours"), "DDPM_STREAM_GRACE_S": "0"}
+    environment["DDPM_MAX_BATCH"] = str(engine.scheduler.max_rows)  # the same width for all
     with running(SERVICE, environment) as server:
-        measures = contenders(args.model, args.sampler, args.seconds, server)
+        measures = contenders(model, engine, args.sampler, args.seconds, server)
         rates: dict[str, list[float]] = {name: [] for name in measures}
         for _ in range(args.rounds):
             for name, measure in measures.items():
                 rates[name].append(measure())
+    print(f"{engine.scheduler.max_rows} rows a step\n")
     print("||rows/s|of the runtime alone in the same round|least and most|")
     print("|---|--:|--:|---|")
     for name, found in rates.items():

@@ -24,8 +24,8 @@ from service.scheduler import Draw, Policy, Scheduler, StepPlan, StepTimes
 Curve = tuple[tuple[int, float], ...]
 """(rows, seconds of a step), by rows."""
 CURVES: dict[str, Curve] = {
-    # Measured: two cores, float32.
-    "cpu": ((1, 0.0087), (2, 0.0144), (4, 0.031), (8, 0.062), (16, 0.121)),
+    # Measured: a step of the service, two cores, float32.
+    "cpu": ((1, 0.0079), (2, 0.0070), (4, 0.0127), (8, 0.0232), (16, 0.0455)),
     # Assumed: nearly flat.
     "gpu": tuple((rows, 0.005 + 0.003 * (rows - 1) / 31) for rows in (1, 2, 4, 8, 16, 32)),
 }

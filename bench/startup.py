@@ -43,16 +43,16 @@ def parts(folder: Path) -> dict[str, float]:
     model = checkpoint.load(folder)
     done("load the weights")
     from model.runtimes import OpenVinoRuntime, keep_torch_off
-    from service.warmup import CPU_WIDTHS
+    from service.warmup import cpu_widths
 
     runtime = OpenVinoRuntime(model, "auto")
     keep_torch_off(runtime)
     done("convert the network")
-    runtime.prepare(CPU_WIDTHS)
+    runtime.prepare(cpu_widths())
     done("compile its shapes side by side")
     runtime = OpenVinoRuntime(model, "auto")
     begun = time.perf_counter()
-    for width in CPU_WIDTHS:
+    for width in cpu_widths():
         runtime.prepare([width])
     done("not done: compile one after another")
     with TemporaryDirectory() as cache:
@@ -60,7 +60,7 @@ def parts(folder: Path) -> dict[str, float]:
             runtime = OpenVinoRuntime(model, "auto")
             runtime._options["CACHE_DIR"] = cache  # no option of the service: it does not pay
             begun = time.perf_counter()
-            runtime.prepare(CPU_WIDTHS)
+            runtime.prepare(cpu_widths())
             done(name)
     del taken[""]
     return taken

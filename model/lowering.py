@@ -31,29 +31,27 @@ class ChannelNorm(nn.Module):
 
     def __init__(self, norm: nn.GroupNorm) -> None:
         super().__init__()
-        self.groups, self.eps, self.weight, self.bias = norm.num_groups, norm.eps, norm.weight, norm.bias
+        self.eps, self.channels = norm.eps, (-1, norm.num_channels, 1, 1)
+        self.groups = -1, norm.num_groups, norm.num_channels // norm.num_groups
+        self.weight = nn.Parameter(norm.weight.detach().reshape(1, *self.groups[1:]))
+        self.bias = nn.Parameter(norm.bias.detach().reshape(1, *self.groups[1:]))
 
     def forward(self, x: Tensor, emb: Tensor | None = None, modulation: Sequence[Tensor] = ()) -> Tensor:
         """x: [B, C, H, W]; emb: [B, C] or none; modulation: (scale, shift), [B, C] each. Returns as x."""
-        channels = x.shape[1]
-        each = channels // self.groups
-        mean, square = x.mean((2, 3)), (x * x).mean((2, 3))
+        # Everything of a channel is [B, groups, channels of a group] until it meets x again.
+        mean, square = x.mean((2, 3)).reshape(self.groups), (x * x).mean((2, 3)).reshape(self.groups)
         if emb is not None:
+            emb = emb.reshape(self.groups)
             square = square + emb * (2 * mean + emb)
             mean = mean + emb
-        mean, square = (
-            values.reshape(-1, self.groups, each).mean(2, keepdim=True) for values in (mean, square)
-        )
+        mean, square = mean.mean(2, keepdim=True), square.mean(2, keepdim=True)
         deviation = torch.rsqrt((square - mean * mean).clamp(min=0) + self.eps)
-        scale = deviation * self.weight.reshape(1, self.groups, each)
-        shift = self.bias.reshape(1, self.groups, each) - mean * scale
-        scale, shift = scale.reshape(-1, channels), shift.reshape(-1, channels)
-        if emb is not None:
-            shift = shift + emb * scale
+        scale = deviation * self.weight
+        shift = self.bias - (mean if emb is None else mean - emb) * scale
         if modulation:
-            factor, term = modulation
+            factor, term = (values.reshape(self.groups) for values in modulation)
             scale, shift = scale * (1 + factor), shift * (1 + factor) + term
-        return x * scale[:, :, None, None] + shift[:, :, None, None]
+        return x * scale.reshape(self.channels) + shift.reshape(self.channels)
 
 
 class ChannelResBlock(nn.Module):
@@ -89,7 +87,7 @@ class PositionsFirstAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """As `Attention`'s."""
         attention = self.attention
-        _, c, height, width = x.shape
+        c, height, width = (int(size) for size in x.shape[1:])  # numbers in the trace, not operations
         heads, size, positions = attention.heads, attention.head_dim, height * width
         h = self.norm(x).permute(0, 2, 3, 1).reshape(-1, positions, c)
         h = F.linear(h, self.weight, self.bias)

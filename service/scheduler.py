@@ -239,18 +239,30 @@ class Scheduler:
     def eta(self, job: Job) -> float:
         """Seconds until `job` is expected to be finished, should nobody else come.
 
-        The work that goes before it and its own, at the full batch's rate; never less than `shortest`.
+        The work that goes before it and its own, at the full batch's rate; but no less than its own steps
+        take when they are as wide as all the work there is makes them.
         """
+        longest = self._longest(job)
+        if longest == 0:
+            return 0.0
+        work = self._backlog + (0 if job.id in self._jobs else job.remaining)
+        width = min(self.max_rows, max(1, work // longest))
         rate = self.max_rows / self.times.at(self.max_rows)
-        return max((self._ahead(job)[1] + job.remaining) / rate, self.shortest(job))
+        own = longest * self.times.at(width)
+        return max((self._ahead(job)[1] + job.remaining) / rate, own, self.shortest(job))
 
     def shortest(self, job: Job) -> float:
         """Seconds `job` would take with the machine to itself."""
-        longest = max((sample.steps - sample.row for sample in job.samples), default=0)
+        longest = self._longest(job)
         if longest == 0:
             return 0.0
         rows = min(self.max_rows, max(1, job.remaining // longest))  # as wide as its steps are on average
         return max(longest, job.remaining / rows) * self.times.at(rows)
+
+    @staticmethod
+    def _longest(job: Job) -> int:
+        """Steps that are left of its longest chain."""
+        return max((sample.steps - sample.row for sample in job.samples), default=0)
 
     def _ahead(self, job: Job) -> tuple[int, int]:
         """(jobs, rows) that go before a job; when sharing, all the others do. Does not look at every job."""

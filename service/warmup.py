@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -20,9 +21,9 @@ from service.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-# A CPU's rows per second stop growing at a few rows; a GPU's go on for longer.
-CPU_WIDTHS = (1, 2, 4, 8, 16)
-GPU_WIDTHS = (1, 2, 4, 8, 16, 32, 64)
+WIDTHS = (1, 2, 4, 8, 16, 32, 64)
+ROWS_PER_CORE = 4
+"""Beyond these a CPU's rows per second have not been seen to grow; a GPU's go on for longer."""
 TIMING_S = 0.4
 """How long widths are timed, after the first time."""
 COMPILED_ROWS = 8
@@ -60,7 +61,7 @@ def warm_up(model: Checkpoint, settings: Settings) -> Warm:
     runtime = load_runtime(model, settings.runtime, settings.device, settings.dtype, batch_invariant=False)
     keep_torch_off(runtime)
     denoiser = Denoiser.of(model, runtime)
-    widths: Sequence[int] = CPU_WIDTHS if runtime.device.type == "cpu" else GPU_WIDTHS
+    widths: Sequence[int] = cpu_widths() if runtime.device.type == "cpu" else WIDTHS
     if settings.runtime == "torch-compile":
         widths = (settings.max_batch or COMPILED_ROWS,)
     elif settings.max_batch:
@@ -91,6 +92,12 @@ def warm_up(model: Checkpoint, settings: Settings) -> Warm:
 
     engine = Engine(denoiser, Scheduler(max_rows, StepTimes(points), settings.policy), narrow)
     return Warm(engine, runtime.name, str(runtime.device), runtime.dtype, tuple(points), invariance)
+
+
+def cpu_widths() -> tuple[int, ...]:
+    """Rows per step that are worth a try on this machine's processor."""
+    most = max(8, ROWS_PER_CORE * (os.cpu_count() or 1))
+    return tuple(width for width in WIDTHS if width <= most)
 
 
 def _shapes(runtime: Runtime, widths: Sequence[int], max_rows: int, *, invariant: bool) -> tuple[int, ...]:

@@ -124,3 +124,13 @@ def test_our_service_for_real(tiny_folder, tmp_path):
     assert found["eta_error"]
     assert found["usage"]["peak_bytes"] > 1e8
     assert report.markdown(content) == (tmp_path / "comparison.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("paces", "found", "waits"),
+    [([0.9], 0.9, 0), ([0.5, 0.6, 0.95, 0.2], 0.95, 2), ([0.5] * 100, 0.5, compare.PATIENCE_FOR_PACE)],
+)
+def test_a_case_waits_for_a_machine_that_is_not_slowed_down(paces, found, waits):
+    waited: list[float] = []
+    assert compare.steady(iter(paces).__next__, waited.append) == found
+    assert len(waited) == waits

@@ -21,8 +21,9 @@ from tests.service.live import settings
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One look at every width: how long steps take is no concern of most tests."""
+    """One look at every width: how long steps take is no concern of most tests. And four cores."""
     monkeypatch.setattr(warmup, "TIMING_S", 0.0)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
 
 
 def warm(**values: Any) -> Warm:
@@ -79,6 +80,15 @@ def test_the_width_follows_the_times_of_steps_that_are_not_padded(monkeypatch: p
     found = warm()
     assert found.engine.scheduler.max_rows == 4
     assert shapes == [(1, ()), (2, ()), (4, ()), (8, ()), (16, ()), (4, (4,))]
+
+
+@pytest.mark.parametrize(("cores", "widest"), [(None, 8), (1, 8), (2, 8), (8, 32), (64, 64)])
+def test_more_cores_are_offered_wider_steps(
+    cores: int | None, widest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr(warmup, "_time_step", lambda *_: 1.0)  # every width takes as long
+    assert warm(batch_invariant=False).engine.scheduler.max_rows == widest
 
 
 def test_a_disturbed_first_look_does_not_decide_the_width(monkeypatch: pytest.MonkeyPatch) -> None:
