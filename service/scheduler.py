@@ -249,15 +249,16 @@ class Scheduler:
         width = min(self.max_rows, max(1, work // longest))
         rate = self.max_rows / self.times.at(self.max_rows)
         own = longest * self.times.at(width)
-        return max((self._ahead(job)[1] + job.remaining) / rate, own, self.shortest(job))
+        return max((self._ahead(job)[1] + job.remaining + job.later) / rate, own, self.shortest(job))
 
     def shortest(self, job: Job) -> float:
-        """Seconds `job` would take with the machine to itself."""
+        """Seconds `job` would take with the machine to itself, what it goes on with included."""
+        later = 0.0 if job.sequel is None else self.shortest(job.sequel.job)
         longest = self._longest(job)
         if longest == 0:
-            return 0.0
+            return later
         rows = min(self.max_rows, max(1, job.remaining // longest))  # as wide as its steps are on average
-        return max(longest, job.remaining / rows) * self.times.at(rows)
+        return later + max(longest, job.remaining / rows) * self.times.at(rows)
 
     @staticmethod
     def _longest(job: Job) -> int:
