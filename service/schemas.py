@@ -24,6 +24,8 @@ from service.jobs import Job, PreviewKind
 MAX_SEED = 2**53 - 1  # what every JSON reader can hold
 DEFAULT_STEPS = 50
 DEFAULT_GUIDANCE = 2.0
+MAX_ENLARGED_PIXELS = 2**24
+"""Of all pictures of an answer together, where they are enlarged."""
 Sampler = Literal["ddpm", "ddim", "dpmpp_2m", "sde_dpmpp_2m"]
 
 
@@ -51,6 +53,7 @@ class GenerateRequest(BaseModel):
     class_label: int | str | None = Field(None, description="class index or name; absent: unconditional")
     deadline_s: float | None = Field(None, gt=0, description="give up (504) after this many seconds")
     output_format: ImageFormat = Field("png", description="of pictures inside JSON and events")
+    scale: int = Field(1, ge=1, le=16, description="enlarge pictures so many times, without smoothing")
     preview: PreviewKind = Field("x0", description="what a stream shows: the x₀ guess, x_t, both or none")
     preview_every: int | None = Field(None, ge=1, description="steps between a stream's previews")
 
@@ -96,6 +99,7 @@ class Order:
     job: Job
     parameters: dict[str, Any]
     output_format: ImageFormat
+    scale: int = 1
 
 
 @lru_cache(maxsize=64)
@@ -116,6 +120,7 @@ def to_job(request: GenerateRequest, catalogue: Catalogue, *, streamed: bool) ->
         )
     if request.eta and request.sampler != "ddim":
         raise InvalidRequestError("eta", "Only ddim has an η; the other samplers fix their noise themselves.")
+    _check_scale(request, catalogue)
     label = None if request.class_label is None else catalogue.label(request.class_label)
     guidance = _guidance(request, catalogue, label)
     seed = secrets.randbits(32) if request.seed is None else request.seed
@@ -148,8 +153,17 @@ def to_job(request: GenerateRequest, catalogue: Catalogue, *, streamed: bool) ->
         "timestep_spacing": request.timestep_spacing or catalogue.schedule.timestep_spacing,
         "class_label": None if label is None else catalogue.class_names[label],
         "output_format": request.output_format,
+        "scale": request.scale,
     }
-    return Order(job, parameters, request.output_format)
+    return Order(job, parameters, request.output_format, request.scale)
+
+
+def _check_scale(request: GenerateRequest, catalogue: Catalogue) -> None:
+    _, height, width = catalogue.shape
+    if request.scale > 1 and request.n * height * width * request.scale**2 > MAX_ENLARGED_PIXELS:
+        raise InvalidRequestError(
+            "scale", f"Enlarged pictures have at most {MAX_ENLARGED_PIXELS} pixels together."
+        )
 
 
 def _guidance(request: GenerateRequest, catalogue: Catalogue, label: int | None) -> Guidance:
@@ -193,7 +207,9 @@ def preview_body(event: Preview, order: Order) -> dict[str, Any]:
         "steps": event.steps,
         "timestep": event.timestep,
         "eta_s": round(event.eta_s, 3),
-        "images": [{**image_body(p, order.output_format), "kind": p.kind} for p in event.pictures],
+        "images": [
+            {**image_body(p, order.output_format, scale=order.scale), "kind": p.kind} for p in event.pictures
+        ],
     }
 
 
@@ -216,17 +232,21 @@ def result_images(pictures: Iterable[Picture], order: Order, model: str) -> Iter
     """Finished pictures with their provenance inside. It says what makes this one image alone: n is 1."""
     for picture in pictures:
         provenance = {**order.parameters, "n": 1, "seed": picture.seed, "model": model}
-        yield image_body(picture, order.output_format, provenance)
+        yield image_body(picture, order.output_format, provenance, order.scale)
 
 
 def image_body(
-    picture: Picture, image_format: ImageFormat, provenance: dict[str, Any] | None = None
+    picture: Picture,
+    image_format: ImageFormat,
+    provenance: dict[str, Any] | None = None,
+    scale: int = 1,
 ) -> dict[str, Any]:
     """One image inside JSON."""
+    encoded = encode(picture.pixels, image_format, provenance, scale)
     return {
         "index": picture.index,
         "seed": picture.seed,
-        "b64_json": base64.b64encode(encode(picture.pixels, image_format, provenance)).decode(),
+        "b64_json": base64.b64encode(encoded).decode(),
         "media_type": MEDIA_TYPES[image_format],
     }
 
