@@ -19,12 +19,15 @@ ImageFormat = Literal["png", "jpeg", "webp"]
 MEDIA_TYPES: dict[ImageFormat, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 
 
-def encode(pixels: Pixels, image_format: ImageFormat, parameters: Mapping[str, Any] | None = None) -> bytes:
+def encode(
+    pixels: Pixels, image_format: ImageFormat, parameters: Mapping[str, Any] | None = None, scale: int = 1
+) -> bytes:
     """[H, W, C] uint8, C 1 or 3 → a file. The same input gives the same bytes.
 
     parameters: written as JSON into a PNG's `parameters` text chunk (the field's habit) or, in JPEG and WebP,
-    into the EXIF user comment.
+    into the EXIF user comment. scale: pixels of the file per pixel and side.
     """
+    pixels = enlarge(pixels, scale)
     picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
     text = json.dumps(parameters, sort_keys=True) if parameters is not None else None
     options: dict[str, Any] = {}
@@ -45,6 +48,11 @@ def encode(pixels: Pixels, image_format: ImageFormat, parameters: Mapping[str, A
     buffer = BytesIO()
     picture.save(buffer, image_format, **options)
     return buffer.getvalue()
+
+
+def enlarge(pixels: Pixels, scale: int) -> Pixels:
+    """Every pixel as a square of scale × scale, without smoothing: [H, W, C] → [H·scale, W·scale, C]."""
+    return pixels if scale == 1 else pixels.repeat(scale, axis=0).repeat(scale, axis=1)
 
 
 def contact_sheet(pictures: Sequence[Pixels], gap: int = 2, columns: int | None = None) -> Pixels:

@@ -244,7 +244,7 @@ class Scheduler:
         """
         longest = self._longest(job)
         if longest == 0:
-            return 0.0
+            return self.shortest(job)
         work = self._backlog + (0 if job.id in self._jobs else job.remaining)
         width = min(self.max_rows, max(1, work // longest))
         rate = self.max_rows / self.times.at(self.max_rows)

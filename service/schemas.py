@@ -24,6 +24,8 @@ from service.jobs import Job, PreviewKind
 MAX_SEED = 2**53 - 1  # what every JSON reader can hold
 DEFAULT_STEPS = 50
 DEFAULT_GUIDANCE = 2.0
+MAX_ENLARGED_PIXELS = 2**24
+"""Of all pictures of an answer together, where they are enlarged."""
 Sampler = Literal["ddpm", "ddim", "dpmpp_2m", "sde_dpmpp_2m"]
 Images = Annotated[int, Field(ge=1, description="images; image i has seed + i")]
 
@@ -50,6 +52,7 @@ class ChainRequest(BaseModel):
     class_label: int | str | None = Field(None, description="class index or name; absent: unconditional")
     deadline_s: float | None = Field(None, gt=0, description="give up (504) after this many seconds")
     output_format: ImageFormat = Field("png", description="of pictures inside JSON and events")
+    scale: int = Field(1, ge=1, le=16, description="enlarge pictures so many times, without smoothing")
     preview: PreviewKind = Field("x0", description="what a stream shows: the x₀ guess, x_t, both or none")
     preview_every: int | None = Field(None, ge=1, description="steps between a stream's previews")
 
@@ -100,6 +103,7 @@ class Order:
     """A job and what was understood of its request: `parameters` repeats it with every default filled in.
 
     marks: what is said of each image besides its index and seed. columns: of the sheet that shows them all.
+    scale: pixels of a picture per pixel of the model and side.
     """
 
     job: Job
@@ -107,6 +111,7 @@ class Order:
     output_format: ImageFormat
     marks: tuple[dict[str, Any], ...] = ()
     columns: int | None = None
+    scale: int = 1
 
     def mark(self, index: int) -> dict[str, Any]:
         """What is said of one image."""
@@ -190,6 +195,7 @@ def settle(request: ChainRequest, catalogue: Catalogue, sampler: Sampler, seeds:
         "timestep_spacing": request.timestep_spacing or catalogue.schedule.timestep_spacing,
         "class_label": None if label is None else catalogue.class_names[label],
         "output_format": request.output_format,
+        "scale": request.scale,
     }
     spacing = request.timestep_spacing
     return Terms(seed, label, sampler, steps, request.eta, spacing, guidance, parameters)
@@ -205,6 +211,7 @@ def to_order(
     told: Mapping[str, Any],
 ) -> Order:
     """A job of these chains, which have plans of one length. told: parameters that not all requests share."""
+    _check_scale(request.scale, len(chains), catalogue)
     now = time.monotonic()
     allowed = min(request.deadline_s or catalogue.deadline_s, catalogue.deadline_s)
     job = Job(
@@ -218,7 +225,15 @@ def to_order(
     )
     for chain in chains:
         job.add(chain)
-    return Order(job, {**told, **terms.parameters}, request.output_format)
+    return Order(job, {**told, **terms.parameters}, request.output_format, scale=request.scale)
+
+
+def _check_scale(scale: int, images: int, catalogue: Catalogue) -> None:
+    _, height, width = catalogue.shape
+    if scale > 1 and images * height * width * scale**2 > MAX_ENLARGED_PIXELS:
+        raise InvalidRequestError(
+            "scale", f"Enlarged pictures have at most {MAX_ENLARGED_PIXELS} pixels together."
+        )
 
 
 def _guidance(request: ChainRequest, catalogue: Catalogue, label: int | None) -> Guidance:
@@ -292,7 +307,7 @@ def result_images(pictures: Iterable[Picture], order: Order, model: str) -> Iter
 
 def image_body(picture: Picture, order: Order, provenance: dict[str, Any] | None = None) -> dict[str, Any]:
     """One image inside JSON."""
-    data = encode(picture.pixels, order.output_format, provenance)
+    data = encode(picture.pixels, order.output_format, provenance, order.scale)
     return {
         "index": picture.index,
         "seed": picture.seed,

@@ -56,9 +56,9 @@ async def answer(order: Order, form: str, request: Request, house: House) -> Res
     result = result_of(finished)
     headers = {"Vary": "Accept", "X-Job-ID": order.job.id}
     if form == "application/json":
-        content = await drawn(result, _json_body, result, order, house)
+        content = await drawn(result, _json_body, result, order, house, scale=order.scale)
         return Response(content, media_type=form, headers=headers)
-    picture = await drawn(result, _sheet, result, order, house, form)
+    picture = await drawn(result, _sheet, result, order, house, form, scale=order.scale)
     return Response(picture, media_type=form, headers=headers)
 
 
@@ -151,15 +151,15 @@ async def _chunks(
             if isinstance(item.event, Preview) and not previewed:
                 previewed = True
                 house.telemetry.first_preview.observe(time.monotonic() - begun)
-            yield await drawn(item.event, _chunk, item, order, house)
+            yield await drawn(item.event, _chunk, item, order, house, scale=order.scale)
     finally:
         house.streams.leave(stream, reader)
 
 
-async def drawn(event: Event, make: Callable[..., bytes], *arguments: object) -> bytes:
+async def drawn(event: Event, make: Callable[..., bytes], *arguments: object, scale: int = 1) -> bytes:
     """Make an event's bytes. Many or large pictures take long enough to hold up every other connection."""
     pictures = event.pictures if isinstance(event, Preview | Finished) else ()
-    if sum(picture.pixels.size for picture in pictures) <= INLINE_VALUES:
+    if sum(picture.pixels.size for picture in pictures) * scale**2 <= INLINE_VALUES:
         return make(*arguments)
     return await asyncio.to_thread(make, *arguments)
 
@@ -216,4 +216,4 @@ def _json_body(result: Finished, order: Order, house: House) -> bytes:
 def _sheet(result: Finished, order: Order, house: House, media_type: str) -> bytes:
     image_format = next(name for name, known in MEDIA_TYPES.items() if known == media_type)
     sheet = contact_sheet([picture.pixels for picture in result.pictures], columns=order.columns)
-    return encode(sheet, image_format, {**order.parameters, "model": house.catalogue.name})
+    return encode(sheet, image_format, {**order.parameters, "model": house.catalogue.name}, order.scale)

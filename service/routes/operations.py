@@ -1,4 +1,4 @@
-"""Health, readiness, metrics, facts, and the web page."""
+"""Health, readiness, metrics, facts, and the web pages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,17 @@ from service.worker import Phase
 router = APIRouter(tags=["operations"])
 WEB = Path(__file__).parent.parent / "web"
 OPEN_ROUTES = frozenset(
-    {"/", "/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/metrics", "/docs", "/openapi.json"}
+    {
+        "/",
+        "/explore",
+        "/livez",
+        "/readyz",
+        "/v2/health/live",
+        "/v2/health/ready",
+        "/metrics",
+        "/docs",
+        "/openapi.json",
+    }
 )
 """What needs no key where keys are set; everything else does."""
 
@@ -60,5 +70,11 @@ async def page() -> FileResponse:
     return FileResponse(WEB / "index.html")
 
 
+@router.get("/explore", include_in_schema=False)
+async def explore() -> FileResponse:
+    """The page that shows what the network does to an image, noise level by noise level."""
+    return FileResponse(WEB / "explore.html")
+
+
 web_files = StaticFiles(directory=WEB)
-"""The page's style and scripts, mounted at /web."""
+"""The pages' styles and scripts, mounted at /web."""

@@ -1,10 +1,9 @@
 import { copy, curl } from "./curl.js";
+import { enter, facts } from "./door.js";
 import { Form } from "./form.js";
 import { Grid } from "./grid.js";
-import * as key from "./key.js";
 import { Player } from "./player.js";
 import { Run } from "./run.js";
-import { Problem } from "./stream.js";
 
 const $ = (id) => document.getElementById(id);
 
@@ -100,11 +99,9 @@ function reveal() {
   $("stage").scrollIntoView({ behavior: gentle ? "auto" : "smooth" });
 }
 
-function describe({ version, model, runtime, batch_invariance: invariance }) {
-  const size = `${model.height} × ${model.width}${model.channels === 1 ? " grey" : ""}`;
-  const parameters = `${(model.parameters / 1e6).toFixed(1)} M parameters`;
+function describe({ version, model, batch_invariance: invariance }) {
   $("name").textContent = document.title = model.name;
-  $("facts").textContent = [size, parameters, `${runtime.name} ${runtime.dtype} on ${runtime.device}`].join(" · ");
+  $("facts").textContent = facts(info);
   const difference = invariance.max_abs_difference;
   $("invariance").textContent =
     (invariance.invariant
@@ -112,25 +109,13 @@ function describe({ version, model, runtime, batch_invariance: invariance }) {
       : `Measured: batch mates change a result by at most ${difference.toExponential(1)}.`) + ` Version ${version}.`;
 }
 
-function ask() {
-  say(key.isSet() ? "The service does not know this key." : "The service asks for a key.", key.isSet());
-  $("form").hidden = true;
-  $("door").hidden = false;
-  $("key").select();
-}
-
 async function start() {
   try {
-    const response = await fetch("info", { headers: key.headers() });
-    if (response.status === 401) return ask();
-    if (!response.ok) throw await Problem.from(response);
-    info = await response.json();
+    info = await enter($("form"), say);
   } catch (error) {
-    say(error instanceof Problem ? error.message : "The service cannot be reached. Reload to try again.", true);
+    say(error.message, true);
     return;
   }
-  $("door").hidden = true;
-  $("form").hidden = false;
   describe(info);
   form = new Form(info);
   grid.setShape(info.model);
@@ -141,11 +126,6 @@ async function start() {
   $("form").addEventListener("input", () => run || grid.reset(form.places()));
 }
 
-$("door").addEventListener("submit", (event) => {
-  event.preventDefault();
-  key.set($("key").value);
-  start();
-});
 $("form").addEventListener("submit", (event) => {
   event.preventDefault();
   if (form && !running) generate();

@@ -17,15 +17,18 @@ export class Problem extends Error {
 }
 
 // Yields {type, id, data} until `completed` or `error`. A dropped connection is taken up again where it broke, but
-// only once an event has been seen: without its id the server would start a second job.
-export async function* follow(url, signal) {
+// only once an event has been seen: without its id the server would start a second job. A stream that was asked
+// for by a body has no such way back.
+export async function* follow(url, signal, body = null) {
+  const posted = body && { method: "POST", body: JSON.stringify(body) };
   let lastId = "";
   let drops = 0;
   for (;;) {
     try {
       const headers = { Accept: "text/event-stream", ...key.headers() };
+      if (posted) headers["Content-Type"] = "application/json";
       if (lastId) headers["Last-Event-ID"] = lastId;
-      const response = await fetch(url, { headers, signal, cache: "no-store" });
+      const response = await fetch(url, { headers, signal, cache: "no-store", ...posted });
       if (response.status === 204) throw new Problem({ title: "The connection was lost, and the job with it" });
       if (!response.ok) throw await Problem.from(response);
       for await (const event of parse(response.body)) {
@@ -38,7 +41,7 @@ export async function* follow(url, signal) {
       if (!(error instanceof TypeError)) throw error; // fetch reports a broken network as a TypeError
       if (!lastId) throw new Problem({ title: "The service cannot be reached" });
     }
-    if (!lastId || drops === RETRY_AFTER_MS.length) throw new Problem({ title: "The connection was lost" });
+    if (!lastId || posted || drops === RETRY_AFTER_MS.length) throw new Problem({ title: "The connection was lost" });
     await pause(RETRY_AFTER_MS[drops++], signal);
   }
 }

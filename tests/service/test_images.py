@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from service.events import Pixels
-from service.images import MEDIA_TYPES, ImageFormat, contact_sheet, encode
+from service.images import MEDIA_TYPES, ImageFormat, contact_sheet, encode, enlarge
 
 PARAMETERS: dict[str, Any] = {"seed": 7, "sampler": "ddim", "class_label": "T-shirt/\u00e9\u4e2d"}
 USER_COMMENT = (0x8769, 0x9286)
@@ -49,6 +49,22 @@ def test_jpeg_keeps_what_can_be_seen(channels: int) -> None:
     image, found = read(encode(pixels, "jpeg"))
     assert image.format == "JPEG"
     assert np.abs(found.reshape(pixels.shape).astype(int) - pixels).max() <= 4
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_enlarged_pixel_is_a_square(channels: int) -> None:
+    pixels = picture(channels, size=5)
+    image, found = read(encode(pixels, "png", PARAMETERS, scale=4))
+    assert image.size == (20, 20)
+    assert json.loads(image.info["parameters"]) == PARAMETERS
+    for y in range(20):
+        for x in range(20):
+            assert (found[y, x] == pixels[y // 4, x // 4]).all()
+
+
+def test_what_is_not_enlarged_is_not_copied() -> None:
+    pixels = picture(3)
+    assert enlarge(pixels, 1) is pixels
 
 
 def test_a_png_tells_its_parameters() -> None:

@@ -1,48 +1,12 @@
 """The page in a real browser, against the real service with a tiny model: it must do what it shows."""
 
-import shutil
-from contextlib import ExitStack, closing
-
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
+from tests.service.browser import IN_A_BROWSER
 from tests.service.fakes import until
 
-CHROMIUM = shutil.which("chromium")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine"),
-]
-# Without these a browser in a closed network keeps trying to reach its maker.
-QUIET = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-
-
-@pytest.fixture
-def visit(launch, tiny_folder):
-    """Opens the page of a service with these flags; proof at the end that its console stayed clean."""
-    with ExitStack() as stack:
-        complaints: list[str] = []
-        browser = stack.enter_context(sync_playwright()).chromium.launch(executable_path=CHROMIUM, args=QUIET)
-        stack.callback(browser.close)
-
-        def visited(*flags: str) -> Page:
-            client = stack.enter_context(closing(launch("--model", str(tiny_folder), *flags).connect()))
-            opened = browser.new_page()
-            opened.on("console", lambda message: complaints.append(message.text))
-            opened.on("pageerror", lambda error: complaints.append(str(error)))
-            opened.goto(str(client.base_url))
-            return opened
-
-        yield visited
-    assert [text for text in complaints if "401" not in text] == []
+pytestmark = IN_A_BROWSER
 
 
 @pytest.fixture

@@ -99,6 +99,23 @@ def test_several_pictures_come_on_a_sheet(serve: Serve) -> None:
     assert tile.tobytes() == pixels(images[2])
 
 
+def test_a_sheet_is_enlarged_as_a_whole(serve: Serve) -> None:
+    client = serve().client
+    request = {"n": 3, "seed": 1, "num_inference_steps": 2}
+    png = {"accept": "image/png"}
+    small = np.asarray(opened(client.post("/generate", json=request, headers=png).content))
+    large = np.asarray(opened(client.post("/generate", json={**request, "scale": 5}, headers=png).content))
+    assert large.tobytes() == np.kron(small, np.ones((5, 5), np.uint8)).tobytes()
+
+
+def test_a_stream_is_enlarged(serve: Serve) -> None:
+    with serve().client.stream("GET", "/stream?num_inference_steps=2&scale=3") as response:
+        (*_, preview, completed) = sse(response)
+    for event in (preview, completed):
+        image = opened(base64.b64decode(event.data["images"][0]["b64_json"]))
+        assert image.size == (3 * SIZE, 3 * SIZE)
+
+
 @pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
 def test_json_holds_pictures_of_any_format(serve: Serve, image_format: str) -> None:
     request = {"num_inference_steps": 1, "output_format": image_format}
@@ -311,14 +328,14 @@ def test_a_quiet_stream_is_kept_open_by_pings(serve: Serve, monkeypatch: pytest.
         assert "event: completed" in list(lines)
 
 
-@pytest.mark.parametrize(("size", "inline"), [(20, True), (200, False)])
-def test_large_pictures_are_encoded_on_another_thread(size: int, inline: bool) -> None:
+@pytest.mark.parametrize(("size", "scale", "inline"), [(20, 1, True), (200, 1, False), (20, 16, False)])
+def test_large_pictures_are_encoded_on_another_thread(size: int, scale: int, inline: bool) -> None:
     pictures = (Picture(0, 0, "xt", np.zeros((size, size, 1), np.uint8)),)
 
     def thread() -> bytes:
         return str(threading.get_ident()).encode()
 
-    found = asyncio.run(drawn(Finished("job", pictures, 0.0, 0.0), thread))
+    found = asyncio.run(drawn(Finished("job", pictures, 0.0, 0.0), thread, scale=scale))
     assert (found == thread()) == inline
 
 

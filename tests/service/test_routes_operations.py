@@ -115,11 +115,13 @@ def test_the_facts(serve: Serve) -> None:
     assert facts["batch_invariance"] == {"invariant": True, "max_abs_difference": 0.0, "batch_sizes": [2]}
 
 
-def test_the_page_and_its_files(serve: Serve) -> None:
+def test_the_pages_and_their_files(serve: Serve) -> None:
     client = serve().client
-    page = client.get("/")
-    assert page.status_code == 200
-    assert page.headers["content-type"].startswith("text/html")
+    for path, title in (("/", "Diffusion, step by step"), ("/explore", "Explore diffusion")):
+        page = client.get(path)
+        assert page.status_code == 200
+        assert page.headers["content-type"].startswith("text/html")
+        assert title in page.text
     script = client.get("/web/app.js")
     assert script.status_code == 200
     assert "javascript" in script.headers["content-type"]
@@ -176,7 +178,7 @@ def test_a_key_opens_what_is_closed(serve: Serve, route: str) -> None:
 
 def test_some_routes_are_open(serve: Serve) -> None:
     client = serve(**KEYS).client
-    for path in ("/", "/web/app.js", *LIVE, *READY, "/metrics", "/docs", "/openapi.json"):
+    for path in ("/", "/explore", "/web/app.js", *LIVE, *READY, "/metrics", "/docs", "/openapi.json"):
         assert client.get(path).status_code == 200, path
 
 

@@ -75,6 +75,9 @@ def order(request: dict[str, Any], known: Catalogue | None = None, streamed: boo
         ("deadline_s", 0),
         ("deadline_s", float("nan")),
         ("output_format", "gif"),
+        ("scale", 0),
+        ("scale", 17),
+        ("scale", 2.0),
         ("preview", "all"),
         ("preview_every", 0),
         ("steps", 20),
@@ -200,6 +203,16 @@ def test_no_more_images_than_the_queue_holds() -> None:
         order({"n": 5}, known)
 
 
+def test_enlarged_pictures_have_a_limit_together() -> None:
+    known = catalogue()
+    large = Catalogue(**{**vars(known), "shape": (3, 256, 256)})
+    assert order({"n": 4, "scale": 8}, large).scale == 8
+    assert order({"n": 64}, large).scale == 1  # as they are, there is no such limit
+    with pytest.raises(InvalidRequestError, match="16777216 pixels") as refused:
+        order({"n": 5, "scale": 8}, large)
+    assert refused.value.field == "scale"
+
+
 def test_the_defaults_are_told() -> None:
     made = order({})
     assert made.parameters == {
@@ -211,6 +224,7 @@ def test_the_defaults_are_told() -> None:
         "guidance_scale": 1.0,
         "class_label": None,
         "output_format": "png",
+        "scale": 1,
     }
     assert order({}).parameters["seed"] != made.parameters["seed"]
 
@@ -263,6 +277,15 @@ def test_the_answer_to_generate() -> None:
     image = Image.open(BytesIO(base64.b64decode(body["images"][1]["b64_json"])))
     assert json.loads(image.info["parameters"]) == {**made.parameters, "n": 1, "seed": 41, "model": "tiny"}
     json.dumps(body, allow_nan=False)
+
+
+def test_pictures_are_enlarged_in_answers_and_looks() -> None:
+    made = order({"scale": 3}, streamed=True)
+    finished = finished_body(Finished(made.job.id, (picture(0),), 0.0, 0.0), made, "tiny")
+    look = preview_body(Preview(made.job.id, 1, 50, 980, 1.0, (picture(0, "x0"),)), made)
+    for body in (finished, look):
+        image = Image.open(BytesIO(base64.b64decode(body["images"][0]["b64_json"])))
+        assert image.size == (24, 24)
 
 
 def test_the_events_of_a_stream() -> None:

@@ -1,0 +1,86 @@
+// The second study: one seed in a table of samplers and step counts. And the third: guidance, as a slider.
+
+import { draw } from "./ask.js";
+
+const COUNTS = [4, 8, 16, 32];
+const LANES = 4; // a browser opens six connections to one HTTP/1.1 host
+const SEEDS = 6;
+const GUIDED_STEPS = 20;
+
+const $ = (id) => document.getElementById(id);
+
+export class Contest {
+  constructor({ samplers, model }) {
+    this.counts = COUNTS.filter((count) => count <= model.timesteps);
+    this.samplers = samplers;
+    const head = this.counts.map((count) => cell("th", `${count} steps`, "col"));
+    $("counts").replaceChildren(document.createElement("td"), ...head);
+    this.frames = samplers.map(() => this.counts.map(() => frame()));
+    const rows = samplers.map((sampler, i) => {
+      const row = document.createElement("tr");
+      row.append(cell("th", sampler, "row"), ...this.frames[i].map((item) => cell("td", item)));
+      return row;
+    });
+    $("samplers").replaceChildren(...rows);
+  }
+
+  // fields: {seed, class_label?}. Few steps first: those pictures are there soonest.
+  async run(fields, signal) {
+    const jobs = this.counts.flatMap((steps, column) =>
+      this.samplers.map((sampler, row) => ({ steps, sampler, into: this.frames[row][column] })),
+    );
+    for (const { into } of jobs) into.classList.add("stale");
+    const waiting = jobs.values();
+    const lane = async () => {
+      for (const { steps, sampler, into } of waiting) {
+        const [url] = await draw({ ...fields, sampler, num_inference_steps: steps }, signal);
+        show(into, url, `${sampler}, ${steps} steps, seed ${fields.seed}`);
+      }
+    };
+    await Promise.all(Array.from({ length: LANES }, lane));
+  }
+}
+
+export class Guided {
+  constructor({ model, samplers, defaults, limits }) {
+    this.steps = Math.min(GUIDED_STEPS, model.timesteps);
+    this.sampler = samplers.includes("dpmpp_2m") ? "dpmpp_2m" : defaults.sampler;
+    this.frames = Array.from({ length: Math.min(SEEDS, limits.max_images) }, () => frame());
+    this.seen = new Map(); // a scale that was shown before is shown at once
+    $("seeds").replaceChildren(...this.frames.map((item) => cell("li", item)));
+  }
+
+  async run(fields, scale, signal) {
+    const order = {
+      ...fields,
+      n: this.frames.length,
+      sampler: this.sampler,
+      num_inference_steps: this.steps,
+      guidance_scale: scale,
+    };
+    const name = JSON.stringify(order);
+    if (!this.seen.has(name)) {
+      for (const item of this.frames) item.classList.add("stale");
+      this.seen.set(name, await draw(order, signal));
+    }
+    this.seen.get(name).forEach((url, i) => show(this.frames[i], url, `seed ${fields.seed + i}, guidance ${scale}`));
+  }
+}
+
+function frame() {
+  const element = Object.assign(document.createElement("span"), { className: "frame" });
+  element.append(Object.assign(new Image(), { alt: "", hidden: true }));
+  return element;
+}
+
+function show(element, url, alt) {
+  Object.assign(element.firstChild, { src: url, alt, title: alt, hidden: false });
+  element.classList.remove("stale");
+}
+
+function cell(name, content, scope) {
+  const element = document.createElement(name);
+  if (scope) element.scope = scope;
+  element.append(content);
+  return element;
+}

@@ -1,0 +1,49 @@
+// Between files, data: URLs and pixels.
+
+// An image file as the network would have it: its middle square, as small as the network's images, grey where they
+// are. A PNG as a data: URL. Throws where the browser cannot read the file.
+export async function fit(file, { width, height, channels }) {
+  const bitmap = await createImageBitmap(file);
+  const canvas = Object.assign(document.createElement("canvas"), { width, height });
+  const context = canvas.getContext("2d", { willReadFrequently: true });
+  context.fillRect(0, 0, width, height); // black, which transparent pixels let through
+  context.imageSmoothingQuality = "high";
+  const scale = Math.max(width / bitmap.width, height / bitmap.height);
+  const [w, h] = [bitmap.width * scale, bitmap.height * scale];
+  context.drawImage(bitmap, (width - w) / 2, (height - h) / 2, w, h);
+  bitmap.close();
+  if (channels === 1) grey(context, width, height);
+  return canvas.toDataURL("image/png");
+}
+
+function grey(context, width, height) {
+  const pixels = context.getImageData(0, 0, width, height);
+  const { data } = pixels;
+  for (let i = 0; i < data.length; i += 4) {
+    const luma = 0.299 * data[i] + 0.587 * data[i + 1] + 0.114 * data[i + 2]; // ITU-R BT.601
+    data.fill(Math.round(luma), i, i + 3);
+  }
+  context.putImageData(pixels, 0, 0);
+}
+
+// Draws gain · |a − b|, channel by channel, onto a canvas. a, b: <img> elements.
+export async function difference(canvas, a, b, gain) {
+  await Promise.all([a.decode(), b.decode()]);
+  const { naturalWidth: width, naturalHeight: height } = a;
+  Object.assign(canvas, { width, height });
+  const context = canvas.getContext("2d", { willReadFrequently: true });
+  const [first, second] = [a, b].map((image) => {
+    context.drawImage(image, 0, 0, width, height);
+    return context.getImageData(0, 0, width, height);
+  });
+  for (let i = 0; i < first.data.length; i += 1) {
+    if (i % 4 < 3) first.data[i] = gain * Math.abs(first.data[i] - second.data[i]); // clamped by its type
+  }
+  context.putImageData(first, 0, 0);
+}
+
+// The most screen pixels a picture of `width` pixels may have where `columns` share a room, whole per pixel.
+export function snapped(room, columns, gap, width, most) {
+  const size = Math.min(most, Math.floor((room - (columns - 1) * gap) / columns));
+  return size < width ? size : size - (size % width);
+}

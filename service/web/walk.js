@@ -1,0 +1,50 @@
+// One image under noise at many timesteps, and what the network makes of each. No DOM in here.
+
+import { follow } from "./stream.js";
+
+const LEVELS = 127.5; // grey levels of 255 in a distance of 1 between pixels in [-1, 1]
+
+export const rmse = (mse) => Math.sqrt(mse) * LEVELS;
+
+export class Walk {
+  constructor(image) {
+    this.image = image; // {url, label}
+    this.frames = []; // {timestep, x0, xt, bits, mse}, by timestep
+    this.score = null;
+  }
+
+  // Asks for `terms` timesteps; onFrame is called whenever there is more to see. Throws Problem.
+  async run({ terms, label }, signal, onFrame) {
+    const body = { images: [this.image.url.split(",")[1]], terms, seed: 0, preview: "both" };
+    if (label !== null) body.class_label = label;
+    for await (const { type, data } of follow("score", signal, body)) {
+      if (type === "error") return data;
+      if (type === "completed") this.score = data.scores[0];
+      for (const picture of type === "preview" ? data.images : []) this.record(picture, data.timestep);
+      onFrame();
+    }
+    return null;
+  }
+
+  record({ kind, media_type, b64_json, measure }, seen) {
+    const timestep = measure?.timestep ?? seen;
+    let at = this.frames.findIndex((frame) => frame.timestep >= timestep);
+    if (at < 0) at = this.frames.length;
+    if (this.frames[at]?.timestep !== timestep) this.frames.splice(at, 0, { timestep });
+    Object.assign(this.frames[at], { bits: measure?.bits, mse: measure?.mse });
+    this.frames[at][kind] = `data:${media_type};base64,${b64_json}`;
+  }
+
+  // Index of the frame whose timestep is nearest.
+  nearest(timestep) {
+    return nearest(this.frames, timestep);
+  }
+}
+
+export function nearest(points, timestep) {
+  let best = 0;
+  points.forEach((point, at) => {
+    if (Math.abs(point.timestep - timestep) < Math.abs(points[best].timestep - timestep)) best = at;
+  });
+  return best;
+}

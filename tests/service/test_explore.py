@@ -1,0 +1,211 @@
+"""The Explore page in a real browser, against the real service with a tiny model."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import Page, Route, expect
+
+from service.images import encode
+
+from tests.service.browser import IN_A_BROWSER, Visit
+from tests.service.fakes import SCHEDULE, SIZE, until
+
+pytestmark = IN_A_BROWSER
+
+
+@pytest.fixture
+def page(visit: Visit) -> Page:
+    """The page, open, with an image under noise."""
+    opened = scored(visit(path="/explore"))
+    expect(opened.locator("#status")).to_contain_text("noise levels", timeout=30_000)
+    return opened
+
+
+def scored(page: Page) -> Page:
+    """The page, with `/score` answered where the service does not."""
+    if "/score" not in page.request.get(page.url.replace("/explore", "/openapi.json")).json()["paths"]:
+        page.route("**/score", answer)
+    return page
+
+
+def answer(route: Route) -> None:
+    body = route.request.post_data_json
+    text = "".join(f"event: {name}\ndata: {json.dumps(data)}\n\n" for name, data in score(body))
+    route.fulfill(status=200, content_type="text/event-stream", body=text)
+
+
+def score(body: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The events of a network that guesses each x₀ halfway between right and black."""
+    (sent,) = body["images"]
+    x0 = np.asarray(opened(sent).convert("L"), np.float64)[..., None] / 127.5 - 1
+    eps = np.random.default_rng(body["seed"]).standard_normal(x0.shape)
+    timesteps = np.linspace(99, 0, body["terms"]).round().astype(int).tolist()
+    terms, curve = [], []
+    yield "queued", {"id": "a", "position": 0, "eta_s": 0.1}
+    for step, t in enumerate(timesteps, 1):
+        ac = SCHEDULE.alphas_cumprod[t]
+        pictures = {"xt": ac**0.5 * x0 + (1 - ac) ** 0.5 * eps, "x0": x0 - (1 - ac) / 2 * (x0 + 1)}
+        terms.append({"timestep": t, "bits": 0.01, "mse": float(((pictures["x0"] - x0) ** 2).mean())})
+        curve.append({"timestep": t, "rate": 0.01 * step, "rmse": 127.5 * terms[-1]["mse"] ** 0.5})
+        images = [
+            {"index": 0, "kind": kind, "media_type": "image/png", "measure": terms[-1], "b64_json": png(x)}
+            for kind, x in pictures.items()
+        ]
+        yield "preview", {"step": step, "steps": len(timesteps), "timestep": t, "images": images}
+    found = {"bits_per_dim": 0.5, "standard_error": 0.01, "prior": 0.0, "terms": terms}
+    yield "completed", {"scores": [{**found, "rate_distortion": curve}]}
+
+
+def png(x: np.ndarray[Any, np.dtype[np.float64]]) -> str:
+    pixels = ((x.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
+    return base64.b64encode(encode(pixels, "png")).decode()
+
+
+def source(page: Page, name: str) -> str:
+    """What the picture `name` shows now."""
+    shown: str = page.locator(f"#{name}").evaluate("one => one.src")
+    return shown
+
+
+def opened(text: str) -> Image.Image:
+    """The picture in base64, alone or in a data: URL."""
+    return Image.open(BytesIO(base64.b64decode(text.rpartition(",")[2])))
+
+
+def points(page: Page, chart: str) -> int:
+    return page.locator(f"#{chart} .point").count()
+
+
+def marked(page: Page, chart: str) -> str | None:
+    return page.locator(f"#{chart} .mark").get_attribute("cx")
+
+
+def test_the_slider_walks_through_the_noise_without_another_request(page: Page) -> None:
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    slider = page.locator("#t")
+    slider.focus()
+    slider.press("Home")
+    expect(page.locator("#reading")).to_contain_text("t = 0 of 99")
+    first = [source(page, name) for name in ("noisy", "guess")]
+    assert all(url.startswith("data:image/png;base64,") for url in first)
+    mark = marked(page, "rate-chart")
+    slider.press("End")
+    until(lambda: source(page, "noisy") != first[0] and source(page, "guess") != first[1], "other pictures")
+    expect(page.locator("#reading")).not_to_contain_text("t = 0 ")
+    assert marked(page, "rate-chart") != mark
+    assert [url for url in asked if not url.startswith("data:")] == []
+
+
+def test_the_curves_have_their_points_and_axes(page: Page) -> None:
+    for chart, unit in (("rate-chart", "bits per dimension"), ("guess-chart", "timestep t")):
+        until(lambda chart=chart: points(page, chart) >= 20, "the curve")  # type: ignore[misc]
+        expect(page.locator(f"#{chart}")).to_contain_text(unit)
+        expect(page.locator(f"#{chart}")).to_contain_text("RMSE")
+        assert "Root mean square error" in str(page.locator(f"#{chart}").get_attribute("aria-label"))
+    expect(page.locator("#bits")).to_contain_text("bits per dimension")
+
+
+def test_a_point_of_a_curve_can_be_chosen(page: Page) -> None:
+    until(lambda: points(page, "guess-chart") >= 20, "the curve")
+    before = page.locator("#reading").inner_text()
+    box = page.locator("#guess-chart").bounding_box()
+    assert box is not None
+    page.mouse.click(box["x"] + box["width"] * 0.85, box["y"] + box["height"] / 2)
+    until(lambda: page.locator("#reading").inner_text() != before, "another timestep")
+
+
+def test_an_image_of_ones_own_is_cropped_and_made_small_and_grey(page: Page, tmp_path: Path) -> None:
+    wide = Image.new("RGB", (60, 40), "black")
+    wide.paste("white", (20, 0, 40, 20))  # the middle of the upper half
+    wide.save(tmp_path / "wide.png")
+    page.locator("#file").set_input_files(tmp_path / "wide.png")
+    expect(page.locator("#status")).to_contain_text("noise levels of wide.png", timeout=30_000)
+    expect(page.locator("#choices input")).to_have_count(4)
+    picture = opened(source(page, "clean")).convert("L")
+    assert picture.size == (SIZE, SIZE)
+    assert picture.getpixel((SIZE // 2, 1)) == 255
+    assert picture.getpixel((0, 1)) == 0
+    assert picture.getpixel((SIZE // 2, SIZE - 2)) == 0
+    expect(page.locator("#told")).to_have_value("nothing")
+
+
+def test_what_is_no_image_is_said(page: Page, tmp_path: Path) -> None:
+    (tmp_path / "notes.png").write_text("not a picture")
+    page.locator("#file").set_input_files(tmp_path / "notes.png")
+    expect(page.locator("#status")).to_contain_text("notes.png is no image")
+    expect(page.locator("#choices input")).to_have_count(3)
+
+
+def test_another_image_and_another_class_are_scored_anew(page: Page) -> None:
+    bodies: list[dict[str, Any]] = []
+    page.on("request", lambda r: r.url.endswith("/score") and bodies.append(r.post_data_json))
+    page.locator("#choices input").nth(1).check(force=True)
+    until(lambda: len(bodies) == 1, "the request")
+    assert bodies[0]["class_label"] == 1
+    assert opened(bodies[0]["images"][0]).size == (SIZE, SIZE)
+    page.locator("#told").select_option("nothing")
+    until(lambda: len(bodies) == 2, "another request")
+    assert "class_label" not in bodies[1]
+    assert bodies[1]["images"] == bodies[0]["images"]
+
+
+def test_one_seed_under_every_sampler(page: Page) -> None:
+    page.locator("#contest").scroll_into_view_if_needed()
+    expect(page.locator("#contest-status")).to_contain_text("Drawn", timeout=30_000)
+    expect(page.locator("#samplers th")).to_have_text(["ddpm", "ddim", "dpmpp_2m", "sde_dpmpp_2m"])
+    images = page.locator("#samplers img")
+    assert len(set(images.evaluate_all("all => all.map(one => one.src)"))) > 8  # of 16
+    before = images.first.get_attribute("src")
+    page.locator("#seed").fill("8")
+    until(lambda: images.first.get_attribute("src") != before, "another seed's picture")
+
+
+def test_guidance_draws_the_same_seeds_again(page: Page) -> None:
+    page.locator("#guided").scroll_into_view_if_needed()
+    status, images = page.locator("#guided-status"), page.locator("#seeds img")
+    expect(status).to_contain_text("Drawn", timeout=30_000)
+    before = images.evaluate_all("all => all.map(one => one.src)")
+    page.locator("#guidance").press("End")
+    expect(page.locator("#guidance-value")).to_have_text("8.0")
+    until(lambda: "guidance 8" in str(images.last.get_attribute("alt")), "the new pictures")
+    after = images.evaluate_all("all => all.map(one => one.src)")
+    assert len(before) == len(after) > 1
+    assert before != after
+
+
+def test_a_phone_shows_it_all_without_scrolling_sideways(visit: Visit) -> None:
+    page = scored(visit(path="/explore", width=360))
+    expect(page.locator("#status")).to_contain_text("noise levels", timeout=30_000)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    for name in ("clean", "noisy", "guess", "error", "rate-chart", "guess-chart", "contest", "guided"):
+        box = page.locator(f"#{name}").bounding_box()
+        assert box is not None
+        assert box["width"] > 100
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= 360
+
+
+def test_the_pages_lead_to_one_another(page: Page) -> None:
+    page.locator(".pages a", has_text="Generate").click()
+    expect(page.locator("#generate")).to_be_visible()
+    page.locator(".pages a", has_text="Explore").click()
+    expect(page.locator("#walk-title")).to_be_visible()
+
+
+def test_a_key_opens_it(visit: Visit) -> None:
+    page = visit("--api-keys", "the-right-key", path="/explore")
+    expect(page.locator("#status")).to_contain_text("asks for a key")
+    page.locator("#key").fill("the-right-key")
+    page.locator("#door button").click()
+    expect(page.locator("#studies")).to_be_visible()
+    expect(page.locator("#choices img")).to_have_count(3, timeout=30_000)
