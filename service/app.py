@@ -37,7 +37,7 @@ from service.errors import (
     UnauthorizedError,
 )
 from service.routes import House, edit, generate, operations
-from service.schemas import DEFAULT_GUIDANCE, DEFAULT_STEPS, Catalogue, Problem
+from service.schemas import DEFAULT_GUIDANCE, DEFAULT_SAMPLER, DEFAULT_STEPS, Catalogue, Problem
 from service.settings import Settings
 from service.streams import Streams
 from service.telemetry import Observe, Telemetry, request_id
@@ -194,6 +194,7 @@ def describe_model(model: Checkpoint, settings: Settings) -> Catalogue:
 def describe(catalogue: Catalogue, settings: Settings, warm: Warm) -> dict[str, Any]:
     """What `/info` says."""
     channels, height, width = catalogue.shape
+    steps = {sampler: min(most, catalogue.schedule.timesteps) for sampler, most in DEFAULT_STEPS.items()}
     return {
         "version": __version__,
         "model": {
@@ -210,8 +211,9 @@ def describe(catalogue: Catalogue, settings: Settings, warm: Warm) -> dict[str, 
         },
         "samplers": list(SAMPLERS),
         "defaults": {
-            "sampler": "ddim",
-            "num_inference_steps": min(DEFAULT_STEPS, catalogue.schedule.timesteps),
+            "sampler": DEFAULT_SAMPLER,
+            "num_inference_steps": steps[DEFAULT_SAMPLER],
+            "steps_by_sampler": steps,
             "eta": 0.0,
             "guidance_scale": DEFAULT_GUIDANCE if catalogue.guided else 1.0,
         },

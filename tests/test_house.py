@@ -77,7 +77,9 @@ MODEL = {
     "model.samplers": "model.schedule model.diffusion numpy",
     "model.lowering": "model.unet torch openvino",
     "model.runtimes": "model.checkpoint model.lowering model.unet model.schedule torch numpy openvino",
-    "model.denoiser": "model.runtimes model.checkpoint model.samplers model.noise torch numpy",
+    "model.denoiser": (
+        "model.runtimes model.checkpoint model.diffusion model.samplers model.schedule model.noise torch numpy"
+    ),
     "model*": "model model.* numpy torch safetensors PIL tqdm matplotlib",
 }
 ALLOWED = SERVICE | MODEL

@@ -27,7 +27,10 @@ export class Form {
     this.counts = { [EACH]: 1, other: Math.min(8, limits.max_images) };
     $("n").addEventListener("input", () => (this.counts[this.kind] = $("n").value));
     $("class").addEventListener("change", () => this.adapt());
-    $("sampler").addEventListener("change", () => this.adapt());
+    $("sampler").addEventListener("change", () => {
+      $("steps").value = defaults.steps_by_sampler[$("sampler").value];
+      this.adapt();
+    });
     for (const id of ["guidance", "eta"]) $(id).addEventListener("input", () => this.adapt());
     $("seed").addEventListener("input", () => this.adapt());
     $("pin").addEventListener("click", () => this.pin($("seed").value === "" ? this.used : ""));

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from model.denoiser import Chain, Latent
+from model.denoiser import Chain, Known, Latent, noised
+from model.samplers import build_probe
 from service.engine import Engine, FatalError, StepReport, to_pictures
 from service.errors import ComputeError, DeadlineError, NonFiniteError
 from service.events import Cancelled, Event, Failed, Finished, Preview
 from service.jobs import Job, Sequel, State
-from tests.service.fakes import SIZE, FakeDenoiser, counting_job, fake_engine, job_of
+from tests.service.fakes import SCHEDULE, SIZE, FakeDenoiser, counting_job, fake_engine, job_of
 
 MATES = range(8)
 
@@ -312,3 +314,22 @@ def test_only_what_goes_on_gives_its_latents() -> None:
         assert picture.latent is not None
         assert picture.latent.tobytes() == denoiser.seen[picture.seed, 2]
         assert picture.latent.base is None  # not a look into the whole batch
+
+
+# ── Probes ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_probe_is_measured_row_by_row_beside_others() -> None:
+    plan = build_probe(SCHEDULE, [90, 40, 0])
+    known = Known(np.zeros((1, SIZE, SIZE), np.float32), np.ones((1, 1, 1), bool))
+    job = Job("probe", "probe", preview="x0")
+    for seed in (1, 2):
+        job.add(Chain(plan, seed, start=noised(plan, known.image, seed), known=known))
+    events = drain(engine_with(FakeDenoiser(), job, job_of("mate", [3], steps=5)))
+    (finished,) = (event for event in events if isinstance(event, Finished) and event.job_id == "probe")
+    assert [[measure.timestep for measure in each] for each in finished.measures] == [[90, 40, 0]] * 2
+    assert [[measure.bits for measure in each] for each in finished.measures] == [[0, 1, 2]] * 2
+    looks = [p for e in events if isinstance(e, Preview) for p in e.pictures]
+    assert [look.measure.timestep for look in looks if look.index == 1 and look.measure] == [90, 40, 0]
+    (mate,) = (event for event in events if isinstance(event, Finished) and event.job_id == "mate")
+    assert mate.measures == ((),)

@@ -15,7 +15,6 @@ from PIL import Image
 from playwright.sync_api import Page, Route, expect
 
 from service.images import encode
-
 from tests.service.browser import IN_A_BROWSER, Visit
 from tests.service.fakes import SCHEDULE, SIZE, until
 

@@ -95,6 +95,7 @@ def test_the_facts(serve: Serve) -> None:
         "name": "tiny",
         "classes": ["cat", "dog", "Ankle Boot"],
         "guidance": True,
+        "classifier": False,
         "channels": 1,
         "height": 8,
         "width": 8,
@@ -105,8 +106,9 @@ def test_the_facts(serve: Serve) -> None:
     assert facts["model"]["parameters"] > 100
     assert facts["samplers"] == ["ddpm", "ddim", "dpmpp_2m", "sde_dpmpp_2m"]
     assert facts["defaults"] == {
-        "sampler": "ddim",
-        "num_inference_steps": 50,
+        "sampler": "dpmpp_2m",
+        "num_inference_steps": 20,
+        "steps_by_sampler": {"ddpm": 50, "ddim": 50, "dpmpp_2m": 20, "sde_dpmpp_2m": 20},
         "eta": 0.0,
         "guidance_scale": 2.0,
     }

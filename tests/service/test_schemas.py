@@ -14,10 +14,12 @@ from pydantic import ValidationError
 
 from model.checkpoint import Checkpoint
 from model.samplers import SAMPLERS
+from model.schedule import SPACINGS
 from service.app import describe_model
 from service.errors import InvalidRequestError
 from service.events import Finished, Picture, Preview, Queued
 from service.schemas import (
+    DEFAULT_STEPS,
     MAX_SEED,
     Catalogue,
     GenerateRequest,
@@ -218,15 +220,45 @@ def test_the_defaults_are_told() -> None:
     assert made.parameters == {
         "n": 1,
         "seed": made.job.samples[0].chain.seed,
-        "sampler": "ddim",
-        "num_inference_steps": 50,
+        "sampler": "dpmpp_2m",
+        "num_inference_steps": 20,
         "eta": 0.0,
         "guidance_scale": 1.0,
+        "guidance_sigma_min": 0.0,
+        "guidance_sigma_max": None,
+        "classifier_scale": 0.0,
+        "timestep_spacing": "trailing",
         "class_label": None,
         "output_format": "png",
         "scale": 1,
     }
     assert order({}).parameters["seed"] != made.parameters["seed"]
+
+
+@pytest.mark.parametrize(("sampler", "steps"), DEFAULT_STEPS.items())
+def test_every_sampler_has_steps_of_its_own(sampler: str, steps: int) -> None:
+    assert order({"sampler": sampler}).parameters["num_inference_steps"] == steps
+
+
+def test_guidance_within_an_interval_costs_less() -> None:
+    asked = {"class_label": "cat", "guidance_sigma_min": 0.5, "guidance_sigma_max": 4.0}
+    (sample,) = order(asked).job.samples
+    assert set(sample.chain.plan.rows) == {1, 2}
+    assert order(asked).parameters["guidance_sigma_max"] == 4.0
+    with pytest.raises(InvalidRequestError, match="empty") as refused:
+        order({**asked, "guidance_sigma_max": 0.5})
+    assert refused.value.field == "guidance_sigma_max"
+
+
+def test_a_classifier_that_is_not_there_cannot_guide() -> None:
+    with pytest.raises(InvalidRequestError, match="no classifier") as refused:
+        order({"class_label": "cat", "classifier_scale": 1.0})
+    assert refused.value.field == "classifier_scale"
+
+
+def test_the_spacing_of_timesteps_can_be_chosen() -> None:
+    plans = [order({"timestep_spacing": spacing}).job.samples[0].chain.plan for spacing in SPACINGS]
+    assert len({plan.timesteps for plan in plans}) == len(SPACINGS)
 
 
 def test_image_i_has_seed_plus_i() -> None:
