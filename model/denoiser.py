@@ -42,6 +42,11 @@ class Known:
     image: Image
     mask: NDArray[np.bool_]
 
+    @classmethod
+    def whole(cls, image: Image) -> Known:
+        """Every pixel of it."""
+        return cls(image, np.ones((1, 1, 1), np.bool_))
+
 
 @dataclass(frozen=True, eq=False)
 class Chain:
@@ -64,10 +69,14 @@ def noised(plan: Plan, image: Image, seed: int) -> Mix:
 
 @dataclass(slots=True)
 class Latent:
-    """The state of a sample between steps: x_t and the last x₀ guess, both [C, H, W] float32."""
+    """The state of a sample between steps: x_t and the last x₀ guess, both [C, H, W] float32.
+
+    seen: of a probe, the x_t that the guess was made at.
+    """
 
     x: Tensor
     x0: Tensor
+    seen: Tensor | None = None
 
 
 class ClassGradient(Protocol):
@@ -142,7 +151,7 @@ class Denoiser:
         Returns new latents, in order; the given ones are untouched, so a failed or cancelled step costs
         nothing.
         """
-        x = torch.stack([latent.x for latent in latents])
+        before = x = torch.stack([latent.x for latent in latents])
         previous = torch.stack([latent.x0 for latent in latents])
         table = np.stack([chain.plan.table[row] for chain, row in zip(chains, rows, strict=True)])
         t = torch.from_numpy(table[:, T].astype(np.int64)).to(self.runtime.device)
@@ -165,7 +174,8 @@ class Denoiser:
         given = [i for i, chain in enumerate(chains) if chain.known is not None]
         if given:
             self._put_known(x, chains, rows, given, (columns[K_0][given], columns[K_N][given]))
-        return [Latent(*pair) for pair in zip(x.unbind(), x0.unbind(), strict=True)]
+        seen = [old if chain.plan.probe else None for chain, old in zip(chains, before.unbind(), strict=True)]
+        return [Latent(*state) for state in zip(x.unbind(), x0.unbind(), seen, strict=True)]
 
     def measure(
         self, chains: Sequence[Chain], latents: Sequence[Latent], rows: Sequence[int]

@@ -152,8 +152,11 @@ class Engine:
 
 
 def draw(looks: Sequence[tuple[Sample, str]]) -> list[Picture]:
-    """What samples' latents look like: the x₀ guess ("x0") or the latent itself ("xt")."""
-    values = [sample.latent.x0 if kind == "x0" else sample.latent.x for sample, kind in looks]
+    """What samples' latents look like: the x₀ guess ("x0") or the latent itself ("xt").
+
+    Of a probe the latent that the guess was made at.
+    """
+    values = [_shown(sample.latent, kind) for sample, kind in looks]
     return [
         Picture(
             sample.index,
@@ -165,6 +168,12 @@ def draw(looks: Sequence[tuple[Sample, str]]) -> list[Picture]:
         )
         for (sample, kind), pixels in zip(looks, to_pictures(torch.stack(values)), strict=True)
     ]
+
+
+def _shown(latent: Latent, kind: str) -> torch.Tensor:
+    if kind == "x0":
+        return latent.x0
+    return latent.x if latent.seen is None else latent.seen
 
 
 def to_pictures(x: torch.Tensor) -> Pixels:

@@ -6,7 +6,7 @@ import base64
 import math
 import secrets
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, Literal
@@ -105,7 +105,8 @@ class Order:
     """A job and what was understood of its request: `parameters` repeats it with every default filled in.
 
     marks: what is said of each image besides its index and seed. columns: of the sheet that shows them all.
-    scale: pixels of a picture per pixel of the model and side.
+    scale: pixels of a picture per pixel of the model and side. finish: makes its answer, where that is not
+    images, of the event, this order and the model's name.
     """
 
     job: Job
@@ -114,6 +115,7 @@ class Order:
     marks: tuple[dict[str, Any], ...] = ()
     columns: int | None = None
     scale: int = 1
+    finish: Callable[[Finished, Order, str], dict[str, Any]] | None = None
 
     def mark(self, index: int) -> dict[str, Any]:
         """What is said of one image."""
@@ -284,7 +286,9 @@ def preview_body(event: Preview, order: Order) -> dict[str, Any]:
 
 
 def finished_body(event: Finished, order: Order, model: str) -> dict[str, Any]:
-    """The answer to `/generate`, and data of a stream's `completed` event."""
+    """The answer to a request, and data of a stream's `completed` event."""
+    if order.finish is not None:
+        return order.finish(event, order, model)
     return {
         "id": event.job_id,
         "model": model,
@@ -310,10 +314,13 @@ def result_images(pictures: Iterable[Picture], order: Order, model: str) -> Iter
 def image_body(picture: Picture, order: Order, provenance: dict[str, Any] | None = None) -> dict[str, Any]:
     """One image inside JSON."""
     data = encode(picture.pixels, order.output_format, provenance, order.scale)
+    found = picture.measure
+    measured = {"timestep": found.timestep, "bits": found.bits, "mse": found.error} if found else None
     return {
         "index": picture.index,
         "seed": picture.seed,
         **order.mark(picture.index),
+        **({"measure": measured} if measured else {}),
         "b64_json": base64.b64encode(data).decode(),
         "media_type": MEDIA_TYPES[order.output_format],
     }

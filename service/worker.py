@@ -208,7 +208,8 @@ class Worker:
             self._samples -= job.room
         match event:
             case Finished():
-                self._telemetry.images.labels(job.sampler).inc(len(job.samples))
+                if not any(event.measures):  # or it was about images that there were
+                    self._telemetry.images.labels(job.sampler).inc(len(job.samples))
                 self._telemetry.queue_duration.observe(event.queue_s)
             case Cancelled():
                 self._telemetry.cancelled.inc()

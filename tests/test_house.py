@@ -24,7 +24,7 @@ MAX_LINES = 450
 # Imports: all that a module may import besides the standard library, from the door down; a room may look at
 # what is below it or beside it, never up. errors and telemetry are leaves: they import nothing of ours.
 
-BELOW_ROUTES = "service.edits service.schemas service.streams service.worker service.images"
+BELOW_ROUTES = "service.scores service.edits service.schemas service.streams service.worker service.images"
 BELOW_ENGINE = "service.scheduler service.jobs service.events"
 BELOW_WORKER = f"service.engine {BELOW_ENGINE}"
 LEAVES = "service.errors service.telemetry"
@@ -57,6 +57,10 @@ SERVICE = {
         "service.schemas service.uploads service.jobs service.events service.errors"
         f" model.samplers model.denoiser model.interpolation {HTTP}"
     ),
+    "service.scores": (
+        "service.edits service.schemas service.uploads service.images service.jobs service.events"
+        f" service.errors model.samplers model.schedule model.denoiser model.likelihood {HTTP}"
+    ),
     # Between the two: threads, queues and pictures, and neither HTTP nor tensors.
     "service.streams": f"service.jobs service.events {LEAVES}",
     "service.images": "service.events service.errors numpy PIL",
@@ -76,9 +80,11 @@ MODEL = {
     "model.noise": "numpy",
     "model.samplers": "model.schedule model.diffusion numpy",
     "model.lowering": "model.unet torch openvino",
+    "model.likelihood": "model.schedule numpy",
     "model.runtimes": "model.checkpoint model.lowering model.unet model.schedule torch numpy openvino",
     "model.denoiser": (
-        "model.runtimes model.checkpoint model.diffusion model.samplers model.schedule model.noise torch numpy"
+        "model.runtimes model.checkpoint model.diffusion model.samplers model.schedule model.noise"
+        " torch numpy"
     ),
     "model*": "model model.* numpy torch safetensors PIL tqdm matplotlib",
 }
