@@ -62,12 +62,21 @@ def noised(plan: Plan, image: Image, seed: int) -> Mix:
     return Mix(((plan.start, image),), ((math.sqrt(1 - plan.start**2), seed),))
 
 
+def probing(plan: Plan, image: Image, seed: int, label: int | None = None) -> Chain:
+    """The chain of a probe: it begins with the image under noise, and all of its pixels are known."""
+    return Chain(plan, seed, label, noised(plan, image, seed), Known(image, np.ones((1, 1, 1), np.bool_)))
+
+
 @dataclass(slots=True)
 class Latent:
-    """The state of a sample between steps: x_t and the last x₀ guess, both [C, H, W] float32."""
+    """The state of a sample between steps: x_t and the last x₀ guess, both [C, H, W] float32.
+
+    seen: the x_t that the guess was made of; None before the first step.
+    """
 
     x: Tensor
     x0: Tensor
+    seen: Tensor | None = None
 
 
 class ClassGradient(Protocol):
@@ -142,7 +151,7 @@ class Denoiser:
         Returns new latents, in order; the given ones are untouched, so a failed or cancelled step costs
         nothing.
         """
-        x = torch.stack([latent.x for latent in latents])
+        seen = x = torch.stack([latent.x for latent in latents])
         previous = torch.stack([latent.x0 for latent in latents])
         table = np.stack([chain.plan.table[row] for chain, row in zip(chains, rows, strict=True)])
         t = torch.from_numpy(table[:, T].astype(np.int64)).to(self.runtime.device)
@@ -165,7 +174,7 @@ class Denoiser:
         given = [i for i, chain in enumerate(chains) if chain.known is not None]
         if given:
             self._put_known(x, chains, rows, given, (columns[K_0][given], columns[K_N][given]))
-        return [Latent(*pair) for pair in zip(x.unbind(), x0.unbind(), strict=True)]
+        return [Latent(*each) for each in zip(x.unbind(), x0.unbind(), seen.unbind(), strict=True)]
 
     def measure(
         self, chains: Sequence[Chain], latents: Sequence[Latent], rows: Sequence[int]
