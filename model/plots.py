@@ -197,6 +197,28 @@ def _quality_lines(axes: Axes, rows: Sequence[Mapping[str, Any]], measure: str) 
         )  # fmt: skip
 
 
+def rate_distortion(curve: Mapping[str, Sequence[float]], timesteps: int) -> Image.Image:
+    """What each bit buys: Fig. 5 of Ho et al. 2020, three panels.
+
+    curve: `timestep`, `rate` (bits per dimension) and `rmse` (levels of 255), point by point. timesteps: T.
+    """
+    steps = [timesteps - t for t in curve["timestep"]]
+    rate, distortion = "rate (bits/dim)", "distortion (RMSE of 255)"
+    panels = (
+        ("reverse process steps (T − t)", distortion, steps, curve["rmse"]),
+        ("reverse process steps (T − t)", rate, steps, curve["rate"]),
+        (rate, distortion, curve["rate"], curve["rmse"]),
+    )
+    figure = Figure(figsize=(10, 3.3), layout="constrained")
+    for axes, (across, up, x, y) in zip(figure.subplots(1, 3), panels, strict=True):
+        axes.set(xlabel=across, ylabel=up)
+        axes.plot(x, y, marker=".", ms=4, lw=1)
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    return _drawn(figure)
+
+
 def _plain_numbers(axes: Axes) -> None:
     """On a logarithmic axis: 0.04 and 200, not 4 × 10⁻² and 2 × 10²."""
     axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))

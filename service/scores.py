@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from model.denoiser import Chain, Known, from_pixels, noised
+from model.denoiser import from_pixels, probing
 from model.likelihood import (
     DEFAULT_TERMS,
     FEWEST_TERMS,
@@ -96,10 +96,8 @@ def to_scores(request: ScoreRequest, catalogue: Catalogue, *, streamed: bool) ->
     )
     plans = [build_probe(schedule, part) for part in parts]
     for picture in pictures:
-        known = Known.whole(picture)
         for plan in plans:
-            seed = request.seed + len(job.samples)
-            job.add(Chain(plan, seed, label, noised(plan, picture, seed), known))
+            job.add(probing(plan, picture, request.seed + len(job.samples), label))
     parameters = {
         "seed": request.seed,
         "terms": len(timesteps),

@@ -11,9 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from model.anomaly import measure
+from model.denoiser import Denoiser, to_pixels
 from model.diffusion import prior_term
 from model.likelihood import FEWEST_TERMS, choose_timesteps, estimate, prior_bits, rmse, strata, stretches
 from model.schedule import NoiseSchedule, linear_betas
+from tests.model.gaussian import GaussianRuntime, expected_terms
 
 SCHEDULE = NoiseSchedule(linear_betas(1000))
 
@@ -147,3 +150,28 @@ def test_the_prior_is_that_of_diffusion() -> None:
 
 
 # ── A model whose bound is known ───────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("terms", [200, 61])
+def test_the_bound_of_gaussian_data_under_their_own_denoiser(terms: int) -> None:
+    """Denoiser, probes, terms and estimate against a sum of expectations that is known in closed form."""
+    schedule = NoiseSchedule(linear_betas(200, 5e-4, 0.1), clip=math.inf)
+    denoiser = Denoiser(
+        GaussianRuntime(schedule), (1, 16, 16), conditional=False, null_class=None, schedule=schedule
+    )
+    random = torch.Generator().manual_seed(0)
+    images = to_pixels(torch.randn(6, 1, 16, 16, generator=random) * GaussianRuntime.variance**0.5)
+    found = measure(denoiser, images, terms, seed=3, batch=4, tick=int)
+    off = []
+    for image, bound in zip(images, found.bounds, strict=True):
+        x0 = image / 127.5 - 1
+        expected = expected_terms(schedule, x0)
+        assert bound.prior == pytest.approx(prior_bits(schedule, x0), rel=1e-6)
+        assert (bound.standard_error == 0) == (terms == 200)
+        # A term is a mean of squares of 256 Gaussians: its noise is at most √(2 / 256) of it.
+        noise = math.sqrt(2 / 256 * np.square(expected).sum())
+        for t in (0, 5, 50):
+            difference = bound.rates[t] - bound.prior - expected[t + 1 :].sum()
+            assert abs(difference) < 4 * math.hypot(noise, bound.standard_error)
+        off.append((bound.rates[0] - bound.prior) / expected.sum() - 1)
+    assert abs(np.mean(off)) < 0.03

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.denoiser import Chain, Known, Latent, noised
+from model.denoiser import Chain, Latent, probing
 from model.samplers import build_probe
 from service.engine import Engine, FatalError, StepReport, to_pictures
 from service.errors import ComputeError, DeadlineError, NonFiniteError
@@ -321,10 +321,10 @@ def test_only_what_goes_on_gives_its_latents() -> None:
 
 def test_a_probe_is_measured_row_by_row_beside_others() -> None:
     plan = build_probe(SCHEDULE, [90, 40, 0])
-    known = Known(np.zeros((1, SIZE, SIZE), np.float32), np.ones((1, 1, 1), bool))
+    image = np.zeros((1, SIZE, SIZE), np.float32)
     job = Job("probe", "probe", preview="x0")
     for seed in (1, 2):
-        job.add(Chain(plan, seed, start=noised(plan, known.image, seed), known=known))
+        job.add(probing(plan, image, seed))
     events = drain(engine_with(FakeDenoiser(), job, job_of("mate", [3], steps=5)))
     (finished,) = (event for event in events if isinstance(event, Finished) and event.job_id == "probe")
     assert [[measure.timestep for measure in each] for each in finished.measures] == [[90, 40, 0]] * 2

@@ -1,0 +1,160 @@
+"""Does an image belong to those the network was trained on? How well it is denoised, by noise level.
+
+The likelihood alone answers that badly: simpler images than the training set's get more of it (Nalisnick et
+al. 2019), because images of a set are not where its density is highest but where it is typical. So an image
+is unusual when it is denoised *otherwise* than training images, better or worse, at any noise level: coarse
+structure shows at high ones, texture at low ones. That takes several statistics (Morningstar et al. 2021; of
+a diffusion model's errors by noise level, Graham et al. 2023). Here they are the errors of the x₀ guesses:
+their logarithms, less the training images' mean at the same timestep, averaged over bands of timesteps. The
+score is the squared Mahalanobis distance from the training images' mean, divided by the number of bands.
+
+`python -m model.anomaly` fits this to a training set and writes it beside the weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Floats = NDArray[np.float64]
+
+FILE = "typicality.json"
+BANDS = 8
+KNOTS = 24
+"""Points of the curve of mean errors over the timesteps."""
+FLOOR = 1e-8
+"""Added to squared errors before their logarithm: an image all black has none at low noise levels."""
+FEWEST_IMAGES = 10 * BANDS
+
+
+class TypicalityError(ValueError):
+    """The statistics cannot be used, or not be made; the message says why."""
+
+
+@dataclass(frozen=True, eq=False)
+class Typicality:
+    """Statistics of a training set.
+
+    edges: [K + 1] rising, of the bands of timesteps, from 0 to T. knots, curve: [G] each, log(1 + t) and the
+    mean logarithm of the squared error there. mean: [K], precision: [K, K], of the bands' averages.
+    quantiles: [101], of the training images' own scores, by percent. images: how many there were.
+    weights_sha256: whose network it is. All of it is about the network without a class.
+    """
+
+    edges: Floats
+    knots: Floats
+    curve: Floats
+    mean: Floats
+    precision: Floats
+    quantiles: Floats
+    images: int
+    weights_sha256: str
+
+    def features(self, timesteps: ArrayLike, mse: ArrayLike) -> Floats | None:
+        """An image's averages in the bands, [K]; None when a band has no timestep. Both given: [n]."""
+        t = np.asarray(timesteps, np.float64)
+        excess = np.log(np.asarray(mse, np.float64) + FLOOR) - np.interp(np.log1p(t), self.knots, self.curve)
+        band = np.searchsorted(self.edges, t, side="right") - 1
+        counts = np.bincount(band, minlength=len(self.mean))
+        if not counts.all():
+            return None
+        return np.asarray(np.bincount(band, excess, minlength=len(self.mean)) / counts)
+
+    def score(self, timesteps: ArrayLike, mse: ArrayLike) -> float | None:
+        """How unusual an image is, from 0; training images have 1 on average. None as for `features`."""
+        found = self.features(timesteps, mse)
+        if found is None:
+            return None
+        off = found - self.mean
+        return float(off @ self.precision @ off) / len(off)
+
+    def percentile(self, score: float) -> float:
+        """The percentage of the training images that are less unusual, 0 to 100."""
+        return float(np.interp(score, self.quantiles, np.arange(101.0)))
+
+
+def fit(total: int, timesteps: ArrayLike, mse: ArrayLike, weights_sha256: str) -> Typicality:
+    """The statistics of training images, whose errors `mse` [N, n] were found at `timesteps` [N, n].
+
+    total: T. Raises TypicalityError for fewer than FEWEST_IMAGES images or bands without a timestep.
+    """
+    t, errors = np.asarray(timesteps, np.float64), np.asarray(mse, np.float64)
+    if len(t) < FEWEST_IMAGES:
+        raise TypicalityError(f"{len(t)} images are too few; there must be at least {FEWEST_IMAGES}")
+    knots, curve = _curve(np.log1p(t).ravel(), np.log(errors + FLOOR).ravel())
+    edges = np.expm1(np.linspace(0, math.log1p(total), BANDS + 1))
+    edges[-1] = total
+    blank = Typicality(
+        edges, knots, curve, np.zeros(BANDS), np.eye(BANDS), np.arange(101.0), len(t), weights_sha256
+    )
+    found = [blank.features(*each) for each in zip(t, errors, strict=True)]
+    rows = [row for row in found if row is not None]
+    if len(rows) < len(found):
+        raise TypicalityError(f"{t.shape[1]} timesteps an image leave one of {BANDS} bands without any")
+    features = np.stack(rows)
+    off = features - features.mean(0)
+    precision = np.linalg.inv(off.T @ off / (len(off) - 1))
+    scores = np.einsum("ni,ij,nj->n", off, precision, off) / BANDS
+    quantiles = np.quantile(scores, np.linspace(0, 1, 101))
+    return Typicality(edges, knots, curve, features.mean(0), precision, quantiles, len(t), weights_sha256)
+
+
+def _curve(x: Floats, y: Floats) -> tuple[Floats, Floats]:
+    """Means of x and y in KNOTS parts of the range of x, those without a point left out."""
+    place = np.minimum((KNOTS * x / x.max()).astype(np.int64), KNOTS - 1)
+    counts = np.bincount(place, minlength=KNOTS)
+    found = counts > 0
+    means = [np.bincount(place, values, minlength=KNOTS)[found] / counts[found] for values in (x, y)]
+    return means[0], means[1]
+
+
+def save(path: Path, typicality: Typicality) -> None:
+    """Write it as JSON, all of it or none."""
+    content = {
+        name: value.tolist() if isinstance(value, np.ndarray) else value
+        for name, value in vars(typicality).items()
+    }
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.replace(path)
+
+
+def load(path: Path) -> Typicality:
+    """Read what `save` wrote. Raises TypicalityError for anything else."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        arrays = {
+            name: np.asarray(content.pop(name), np.float64)
+            for name in ("edges", "knots", "curve", "mean", "precision", "quantiles")
+        }
+        found = Typicality(**arrays, **content)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise TypicalityError(f"not readable as such statistics ({error})") from error
+    bands = found.mean.shape
+    shapes = (found.edges.shape, found.precision.shape, found.quantiles.shape, found.knots.shape)
+    if len(bands) != 1 or shapes != ((bands[0] + 1,), bands * 2, (101,), found.curve.shape):
+        raise TypicalityError("its arrays do not belong together")
+    if not all(np.isfinite(values).all() for values in arrays.values()):
+        raise TypicalityError("it has numbers that are not finite")
+    return found
+
+
+def roc_auc(inliers: Sequence[float] | Floats, outliers: Sequence[float] | Floats) -> tuple[float, float]:
+    """The chance that an outlier's score is above an inlier's, ties by half, and its standard error.
+
+    The area under the receiver operating characteristic; the error is Hanley & McNeil's (1982).
+    """
+    low, high = np.sort(np.asarray(inliers, np.float64)), np.asarray(outliers, np.float64)
+    n, m = len(low), len(high)
+    wins = (np.searchsorted(low, high, "left") + np.searchsorted(low, high, "right")) / 2
+    area = float(wins.sum()) / (n * m)
+    first, second = area / (2 - area), 2 * area**2 / (1 + area)
+    variance = area * (1 - area) + (m - 1) * (first - area**2) + (n - 1) * (second - area**2)
+    return area, math.sqrt(max(0.0, variance) / (n * m))
