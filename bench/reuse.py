@@ -164,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--of", type=int, default=50, help="steps of a chain that reuses")
     parser.add_argument("--interval", type=int, nargs="*", default=(2, 3, 5))
     parser.add_argument(
-        "--blocks", type=int, nargs="*", default=(1, 3), help="at full resolution that a shallow step runs"
+        "--blocks", type=int, nargs="*", default=(1, 2), help="at full resolution that a shallow step runs"
     )
     parser.add_argument("--rounds", type=int, default=10, help="of the timing")
     args = parser.parse_args(arguments)

@@ -97,7 +97,8 @@ def measure(
             found[:, part.start : part.stop, row] = np.transpose(values)
             tick(len(chains))
     prior = np.array([likelihood.prior_bits(schedule, image) for image in x0])
-    return Measured(schedule.timesteps, np.stack(chosen), *found, prior)
+    bits, errors = found
+    return Measured(schedule.timesteps, np.stack(chosen), bits, errors, prior)
 
 
 def kept(

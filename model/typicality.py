@@ -130,7 +130,7 @@ def load(path: Path) -> Typicality:
     """Read what `save` wrote. Raises TypicalityError for anything else."""
     try:
         content: dict[str, Any] = json.loads(path.read_text())
-        arrays = {
+        arrays: dict[str, Any] = {
             name: np.asarray(content.pop(name), np.float64)
             for name in ("edges", "knots", "curve", "mean", "precision", "quantiles")
         }

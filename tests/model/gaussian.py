@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import ClassVar
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model.runtimes import DtypeName
 from model.schedule import NoiseSchedule
 
 Floats = NDArray[np.float64]
@@ -20,7 +22,7 @@ class GaussianRuntime:
 
     variance: ClassVar[float] = 0.09
     name = "gaussian"
-    dtype = "float32"
+    dtype: DtypeName = "float32"
     batch_sizes: tuple[int, ...] = ()
 
     def __init__(self, schedule: NoiseSchedule) -> None:
@@ -32,7 +34,7 @@ class GaussianRuntime:
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         return (self.factors[t].view(-1, 1, 1, 1) * x).to(x.dtype)
 
-    def prepare(self, widths: object) -> None:
+    def prepare(self, widths: Iterable[int]) -> None:
         pass
 
     def guess(self, x: Tensor, t: Tensor) -> Tensor:

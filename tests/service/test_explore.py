@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Page, Route, expect
+from playwright.sync_api import Page, Request, Route, expect
 
 from service.images import encode
 from tests.service.browser import IN_A_BROWSER, Visit
@@ -37,7 +37,7 @@ def scored(page: Page) -> Page:
 
 
 def answer(route: Route) -> None:
-    body = route.request.post_data_json
+    body: Any = route.request.post_data_json
     text = "".join(f"event: {name}\ndata: {json.dumps(data)}\n\n" for name, data in score(body))
     route.fulfill(status=200, content_type="text/event-stream", body=text)
 
@@ -146,8 +146,13 @@ def test_what_is_no_image_is_said(page: Page, tmp_path: Path) -> None:
 
 
 def test_another_image_and_another_class_are_scored_anew(page: Page) -> None:
-    bodies: list[dict[str, Any]] = []
-    page.on("request", lambda r: r.url.endswith("/score") and bodies.append(r.post_data_json))
+    bodies: list[Any] = []
+
+    def keep(request: Request) -> None:
+        if request.url.endswith("/score"):
+            bodies.append(request.post_data_json)
+
+    page.on("request", keep)
     page.locator("#choices input").nth(1).check(force=True)
     until(lambda: len(bodies) == 1, "the request")
     assert bodies[0]["class_label"] == 1

@@ -134,8 +134,8 @@ def test_pictures_of_a_form_are_scored_alike(real: Threaded) -> None:
 )
 def test_what_cannot_be_scored_is_refused(serve: Serve, fields: dict[str, Any], field: str) -> None:
     response = serve().client.post("/score", json=fields)
-    found = problem(response, 422, "invalid_request")
-    assert [each["field"] for each in list(found["errors"])] == [field]
+    found: Any = problem(response, 422, "invalid_request")
+    assert [each["field"] for each in found["errors"]] == [field]
 
 
 def test_a_score_is_no_picture(serve: Serve) -> None:
