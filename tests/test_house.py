@@ -76,6 +76,7 @@ SERVICE = {
 }
 MODEL = {
     "model.unet": "torch",
+    "model.encoder": "model.unet torch",
     "model.schedule": "numpy",
     "model.noise": "numpy",
     "model.samplers": "model.schedule model.diffusion numpy",

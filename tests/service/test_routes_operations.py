@@ -111,6 +111,10 @@ def test_the_facts(serve: Serve) -> None:
         "steps_by_sampler": {"ddpm": 50, "ddim": 50, "dpmpp_2m": 20, "sde_dpmpp_2m": 20},
         "eta": 0.0,
         "guidance_scale": 2.0,
+        "guidance_sigma_min": 0.0,
+        "guidance_sigma_max": None,
+        "classifier_scale": 0.0,
+        "timestep_spacing": "trailing",
     }
     assert facts["limits"] == {"max_images": 5, "max_batch": 8, "max_queue": 256, "deadline_s": 60.0}
     assert facts["runtime"]["name"] == "fake"
