@@ -155,7 +155,7 @@ def run(args: argparse.Namespace) -> int:
         name: getattr(args, name) for name in ("steps", "train", "samples", "sampling_steps", "bound_images")
     }
     path = args.work / "ablation.json"
-    kept = json.loads(path.read_text()) if path.exists() else {"budget": budget, "rows": []}
+    kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"budget": budget, "rows": []}
     if kept["budget"] != budget:
         raise DataError(f"{path} is of another budget, {kept['budget']}: name another --work")
     rows = kept["rows"]

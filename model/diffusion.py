@@ -97,7 +97,7 @@ def objective(
     (Ho et al. 2020, eq. 12). Nothing is clipped there, or a wild guess would have no gradient.
     x0, x, eps: [B, C, H, W], x being `q_sample`'s; out: [B, C or 2C, H, W], the network's at (x, t).
     """
-    mean, *rest = out.float().split(x0.shape[1], dim=1)
+    mean, *rest = torch.split(out.float(), x0.shape[1], dim=1)
     learned = schedule.variance_type == "learned_range"
     log_variance = learned_log_variance(schedule, t, rest[0]) if learned else None
     if kind == "vlb":

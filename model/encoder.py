@@ -65,7 +65,8 @@ class EncoderConfig:
         options = {name: value for name, value in config.items() if not name.startswith("_")}
         for name in options.keys() - names:
             raise ConfigError(f"{name} is not an option this classifier has")
-        return cls(**{n: tuple(value) if isinstance(value, list) else value for n, value in options.items()})
+        tuples: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in options.items()}
+        return cls(**tuples)
 
     def to_dict(self) -> dict[str, Any]:
         """The same as a `classifier/config.json`."""
@@ -106,10 +107,10 @@ class NoiseClassifier(nn.Module):
         Rows are taken a few at a time, always as many, so that on a CPU a row's bits depend on that row
         alone. May be called in inference mode.
         """
-        parts = []
+        parts: list[Tensor] = []
         with torch.inference_mode(mode=False), torch.enable_grad():
             places = torch.arange(len(x) + (-len(x)) % ROWS, device=x.device).clamp(max=len(x) - 1)
-            for chosen in places.split(ROWS):
+            for chosen in torch.split(places, ROWS):
                 part = x.detach()[chosen].requires_grad_()  # copies, which autograd may keep
                 log_p = F.log_softmax(self(part, t[chosen]), dim=1)
                 of_class = log_p.gather(1, y[chosen][:, None]).sum()

@@ -132,8 +132,8 @@ def test_the_bound_is_the_sum_of_its_terms(variance: Any) -> None:
     schedule = NoiseSchedule.from_diffusers(config)
     tiny = tiny_checkpoint()
     unet: Any = Knowing(tiny.unet.config, 2)
-    # As many draws as there are timesteps between, so each comes as often as any other; and the same pixels in
-    # each image, so that it does not matter which image gets which.
+    # As many draws as there are timesteps between, so each comes as often as any other; and the same pixels
+    # in each image, so that it does not matter which image gets which.
     pixels = np.random.default_rng(0).integers(0, 256, 64).astype(np.uint8)
     pixels = np.stack([np.roll(pixels, place).reshape(1, 8, 8) for place in range(3)])
     dataset = Dataset(pixels, np.zeros(3, np.int64), ("cat", "dog", "fox"))

@@ -206,7 +206,7 @@ def test_the_bounds_weight_of_the_squared_error_is_that_of_the_paper() -> None:
 def test_a_wild_guess_has_a_gradient_under_the_bound() -> None:
     x0, x, t, eps, out = noisy(SCHEDULE, torch.tensor([0, 1, 999]), off=3.0)
     out.requires_grad_()
-    objective(SCHEDULE, "vlb", x0, x, t, eps, out).sum().backward()  # type: ignore[no-untyped-call]
+    objective(SCHEDULE, "vlb", x0, x, t, eps, out).sum().backward()
     assert out.grad is not None
     assert out.grad.isfinite().all()
     assert (out.grad[1:] != 0).all()
@@ -262,6 +262,6 @@ def test_objectives_of_a_half_precision_output_are_finite_float32(kind: Objectiv
     out = torch.cat((mean, torch.zeros_like(mean)), dim=1).bfloat16().requires_grad_()
     loss = objective(LEARNED, kind, x0, x, t, eps, out)
     assert loss.dtype == torch.float32
-    loss.sum().backward()  # type: ignore[no-untyped-call]
+    loss.sum().backward()
     assert out.grad is not None
     assert out.grad.isfinite().all()

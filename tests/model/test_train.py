@@ -248,7 +248,8 @@ def test_objectives_lead_to_different_weights() -> None:
         it.step()
         it.step()
         ends.append(it.net.conv_out.weight.detach())
-    assert not torch.allclose(*ends, rtol=1e-3)
+    first, second = ends
+    assert not torch.allclose(first, second, rtol=1e-3)
 
 
 def test_the_time_budget_ends_a_run_and_saves(tmp_path: Path, sheets: list[str]) -> None:

@@ -184,7 +184,7 @@ def finished(found: Warm, model: Checkpoint, **requests: dict[str, Any]) -> dict
     orders = {name: to_job(GenerateRequest(**body), known, streamed=False) for name, body in requests.items()}
     for order in orders.values():
         found.engine.scheduler.add(order.job, order.job.created)
-    results = {}
+    results: dict[str, Any] = {}
     while (report := found.engine.step()) is not None:
         assert not [event for event in report.events if isinstance(event, Failed)]
         results |= {event.job_id: event.pictures for event in report.events if isinstance(event, Finished)}
