@@ -252,6 +252,12 @@ def build_repaint(
     return Plan(np.stack(table), schedule.clip)
 
 
+def repaint_rows(steps: int, jump_length: int, jump_n_sample: int) -> int:
+    """How many rows `build_repaint` makes of so many steps, without making them."""
+    jumps = len(range(0, steps - jump_length, jump_length)) * (jump_n_sample - 1)
+    return steps + jumps * jump_length
+
+
 def build_probe(schedule: NoiseSchedule, timesteps: Sequence[int]) -> Plan:
     """Rows that each ask the network about an image at another timestep and then forget the answer.
 

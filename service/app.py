@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from model.checkpoint import Checkpoint
 from model.samplers import SAMPLERS
 from service import __version__
+from service.edits import editing
 from service.engine import Engine
 from service.errors import (
     CancelledError,
@@ -35,7 +36,7 @@ from service.errors import (
     ServiceError,
     UnauthorizedError,
 )
-from service.routes import House, generate, operations
+from service.routes import House, edit, generate, operations
 from service.schemas import DEFAULT_GUIDANCE, DEFAULT_STEPS, Catalogue, Problem
 from service.settings import Settings
 from service.streams import Streams
@@ -46,6 +47,8 @@ from service.worker import Worker
 logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 1 << 20
+MAX_UPLOAD_BYTES = 8 << 20
+"""Of a body that may carry pictures: a photograph or two, in base64."""
 # The most specific class of an error that is listed here decides.
 STATUS: dict[type[ServiceError], int] = {
     InvalidRequestError: 422,
@@ -113,6 +116,7 @@ def create_app(
     app.state.house = house
     app.include_router(operations.router)
     app.include_router(generate.router)
+    app.include_router(edit.router)
     app.mount("/web", operations.web_files)
     # Starlette types a handler by Exception, not by the class it is registered for.
     app.add_exception_handler(ServiceError, _on_service_error)  # type: ignore[arg-type]
@@ -141,13 +145,14 @@ class LimitBody:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run one request; whoever reads too much of its body gets an HTTPException."""
         size = 0
+        most = MAX_UPLOAD_BYTES if scope.get("path") in edit.UPLOAD_ROUTES else MAX_BODY_BYTES
 
         async def limited() -> Message:
             nonlocal size
             message = await receive()
             size += len(message.get("body", b""))
-            if size > MAX_BODY_BYTES:
-                raise HTTPException(413, f"A body has at most {MAX_BODY_BYTES} bytes.")
+            if size > most:
+                raise HTTPException(413, f"A body has at most {most} bytes.")
             return message
 
         await self.app(scope, limited, send)
@@ -210,6 +215,7 @@ def describe(catalogue: Catalogue, settings: Settings, warm: Warm) -> dict[str, 
             "eta": 0.0,
             "guidance_scale": DEFAULT_GUIDANCE if catalogue.guided else 1.0,
         },
+        "editing": editing(catalogue),
         "limits": {
             "max_images": catalogue.max_images,
             "max_batch": warm.engine.scheduler.max_rows,

@@ -17,7 +17,7 @@ import torch
 
 from model.denoiser import Chain, Latent, to_pixels
 from service.errors import ComputeError, NonFiniteError
-from service.events import Event, Measure, Picture, Pixels
+from service.events import Event, Floats, Measure, Picture, Pixels
 from service.jobs import Sample
 from service.scheduler import Scheduler, StepPlan
 
@@ -156,7 +156,12 @@ def draw(looks: Sequence[tuple[Sample, str]]) -> list[Picture]:
     values = [sample.latent.x0 if kind == "x0" else sample.latent.x for sample, kind in looks]
     return [
         Picture(
-            sample.index, sample.chain.seed, kind, pixels, sample.measures[-1] if sample.measures else None
+            sample.index,
+            sample.chain.seed,
+            kind,
+            pixels,
+            sample.measures[-1] if sample.measures else None,
+            to_array(sample.latent.x) if sample.job.sequel is not None else None,
         )
         for (sample, kind), pixels in zip(looks, to_pictures(torch.stack(values)), strict=True)
     ]
@@ -165,6 +170,11 @@ def draw(looks: Sequence[tuple[Sample, str]]) -> list[Picture]:
 def to_pictures(x: torch.Tensor) -> Pixels:
     """[B, C, H, W] float in [-1, 1], clamped → [B, H, W, C] uint8, in memory of its own."""
     return np.ascontiguousarray(to_pixels(x).transpose(0, 2, 3, 1))
+
+
+def to_array(x: torch.Tensor) -> Floats:
+    """A latent [C, H, W], as float32 in memory of its own."""
+    return np.array(x.float().cpu().numpy())
 
 
 def _chain(sample: Sample) -> Chain:

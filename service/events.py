@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from service.errors import ServiceError
 
 Pixels = NDArray[np.uint8]
+Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Measure:
 class Picture:
     """One image of a job: a finished one, or a look at one in the making (`kind` x0 or xt).
 
-    measure: of a probe's guess.
+    measure: of a probe's guess. latent: x itself, [C, H, W], where the job has a sequel that goes on from it.
     """
 
     index: int
@@ -33,6 +34,7 @@ class Picture:
     kind: str
     pixels: Pixels
     measure: Measure | None = None
+    latent: Floats | None = None
 
 
 @dataclass(frozen=True)

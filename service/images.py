@@ -47,11 +47,11 @@ def encode(pixels: Pixels, image_format: ImageFormat, parameters: Mapping[str, A
     return buffer.getvalue()
 
 
-def contact_sheet(pictures: Sequence[Pixels], gap: int = 2) -> Pixels:
-    """Pictures of one size [H, W, C] side by side in a grid about as wide as high, on white."""
+def contact_sheet(pictures: Sequence[Pixels], gap: int = 2, columns: int | None = None) -> Pixels:
+    """Pictures of one size [H, W, C] side by side on white: in so many columns, or about as wide as high."""
     if len(pictures) == 1:
         return pictures[0]
-    columns = math.ceil(math.sqrt(len(pictures)))
+    columns = columns or math.ceil(math.sqrt(len(pictures)))
     rows = math.ceil(len(pictures) / columns)
     height, width, channels = pictures[0].shape
     sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, channels), 255, np.uint8)

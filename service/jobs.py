@@ -12,7 +12,7 @@ the engine looks into; its remaining work is therefore known exactly.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal, Protocol
@@ -110,9 +110,21 @@ class Sample:
         return self.chain.plan.rows[self.row]
 
 
+@dataclass(frozen=True, eq=False)
+class Sequel:
+    """What a job goes on with in its place: under its id, in its room, by its deadline, for its reader.
+
+    job: what it will be; its samples are there from the start, so that what it takes is known. chains: from
+    the finished pictures, which carry their latents then, the chains of its samples, by the same plans.
+    """
+
+    job: Job
+    chains: Callable[[Sequence[Any]], Sequence[Chain]]
+
+
 @dataclass(eq=False, slots=True)
 class Job:
-    """One request. Times are on the caller's monotonic clock, in seconds."""
+    """One request, or the first part of one. Times are on the caller's monotonic clock, in seconds."""
 
     id: str
     sampler: str
@@ -124,6 +136,7 @@ class Job:
     state: State = State.WAITING
     samples: list[Sample] = field(default_factory=list)
     remaining: int = 0
+    sequel: Sequel | None = None
 
     def add(self, chain: Chain) -> None:
         """Append a sample."""
@@ -136,6 +149,27 @@ class Job:
         if state not in LEGAL[self.state]:
             raise IllegalTransitionError(f"job {self.id}: {self.state.value} → {state.value}")
         self.state = state
+
+    def go_on(self, pictures: Sequence[Any]) -> Job:
+        """The job that follows this finished one, running as if it had been this one all the time."""
+        assert self.sequel is not None
+        job = self.sequel.job
+        for sample, chain in zip(job.samples, self.sequel.chains(pictures), strict=True):
+            sample.chain = chain
+        job.started = self.started
+        job.move_to(State.RUNNING)
+        return job
+
+    @property
+    def later(self) -> int:
+        """Rows of network calls that its sequel will take."""
+        return 0 if self.sequel is None else self.sequel.job.remaining
+
+    @property
+    def room(self) -> int:
+        """Samples it holds room for: its own or its sequel's, whichever are more."""
+        later = 0 if self.sequel is None else len(self.sequel.job.samples)
+        return max(len(self.samples), later)
 
     @property
     def over(self) -> bool:

@@ -242,15 +242,16 @@ class Scheduler:
         The work that goes before it and its own, at the full batch's rate; never less than `shortest`.
         """
         rate = self.max_rows / self.times.at(self.max_rows)
-        return max((self._ahead(job)[1] + job.remaining) / rate, self.shortest(job))
+        return max((self._ahead(job)[1] + job.remaining + job.later) / rate, self.shortest(job))
 
     def shortest(self, job: Job) -> float:
-        """Seconds `job` would take with the machine to itself."""
+        """Seconds `job` would take with the machine to itself, what it goes on with included."""
+        later = 0.0 if job.sequel is None else self.shortest(job.sequel.job)
         longest = max((sample.steps - sample.row for sample in job.samples), default=0)
         if longest == 0:
-            return 0.0
+            return later
         rows = min(self.max_rows, max(1, job.remaining // longest))  # as wide as its steps are on average
-        return max(longest, job.remaining / rows) * self.times.at(rows)
+        return later + max(longest, job.remaining / rows) * self.times.at(rows)
 
     def _ahead(self, job: Job) -> tuple[int, int]:
         """(jobs, rows) that go before a job; when sharing, all the others do. Does not look at every job."""

@@ -6,10 +6,10 @@ import base64
 import math
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -25,16 +25,15 @@ MAX_SEED = 2**53 - 1  # what every JSON reader can hold
 DEFAULT_STEPS = 50
 DEFAULT_GUIDANCE = 2.0
 Sampler = Literal["ddpm", "ddim", "dpmpp_2m", "sde_dpmpp_2m"]
+Images = Annotated[int, Field(ge=1, description="images; image i has seed + i")]
 
 
-class GenerateRequest(BaseModel):
-    """What `POST /generate` takes. Fields left out get the defaults that `/info` reports."""
+class ChainRequest(BaseModel):
+    """What every request for images can say. Fields left out get the defaults that `/info` reports."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
-    n: int = Field(1, ge=1, description="images; image i has seed + i")
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="seed of the first image; random if absent")
-    sampler: Sampler = Field("ddim", description="which reverse process")
     num_inference_steps: int | None = Field(None, ge=1, description="denoising steps, at most the model's T")
     eta: float = Field(0.0, ge=0, le=1, description="DDIM's η: 0 deterministic, 1 as random as DDPM")
     guidance_scale: float | None = Field(
@@ -53,6 +52,13 @@ class GenerateRequest(BaseModel):
     output_format: ImageFormat = Field("png", description="of pictures inside JSON and events")
     preview: PreviewKind = Field("x0", description="what a stream shows: the x₀ guess, x_t, both or none")
     preview_every: int | None = Field(None, ge=1, description="steps between a stream's previews")
+
+
+class GenerateRequest(ChainRequest):
+    """What `POST /generate` takes."""
+
+    n: Images = 1
+    sampler: Sampler = Field("ddim", description="which reverse process")
 
 
 class StreamQuery(GenerateRequest):
@@ -91,54 +97,90 @@ class Catalogue:
 
 @dataclass(frozen=True)
 class Order:
-    """A job and what was understood of its request: `parameters` repeats it with every default filled in."""
+    """A job and what was understood of its request: `parameters` repeats it with every default filled in.
+
+    marks: what is said of each image besides its index and seed. columns: of the sheet that shows them all.
+    """
 
     job: Job
     parameters: dict[str, Any]
     output_format: ImageFormat
+    marks: tuple[dict[str, Any], ...] = ()
+    columns: int | None = None
+
+    def mark(self, index: int) -> dict[str, Any]:
+        """What is said of one image."""
+        return self.marks[index] if self.marks else {}
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What all requests share, checked and with every default filled in; `parameters` tells the client."""
+
+    seed: int
+    label: int | None
+    sampler: Sampler
+    steps: int
+    eta: float
+    spacing: Spacing | None
+    guidance: Guidance
+    parameters: dict[str, Any]
+
+    def plan(self, schedule: NoiseSchedule, strength: float = 1.0) -> Plan:
+        """The sampler's table. strength: the share of its steps that is done."""
+        return _plan(schedule, self.sampler, self.steps, self.eta, self.spacing, self.guidance, strength)
 
 
 @lru_cache(maxsize=64)
 def _plan(
-    schedule: NoiseSchedule, sampler: str, steps: int, eta: float, spacing: Spacing | None, guidance: Guidance
+    schedule: NoiseSchedule,
+    sampler: str,
+    steps: int,
+    eta: float,
+    spacing: Spacing | None,
+    guidance: Guidance,
+    strength: float,
 ) -> Plan:
-    return build_plan(schedule, sampler, steps, eta=eta, spacing=spacing, guidance=guidance)
+    return build_plan(
+        schedule, sampler, steps, eta=eta, spacing=spacing, guidance=guidance, strength=strength
+    )
 
 
 def to_job(request: GenerateRequest, catalogue: Catalogue, *, streamed: bool) -> Order:
     """Build a job. Raises InvalidRequestError for what this model or these limits do not allow."""
-    if request.n > catalogue.max_images:
-        raise InvalidRequestError("n", f"At most {catalogue.max_images} images per request.")
+    check_count("n", request.n, catalogue)
+    terms = settle(request, catalogue, request.sampler, request.n)
+    plan = terms.plan(catalogue.schedule)
+    chains = [Chain(plan, terms.seed + i, terms.label) for i in range(request.n)]
+    return to_order(request, terms, chains, catalogue, streamed=streamed, told={"n": request.n})
+
+
+def check_count(field: str, images: int, catalogue: Catalogue) -> None:
+    """Raises InvalidRequestError for more images than a request may ask for."""
+    if images > catalogue.max_images:
+        raise InvalidRequestError(field, f"At most {catalogue.max_images} images per request.")
+
+
+def settle(request: ChainRequest, catalogue: Catalogue, sampler: Sampler, seeds: int = 1) -> Terms:
+    """Fill in the defaults. seeds: how many the request needs, from its own on.
+
+    Raises InvalidRequestError for what this model does not allow.
+    """
     steps = request.num_inference_steps or min(DEFAULT_STEPS, catalogue.schedule.timesteps)
     if steps > catalogue.schedule.timesteps:
         raise InvalidRequestError(
             "num_inference_steps", f"This model has {catalogue.schedule.timesteps} timesteps."
         )
-    if request.eta and request.sampler != "ddim":
+    if request.eta and sampler != "ddim":
         raise InvalidRequestError("eta", "Only ddim has an η; the other samplers fix their noise themselves.")
     label = None if request.class_label is None else catalogue.label(request.class_label)
     guidance = _guidance(request, catalogue, label)
     seed = secrets.randbits(32) if request.seed is None else request.seed
-    if seed + request.n - 1 > MAX_SEED:
+    if seed + seeds - 1 > MAX_SEED:
         raise InvalidRequestError("seed", f"Image i has seed + i, and seeds end at {MAX_SEED}.")
-    now = time.monotonic()
-    allowed = min(request.deadline_s or catalogue.deadline_s, catalogue.deadline_s)
-    job = Job(
-        id=secrets.token_hex(8),
-        sampler=request.sampler,
-        deadline=now + allowed,
-        preview=request.preview if streamed else "none",
-        # About two dozen looks at a chain of any length, unless asked otherwise.
-        preview_every=request.preview_every or max(1, steps // 25),
-        created=now,
-    )
-    plan = _plan(catalogue.schedule, request.sampler, steps, request.eta, request.timestep_spacing, guidance)
-    for i in range(request.n):
-        job.add(Chain(plan, seed + i, label))
     parameters = {
-        "n": request.n,
         "seed": seed,
-        "sampler": request.sampler,
+        "sampler": sampler,
         "num_inference_steps": steps,
         "eta": request.eta,
         "guidance_scale": guidance.scale,
@@ -149,10 +191,37 @@ def to_job(request: GenerateRequest, catalogue: Catalogue, *, streamed: bool) ->
         "class_label": None if label is None else catalogue.class_names[label],
         "output_format": request.output_format,
     }
-    return Order(job, parameters, request.output_format)
+    spacing = request.timestep_spacing
+    return Terms(seed, label, sampler, steps, request.eta, spacing, guidance, parameters)
 
 
-def _guidance(request: GenerateRequest, catalogue: Catalogue, label: int | None) -> Guidance:
+def to_order(
+    request: ChainRequest,
+    terms: Terms,
+    chains: Sequence[Chain],
+    catalogue: Catalogue,
+    *,
+    streamed: bool,
+    told: Mapping[str, Any],
+) -> Order:
+    """A job of these chains, which have plans of one length. told: parameters that not all requests share."""
+    now = time.monotonic()
+    allowed = min(request.deadline_s or catalogue.deadline_s, catalogue.deadline_s)
+    job = Job(
+        id=secrets.token_hex(8),
+        sampler=terms.sampler,
+        deadline=now + allowed,
+        preview=request.preview if streamed else "none",
+        # About two dozen looks at a chain of any length, unless asked otherwise.
+        preview_every=request.preview_every or max(1, len(chains[0].plan) // 25),
+        created=now,
+    )
+    for chain in chains:
+        job.add(chain)
+    return Order(job, {**told, **terms.parameters}, request.output_format)
+
+
+def _guidance(request: ChainRequest, catalogue: Catalogue, label: int | None) -> Guidance:
     if catalogue.conditional and not catalogue.guided and label is None:
         raise InvalidRequestError("class_label", "This model has no unconditional branch: name a class.")
     low, high = request.guidance_sigma_min, request.guidance_sigma_max
@@ -193,7 +262,7 @@ def preview_body(event: Preview, order: Order) -> dict[str, Any]:
         "steps": event.steps,
         "timestep": event.timestep,
         "eta_s": round(event.eta_s, 3),
-        "images": [{**image_body(p, order.output_format), "kind": p.kind} for p in event.pictures],
+        "images": [{**image_body(p, order), "kind": p.kind} for p in event.pictures],
     }
 
 
@@ -214,20 +283,22 @@ def finished_body(event: Finished, order: Order, model: str) -> dict[str, Any]:
 
 def result_images(pictures: Iterable[Picture], order: Order, model: str) -> Iterable[dict[str, Any]]:
     """Finished pictures with their provenance inside. It says what makes this one image alone: n is 1."""
+    alone = {"n": 1} if "n" in order.parameters else {}
     for picture in pictures:
-        provenance = {**order.parameters, "n": 1, "seed": picture.seed, "model": model}
-        yield image_body(picture, order.output_format, provenance)
+        mark = order.mark(picture.index)
+        provenance = {**order.parameters, **alone, **mark, "seed": picture.seed, "model": model}
+        yield image_body(picture, order, provenance)
 
 
-def image_body(
-    picture: Picture, image_format: ImageFormat, provenance: dict[str, Any] | None = None
-) -> dict[str, Any]:
+def image_body(picture: Picture, order: Order, provenance: dict[str, Any] | None = None) -> dict[str, Any]:
     """One image inside JSON."""
+    data = encode(picture.pixels, order.output_format, provenance)
     return {
         "index": picture.index,
         "seed": picture.seed,
-        "b64_json": base64.b64encode(encode(picture.pixels, image_format, provenance)).decode(),
-        "media_type": MEDIA_TYPES[image_format],
+        **order.mark(picture.index),
+        "b64_json": base64.b64encode(data).decode(),
+        "media_type": MEDIA_TYPES[order.output_format],
     }
 
 

@@ -22,7 +22,7 @@ from service.errors import (
     ServiceError,
     WorkerDeadError,
 )
-from service.events import Cancelled, Event, Failed, Finished, Terminal
+from service.events import Cancelled, Event, Failed, Finished, Queued, Terminal
 from service.jobs import Job
 from service.telemetry import Telemetry
 
@@ -86,12 +86,12 @@ class Worker:
     def submit(self, job: Job) -> None:
         """Reserve room for a job and put it into the inbox. Raises a RefusedError, and keeps nothing then."""
         with self._lock:
-            refusal = self.refusal() or self._full(len(job.samples))
+            refusal = self.refusal() or self._full(job.room)
             if refusal is None:
                 if not self._held:
                     self._progress = time.monotonic()  # being idle was no delay
                 self._held[job.id] = job
-                self._samples += len(job.samples)
+                self._samples += job.room
         if refusal is not None:
             self._telemetry.rejected.labels(refusal.code).inc()
             raise refusal
@@ -182,9 +182,22 @@ class Worker:
 
     def _deliver(self, events: list[Event]) -> None:
         for event in events:
+            job = self._held.get(event.job_id)
+            if isinstance(event, Finished) and job is not None and job.sequel is not None:
+                self._deliver(self._go_on(job, event))
+                continue
             if isinstance(event, Terminal):
                 self._release(event)
             self._publish(event)
+
+    def _go_on(self, job: Job, event: Finished) -> list[Event]:
+        """Put a job's sequel in its place. Returns its events; that it is queued, its reader knows."""
+        following = job.go_on(event.pictures)
+        with self._lock:
+            self._held[job.id] = following
+            self._samples += following.room - job.room
+        events = self._engine.scheduler.add(following, time.monotonic())
+        return [event for event in events if not isinstance(event, Queued)]
 
     def _release(self, event: Terminal) -> None:
         """Give a job's room back and count how it ended."""
@@ -192,7 +205,7 @@ class Worker:
             job = self._held.pop(event.job_id, None)
             if job is None:
                 return
-            self._samples -= len(job.samples)
+            self._samples -= job.room
         match event:
             case Finished():
                 self._telemetry.images.labels(job.sampler).inc(len(job.samples))

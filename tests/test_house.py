@@ -24,7 +24,7 @@ MAX_LINES = 450
 # Imports: all that a module may import besides the standard library, from the door down; a room may look at
 # what is below it or beside it, never up. errors and telemetry are leaves: they import nothing of ours.
 
-BELOW_ROUTES = "service.schemas service.streams service.worker service.images"
+BELOW_ROUTES = "service.edits service.schemas service.streams service.worker service.images"
 BELOW_ENGINE = "service.scheduler service.jobs service.events"
 BELOW_WORKER = f"service.engine {BELOW_ENGINE}"
 LEAVES = "service.errors service.telemetry"
@@ -45,14 +45,22 @@ SERVICE = {
     "service.settings": "service.errors pydantic pydantic_settings",
     # HTTP: no tensors.
     "service.routes": f"service service.routes.* {BELOW_ROUTES} {BELOW_WORKER} {LEAVES} {HTTP}",
-    "service.routes.*": f"service service.routes {BELOW_ROUTES} {BELOW_WORKER} {LEAVES} {HTTP}",
+    "service.routes.*": (
+        "service service.routes service.routes.answers service.routes.bodies"
+        f" {BELOW_ROUTES} {BELOW_WORKER} {LEAVES} {HTTP}"
+    ),
     "service.schemas": (
         "service.images service.jobs service.events service.errors"
         f" model.samplers model.schedule model.denoiser {HTTP}"
     ),
+    "service.edits": (
+        "service.schemas service.uploads service.jobs service.events service.errors"
+        f" model.samplers model.denoiser model.interpolation {HTTP}"
+    ),
     # Between the two: threads, queues and pictures, and neither HTTP nor tensors.
     "service.streams": f"service.jobs service.events {LEAVES}",
     "service.images": "service.events service.errors numpy PIL",
+    "service.uploads": "service.events service.errors numpy PIL",
     "service.worker": f"{BELOW_WORKER} service.streams {LEAVES}",
     # The engine owns the tensors; what is below it has never heard of them.
     "service.engine": f"{BELOW_ENGINE} service.errors model.denoiser torch numpy",

@@ -1,74 +1,23 @@
-"""`POST /generate` and `GET /stream`: one job, answered as JSON, as a picture, or as events while it runs."""
+"""`POST /generate` and `GET /stream`: images from noise."""
 
 from __future__ import annotations
 
-import asyncio
-import json
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request, Response
-from fastapi.responses import JSONResponse
-from fastapi.sse import EventSourceResponse, format_sse_event
 
-from service.errors import CancelledError, NotAcceptableError
-from service.events import Cancelled, Event, Failed, Finished, Preview, Queued, Terminal
-from service.images import MEDIA_TYPES, contact_sheet, encode
-from service.routes import House, InHouse
-from service.schemas import (
-    GenerateRequest,
-    Order,
-    Problem,
-    StreamQuery,
-    finished_body,
-    preview_body,
-    queued_body,
-    to_job,
-)
-from service.streams import Numbered, Stream
+from service.routes import InHouse
+from service.routes.answers import EVENTS, REFUSALS, admit, answer, choose_form, event_response, resume
+from service.schemas import GenerateRequest, StreamQuery, to_job
 
 router = APIRouter(tags=["generate"])
-
-EVENTS = "text/event-stream"
-ANSWERS = ("application/json", *MEDIA_TYPES.values(), EVENTS)
-PING_S = 15.0
-INLINE_VALUES = 10_000
-"""Of pixels: as many are encoded sooner than another thread is woken twice, in less than a millisecond."""
-PROBLEM = {"model": Problem, "content": {"application/problem+json": {}}}
-REFUSALS = {
-    status: {**PROBLEM, "description": text}
-    for status, text in (
-        (406, "No answer in a form the Accept header takes"),
-        (422, "Invalid request"),
-        (429, "Queue full; Retry-After says when to come back"),
-        (503, "Loading, draining or dead; Retry-After says when to come back"),
-        (504, "The deadline passed or cannot be met"),
-    )
-}
-Result = TypeVar("Result")
 
 
 @router.post("/generate", responses=REFUSALS)  # type: ignore[arg-type]  # FastAPI types the keys int | str
 async def generate(body: GenerateRequest, request: Request, house: InHouse) -> Response:
     """Generate images. `Accept` chooses JSON with base64 (default), the picture itself, or events."""
-    answer = choose_answer(", ".join(request.headers.getlist("accept")))
-    order = to_job(body, house.catalogue, streamed=answer == EVENTS)
-    stream, queued = await _admit(order, house)
-    if answer == EVENTS:
-        return _event_response(stream, order, house, queued)
-    reader = stream.attach()
-    try:
-        finished = await _unless_gone(request, stream.last(reader))
-    finally:
-        house.streams.leave(stream, reader, grace_s=0)
-    result = _result(finished)
-    headers = {"Vary": "Accept", "X-Job-ID": order.job.id}
-    if answer == "application/json":
-        content = await _drawn(result, _json_body, result, order, house)
-        return Response(content, media_type=answer, headers=headers)
-    picture = await _drawn(result, _sheet, result, order, house, answer)
-    return Response(picture, media_type=answer, headers=headers)
+    form = choose_form(request)
+    return await answer(to_job(body, house.catalogue, streamed=form == EVENTS), form, request, house)
 
 
 @router.get("/stream", response_class=Response, responses=REFUSALS)  # type: ignore[arg-type]
@@ -77,165 +26,12 @@ async def stream(
     house: InHouse,
     last_event_id: Annotated[str | None, Header()] = None,
 ) -> Response:
-    """Watch images being made. A reconnect with `Last-Event-ID` goes back to its job and starts nothing."""
+    """Watch images being made. A reconnect with `Last-Event-ID` goes back to its job and starts nothing.
+
+    That holds for the events of every route that gives some.
+    """
     if last_event_id is not None:
-        return _resume(last_event_id, house)
+        return resume(last_event_id, house)
     order = to_job(query, house.catalogue, streamed=True)
-    found, queued = await _admit(order, house)
-    return _event_response(found, order, house, queued)
-
-
-def choose_answer(accept: str) -> str:
-    """The answer's media type for an Accept header (RFC 9110, §12.5.1); any when it is empty.
-
-    Raises NotAcceptableError when there is none.
-    """
-    best, quality = "", 0.0
-    for offered in ANSWERS:  # in our order of preference
-        found = max(_quality(part, offered) for part in (accept or "*/*").split(","))
-        if found[1] > quality:
-            best, quality = offered, found[1]
-    if not best:
-        raise NotAcceptableError(f"Answers come as {', '.join(ANSWERS)}.")
-    return best
-
-
-def _quality(part: str, offered: str) -> tuple[int, float]:
-    """(how exactly, how much) one part of an Accept header wants a media type; more exact parts win."""
-    pattern, *options = (piece.strip().lower() for piece in part.split(";"))
-    exactness = {"*/*": 1, f"{offered.split('/')[0]}/*": 2, offered: 3}.get(pattern, 0)
-    if not exactness:
-        return 0, 0.0
-    for option in options:
-        if option.startswith("q="):
-            try:
-                return exactness, min(1.0, max(0.0, float(option[2:])))
-            except ValueError:
-                return exactness, 0.0
-    return exactness, 1.0
-
-
-async def _admit(order: Order, house: House) -> tuple[Stream, Numbered]:
-    """Hand the job to the worker; returns once it is in the queue. Raises the refusal otherwise.
-
-    This happens before an answer begins, so that a refusal is a status and not a broken 200.
-    """
-    stream = house.streams.open(order.job.id, order)
-    reader = stream.attach()
-    try:
-        house.worker.submit(order.job)
-        first = await anext(aiter(stream.events(reader)))
-        assert first is not None  # which only comes where a time was given
-        if isinstance(first.event, Terminal):
-            _result(first.event)
-    except BaseException:
-        house.streams.leave(stream, reader, grace_s=0)
-        raise
-    return stream, first
-
-
-def _event_response(
-    stream: Stream, order: Order, house: House, queued: Numbered | None = None
-) -> EventSourceResponse:
-    # On its way out from the start: should the client be gone before the generator runs, nobody else
-    # would notice. The generator calls it off.
-    reader = stream.attach()
-    house.streams.leave(stream, reader, grace_s=max(house.streams.grace_s, 5.0))
-    return EventSourceResponse(
-        _chunks(stream, reader, order, house, queued),
-        headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", "Vary": "Accept"},
-    )
-
-
-def _resume(last_event_id: str, house: House) -> Response:
-    """Go back to a job's stream; 204, which tells an EventSource to stop, once there is nothing left."""
-    job_id, _, number = last_event_id.rpartition(":")
-    found = house.streams.find(job_id)
-    known = number.isdecimal() and len(number) < 10  # int() refuses thousands of digits
-    if found is None or not known or found.delivered(int(number)):
-        return Response(status_code=204)
-    return _event_response(found, found.tag, house)
-
-
-async def _chunks(
-    stream: Stream, reader: int, order: Order, house: House, queued: Numbered | None
-) -> AsyncIterator[bytes]:
-    """The stream's events as bytes, with a ping where nothing happens for a while."""
-    house.streams.stay(stream, reader)
-    begun, previewed = time.monotonic(), False
-    try:
-        if queued is not None:
-            yield _chunk(queued, order, house)
-        async for item in stream.events(reader, PING_S):
-            if item is None:
-                yield b": ping\n\n"
-                continue
-            if isinstance(item.event, Preview) and not previewed:
-                previewed = True
-                house.telemetry.first_preview.observe(time.monotonic() - begun)
-            yield await _drawn(item.event, _chunk, item, order, house)
-    finally:
-        house.streams.leave(stream, reader)
-
-
-async def _drawn(event: Event, make: Callable[..., bytes], *arguments: object) -> bytes:
-    """Make an event's bytes. Many or large pictures take long enough to hold up every other connection."""
-    pictures = event.pictures if isinstance(event, Preview | Finished) else ()
-    if sum(picture.pixels.size for picture in pictures) <= INLINE_VALUES:
-        return make(*arguments)
-    return await asyncio.to_thread(make, *arguments)
-
-
-def _chunk(item: Numbered, order: Order, house: House) -> bytes:
-    match item.event:
-        case Queued():
-            name, data = "queued", queued_body(item.event, order)
-        case Preview():
-            name, data = "preview", preview_body(item.event, order)
-        case Finished():
-            name, data = "completed", finished_body(item.event, order, house.catalogue.name)
-        case Failed():
-            name, data = "error", house.to_problem(item.event.error).model_dump(exclude_none=True)
-        case Cancelled():
-            error = CancelledError("The job was cancelled.")
-            name, data = "error", house.to_problem(error).model_dump(exclude_none=True)
-    return format_sse_event(event=name, data_str=json.dumps(data), id=f"{order.job.id}:{item.number}")
-
-
-async def _unless_gone(request: Request, answer: Awaitable[Result]) -> Result:
-    """Wait for the answer, but give up as soon as the client has gone. Raises CancelledError then."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    working, leaving = asyncio.ensure_future(answer), asyncio.ensure_future(gone())
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise CancelledError("The client has gone.")
-    finally:
-        working.cancel()
-        leaving.cancel()
-
-
-def _result(event: Terminal) -> Finished:
-    """The finished job. Raises its error when it did not finish."""
-    match event:
-        case Finished():
-            return event
-        case Failed():
-            raise event.error
-        case Cancelled():
-            raise CancelledError("The job was cancelled.")
-
-
-def _json_body(result: Finished, order: Order, house: House) -> bytes:
-    return JSONResponse(finished_body(result, order, house.catalogue.name)).body  # type: ignore[return-value]
-
-
-def _sheet(result: Finished, order: Order, house: House, media_type: str) -> bytes:
-    image_format = next(name for name, known in MEDIA_TYPES.items() if known == media_type)
-    sheet = contact_sheet([picture.pixels for picture in result.pictures])
-    return encode(sheet, image_format, {**order.parameters, "model": house.catalogue.name})
+    found, queued = await admit(order, house)
+    return event_response(found, order, house, queued)

@@ -34,6 +34,7 @@ from model.samplers import (
     build_plan,
     build_probe,
     build_repaint,
+    repaint_rows,
 )
 from model.schedule import NoiseSchedule, VarianceType, linear_betas
 
@@ -375,6 +376,15 @@ def test_repaint_goes_down_with_jumps_back_up() -> None:
     assert plan.timesteps == tuple(level[i] for i in down)
     without = build_repaint(schedule, "ddpm", 6, jump_length=2, jump_n_sample=1)
     np.testing.assert_array_equal(without.table, build_plan(schedule, "ddpm", 6).table)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 20, 50])
+@pytest.mark.parametrize("jump_length", [1, 2, 7, 10, 50, 60])
+@pytest.mark.parametrize("jump_n_sample", [1, 2, 5])
+def test_how_long_repaint_is_is_known_before(steps: int, jump_length: int, jump_n_sample: int) -> None:
+    jumps = {"jump_length": jump_length, "jump_n_sample": jump_n_sample}
+    plan = build_repaint(NoiseSchedule(linear_betas(1000)), "ddpm", steps, **jumps)  # type: ignore[arg-type]
+    assert repaint_rows(steps, **jumps) == len(plan) <= steps * jump_n_sample
 
 
 def test_a_jump_is_the_forward_process() -> None:

@@ -11,7 +11,7 @@ from model.denoiser import Chain, Latent
 from service.engine import Engine, FatalError, StepReport, to_pictures
 from service.errors import ComputeError, DeadlineError, NonFiniteError
 from service.events import Cancelled, Event, Failed, Finished, Preview
-from service.jobs import Job, State
+from service.jobs import Job, Sequel, State
 from tests.service.fakes import SIZE, FakeDenoiser, counting_job, fake_engine, job_of
 
 MATES = range(8)
@@ -296,3 +296,19 @@ def test_only_chains_that_can_be_computed_are_taken() -> None:
     engine = engine_with(FakeDenoiser(), counting_job("a"))
     (event,) = drain(engine)
     assert isinstance(event, Failed)
+
+
+def test_only_what_goes_on_gives_its_latents() -> None:
+    denoiser = FakeDenoiser()
+    first, other = job_of("a", [1, 2], steps=3), job_of("b", [3], steps=2)
+    first.sequel = Sequel(job_of("a", [4, 5, 6], steps=2), lambda _pictures: [])
+    pictures = {
+        event.job_id: event.pictures
+        for event in drain(engine_with(denoiser, first, other))
+        if isinstance(event, Finished)
+    }
+    assert [picture.latent for picture in pictures["b"]] == [None]
+    for picture in pictures["a"]:
+        assert picture.latent is not None
+        assert picture.latent.tobytes() == denoiser.seen[picture.seed, 2]
+        assert picture.latent.base is None  # not a look into the whole batch

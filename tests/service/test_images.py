@@ -92,3 +92,9 @@ def test_a_contact_sheet_is_about_as_wide_as_high(count: int, columns: int, rows
         assert (sheet[place] == i).all()
         seen[place] = True
     assert (sheet[~seen] == 255).all()
+
+
+def test_or_in_so_many_columns() -> None:
+    tiles = [np.full((8, 6, 1), i, np.uint8) for i in range(5)]
+    assert contact_sheet(tiles, columns=5).shape == (8, 38, 1)
+    assert contact_sheet(tiles, columns=1).shape == (48, 6, 1)

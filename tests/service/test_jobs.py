@@ -6,8 +6,8 @@ from itertools import product
 
 import pytest
 
-from service.jobs import IllegalTransitionError, State
-from tests.service.fakes import counting_job
+from service.jobs import IllegalTransitionError, Job, Sequel, State
+from tests.service.fakes import Counting, Steps, counting_job
 
 LEGAL = {
     (State.WAITING, State.RUNNING),
@@ -50,3 +50,27 @@ def test_remaining_work_counts_rows() -> None:
     sample = job.samples[1]
     sample.row = 4
     assert (sample.index, sample.steps, sample.remaining) == (1, 10, 12)
+
+
+def in_two_parts() -> tuple[Job, Job]:
+    """A job of two images in three steps, and its sequel of five in ten."""
+    last = counting_job("a", n=5, steps=10)
+    first = counting_job("a", n=2, steps=3)
+    plan = Steps(10)
+    first.sequel = Sequel(last, lambda pictures: [Counting(plan, sum(pictures)) for _ in range(5)])
+    return first, last
+
+
+def test_a_sequel_counts_from_the_start() -> None:
+    first, last = in_two_parts()
+    assert (first.remaining, first.later, first.room) == (6, 50, 5)
+    assert (last.remaining, last.later, last.room) == (50, 0, 5)
+    assert counting_job("b", n=3).room == 3
+
+
+def test_a_sequel_runs_as_if_it_had_all_the_time() -> None:
+    first, last = in_two_parts()
+    first.started = 12.5
+    assert first.go_on([3, 4]) is last
+    assert (last.state, last.started) == (State.RUNNING, 12.5)
+    assert [sample.chain.seed for sample in last.samples] == [7] * 5

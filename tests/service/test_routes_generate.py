@@ -20,7 +20,7 @@ from PIL import Image
 
 from service.errors import NotAcceptableError
 from service.events import Finished, Picture
-from service.routes.generate import _drawn, choose_answer
+from service.routes.answers import choose_answer, drawn
 from tests.service.fakes import SIZE, FakeDenoiser, until
 from tests.service.live import Serve, Sse, Threaded, sse
 from tests.service.test_app import problem
@@ -301,7 +301,7 @@ def test_a_reader_that_does_not_keep_up_gets_the_latest(serve: Serve) -> None:
 
 
 def test_a_quiet_stream_is_kept_open_by_pings(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.routes.generate.PING_S", 0.02)
+    monkeypatch.setattr("service.routes.answers.PING_S", 0.02)
     server = serve()
     server.gate.shut()
     with server.client.stream("GET", "/stream?num_inference_steps=2") as response:
@@ -318,7 +318,7 @@ def test_large_pictures_are_encoded_on_another_thread(size: int, inline: bool) -
     def thread() -> bytes:
         return str(threading.get_ident()).encode()
 
-    found = asyncio.run(_drawn(Finished("job", pictures, 0.0, 0.0), thread))
+    found = asyncio.run(drawn(Finished("job", pictures, 0.0, 0.0), thread))
     assert (found == thread()) == inline
 
 

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from service.errors import ComputeError, DeadlineError
 from service.events import Cancelled, Event, Failed, Finished, Preview, Queued, Terminal
-from service.jobs import Job, State
+from service.jobs import Job, Sequel, State
 from service.scheduler import KeyedSums, Policy, Scheduler, StepPlan, StepTimes
 from tests.service.fakes import blank, counting_job
 
@@ -526,6 +526,21 @@ def test_the_eta_of_a_lone_chain_is_its_length() -> None:
     job = counting_job("a", n=1, steps=10)
     assert under.eta(job) == 10.0
     assert under.shortest(counting_job("b", n=16, steps=10)) == 20.0
+
+
+def test_what_a_job_goes_on_with_counts_too() -> None:
+    under = scheduler(max_rows=8)
+    job = counting_job("a", n=1, steps=10, deadline=124.9)
+    job.sequel = Sequel(counting_job("a", n=2, steps=15), lambda _pictures: [])
+    assert under.shortest(job) == under.eta(job) == 25.0
+    (event,) = under.add(job, now=100.0)
+    assert isinstance(event, Failed)
+    assert isinstance(event.error, DeadlineError)
+    job = counting_job("b", n=8, steps=10, deadline=125.1)
+    job.sequel = Sequel(counting_job("b", n=8, steps=15), lambda _pictures: [])
+    (event,) = under.add(job, now=100.0)
+    assert isinstance(event, Queued)
+    assert event.eta_s == 25.0
 
 
 # ── Step times ─────────────────────────────────────────────────────────────────────────────────

@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 
+from model.denoiser import Chain
+from model.samplers import build_plan
 from service.engine import Engine
 from service.errors import (
     CancelledError,
@@ -19,12 +21,12 @@ from service.errors import (
     QueueFullError,
     WorkerDeadError,
 )
-from service.events import Cancelled, Event, Failed, Finished, Preview, Queued, Terminal
-from service.jobs import Job
+from service.events import Cancelled, Event, Failed, Finished, Picture, Preview, Queued, Terminal
+from service.jobs import Job, Sequel, State
 from service.scheduler import StepTimes
 from service.telemetry import Telemetry
 from service.worker import Phase, Worker
-from tests.service.fakes import PATIENCE_S, FakeDenoiser, fake_engine, job_of, until
+from tests.service.fakes import PATIENCE_S, SCHEDULE, FakeDenoiser, fake_engine, job_of, until
 
 
 class House:
@@ -166,6 +168,100 @@ def test_retry_after_follows_the_backlog(start: Start) -> None:
         house.worker.submit(job_of("more", range(4)))
     # 30 steps of nearly 2 s are left, and half of the images have to go.
     assert refused.value.retry_after_s == pytest.approx(30 * 2.0 / 2, rel=0.15)
+
+
+# ── Jobs in two parts ──────────────────────────────────────────────────────────────────────────
+
+
+def in_two_parts(deadline: float | None = None) -> tuple[Job, Job]:
+    """Two images in three steps, then three in two, whose seeds the first ones' say."""
+    first, last = (
+        job_of("a", seeds, steps, deadline=deadline) for seeds, steps in (([1, 2], 3), ([0] * 3, 2))
+    )
+
+    def chains(pictures: Sequence[Picture]) -> list[Chain]:
+        assert all(picture.latent is not None for picture in pictures)
+        plan = build_plan(SCHEDULE, "ddim", 2)
+        return [Chain(plan, 10 * pictures[1].seed + i) for i in range(3)]
+
+    first.sequel = Sequel(last, chains)
+    return first, last
+
+
+def test_a_sequel_takes_its_jobs_place(start: Start) -> None:
+    house = start()
+    first, last = in_two_parts()
+    house.worker.submit(first)
+    finished = house.end_of(first)
+    assert isinstance(finished, Finished)
+    assert [picture.seed for picture in finished.pictures] == [20, 21, 22]
+    assert [type(event) for event in house.events] == [Queued, Finished]
+    assert house.denoiser.widths == [2, 2, 2, 3, 3]
+    assert (first.state, last.state) == (State.FINISHED, State.FINISHED)
+    until(lambda: house.worker.idle)
+    assert house.metric("ddpm_images_generated_total", sampler="ddim") == 3
+    assert house.metric("ddpm_queue_duration_seconds_count") == 1
+    house.worker.submit(eight := job_of("eight", range(8)))  # all the room is back
+    assert isinstance(house.end_of(eight), Finished)
+
+
+def test_room_is_kept_for_a_sequel(start: Start) -> None:
+    house = start(capacity=4)
+    house.gate.shut()
+    first, _ = in_two_parts()
+    house.worker.submit(first)
+    with pytest.raises(QueueFullError, match="3 of 4 images"):
+        house.worker.submit(job_of("two", [1, 2]))
+    house.gate.allow(3)
+    house.gate.wait_for_arrival(4)
+    with pytest.raises(QueueFullError, match="3 of 4 images"):
+        house.worker.submit(job_of("two", [1, 2]))
+
+
+def test_a_drain_waits_for_a_sequel(start: Start) -> None:
+    house = start()
+    house.gate.shut()
+    first, _ = in_two_parts()
+    house.worker.submit(first)
+    house.gate.wait_for_arrival(1)
+    house.worker.drain()
+    house.gate.open()
+    assert isinstance(house.end_of(first), Finished)
+    until(lambda: house.worker.phase is Phase.STOPPED)
+    assert len(house.denoiser.widths) == 5
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_job_is_cancelled_in_either_part(start: Start, steps: int) -> None:
+    house = start()
+    house.gate.shut()
+    first, _ = in_two_parts()
+    house.worker.submit(first)
+    house.gate.allow(steps - 1)
+    house.gate.wait_for_arrival(steps)
+    house.worker.cancel("a")
+    house.gate.open()
+    assert house.end_of(first) == Cancelled("a")
+    until(lambda: house.worker.idle)
+    assert len(house.denoiser.widths) == steps
+    assert house.metric("ddpm_cancelled_total") == 1
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_deadline_ends_either_part(start: Start, steps: int) -> None:
+    house = start()
+    house.gate.shut()
+    first, _ = in_two_parts(deadline := time.monotonic() + 0.3)
+    house.worker.submit(first)
+    house.gate.allow(steps - 1)
+    house.gate.wait_for_arrival(steps)
+    until(lambda: time.monotonic() > deadline, "the deadline")
+    house.gate.open()
+    failed = house.end_of(first)
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, DeadlineError)
+    until(lambda: house.worker.idle)
+    assert len(house.denoiser.widths) == steps
 
 
 # ── Ends ───────────────────────────────────────────────────────────────────────────────────────

@@ -1,0 +1,86 @@
+"""Bodies that may carry pictures: JSON with base64, or a form with files. One model for both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ValidationError
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
+
+from service.errors import CancelledError
+
+MAX_PARTS = 100
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class _InMemory(MultiPartParser):
+    """Keeps files out of the temporary folder: a whole body is small enough (app.py)."""
+
+    spool_max_size = 1 << 30
+
+
+async def read(request: Request, model: type[Model]) -> Model:
+    """Read a request's body into a model: strictly from JSON, from text and files of a form.
+
+    A part that comes several times is a list. Raises RequestValidationError for what does not fit, and
+    CancelledError when the client has gone.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    try:
+        if kind == "application/json":
+            return model.model_validate_json(await request.body())
+        if kind == "multipart/form-data":
+            return model.model_validate(await _form(request), strict=False)
+    except ClientDisconnect:
+        raise CancelledError("The client has gone.") from None
+    except MultiPartException as error:
+        raise _invalid(error.message) from None
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_context=False, include_input=False)
+        raise RequestValidationError([{**each, "loc": ("body", *each["loc"])} for each in found]) from None
+    raise _invalid("A body is application/json or multipart/form-data.")
+
+
+def _invalid(reason: str) -> RequestValidationError:
+    return RequestValidationError([{"loc": ("body",), "msg": reason}])
+
+
+async def _form(request: Request) -> dict[str, object]:
+    parser = _InMemory(request.headers, request.stream(), max_files=MAX_PARTS, max_fields=MAX_PARTS)
+    form = await parser.parse()
+    values: dict[str, list[str | bytes]] = {}
+    for name, part in form.multi_items():
+        values.setdefault(name, []).append(part if isinstance(part, str) else await part.read())
+    await form.close()
+    return {name: found[0] if len(found) == 1 else found for name, found in values.items()}
+
+
+def described(model: type[BaseModel], examples: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What OpenAPI says of a body that `read` reads: `openapi_extra` of its route."""
+    schema = model.model_json_schema()
+    named = {name: {"summary": name, "value": value} for name, value in examples.items()}
+    return {
+        "requestBody": {
+            "required": True,
+            "content": {
+                "application/json": {"schema": schema, "examples": named},
+                "multipart/form-data": {"schema": _with_files(schema)},
+            },
+        }
+    }
+
+
+def _with_files(schema: Any) -> Any:
+    """The same, with files in the place of base64."""
+    if isinstance(schema, list):
+        return [_with_files(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "contentEncoding" in schema:
+        kept = {name: schema[name] for name in ("title", "description") if name in schema}
+        return {**kept, "type": "string", "format": "binary"}
+    return {name: _with_files(part) for name, part in schema.items()}
