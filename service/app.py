@@ -38,6 +38,7 @@ from service.errors import (
 )
 from service.routes import House, edit, explore, generate, operations
 from service.schemas import DEFAULT_GUIDANCE, DEFAULT_SAMPLER, DEFAULT_STEPS, Catalogue, Problem
+from service.scores import scoring
 from service.settings import Settings
 from service.streams import Streams
 from service.telemetry import Observe, Telemetry, request_id
@@ -187,6 +188,7 @@ def describe_model(model: Checkpoint, settings: Settings) -> Catalogue:
         conditional=config.num_class_embeds is not None,
         guided=model.null_class is not None,
         classified=model.classifier is not None,
+        typicality=model.typicality,
         parameters=sum(parameter.numel() for parameter in model.unet.parameters()),
         max_images=min(settings.max_images, settings.max_queue),  # more would be refused for ever
         deadline_s=settings.deadline_s,
@@ -224,6 +226,7 @@ def describe(catalogue: Catalogue, settings: Settings, warm: Warm) -> dict[str, 
             "timestep_spacing": catalogue.schedule.timestep_spacing,
         },
         "editing": editing(catalogue),
+        "scoring": scoring(catalogue),
         "limits": {
             "max_images": catalogue.max_images,
             "max_batch": warm.engine.scheduler.max_rows,

@@ -1,22 +1,25 @@
-"""What `POST /score` takes and says: what pictures cost under the model, and what each bit buys.
+"""`/score`: how likely pictures are, how unusual, what each bit buys. Its wire model, job and answers.
 
-A picture's terms of the variational bound are rows of a few samples of one job, which share steps with
-everybody else's; `model/likelihood.py` makes figures of what they measure.
+Every term of the bound is a row of a probe. An image's rows are cut into stretches of timesteps, one sample
+each, so that they run side by side and share steps with everybody else's. What a stretch ends with, its
+guess at the image, is what all the bits down to there have bought.
+
+Decoding pictures takes time, so `to_score` is to be called away from an event loop.
 """
 
 from __future__ import annotations
 
-import secrets
-import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
 from model.denoiser import from_pixels, probing
 from model.likelihood import (
     DEFAULT_TERMS,
     FEWEST_TERMS,
+    Bound,
     choose_timesteps,
     estimate,
     prior_bits,
@@ -24,130 +27,195 @@ from model.likelihood import (
     stretches,
 )
 from model.samplers import build_probe
-from model.schedule import NoiseSchedule
+from model.typicality import Typicality
 from service.edits import Upload
 from service.errors import InvalidRequestError
-from service.events import Finished, Measure
-from service.images import ImageFormat
-from service.jobs import Job, PreviewKind
-from service.schemas import MAX_SEED, Catalogue, Order
+from service.events import Finished, Measure, Picture, Pixels, Preview
+from service.images import contact_sheet
+from service.schemas import (
+    MAX_SEED,
+    Catalogue,
+    JobRequest,
+    Order,
+    check_count,
+    first_seed,
+    image_body,
+    timings,
+    to_job_of,
+)
 from service.uploads import decode, unpack
 
-MAX_PICTURES = 8
-SAMPLES = 8
-"""Among which the terms of a picture are divided, so that they are not asked about one by one."""
+MAX_SCORED = 8
+STRETCHES = 8
+"""Samples of an image, where MAX_SCORED images with as many each fit into a request."""
 
 
-def _as_list(value: object) -> object:
-    """One file of a form is a list of one."""
-    return [value] if isinstance(value, str | bytes) else value
+def _listed(images: object) -> object:
+    return [images] if isinstance(images, bytes) else images  # a form's only file
 
 
-class ScoreRequest(BaseModel):
-    """What `POST /score` takes."""
+class ScoreRequest(JobRequest):
+    """What `POST /score` takes: pictures, and how much is to be asked about each."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
-
-    images: Annotated[list[Upload], BeforeValidator(_as_list)] = Field(
-        min_length=1,
-        max_length=MAX_PICTURES,
-        description="PNG, JPEG or WebP; cropped and resized to the model's size",
+    images: Annotated[list[Upload], BeforeValidator(_listed)] = Field(
+        min_length=1, max_length=MAX_SCORED, description="PNG, JPEG or WebP; cropped and resized as for /edit"
     )
-    class_label: int | str | None = Field(None, description="class index or name; absent: unconditional")
     terms: int | None = Field(
         None,
         ge=FEWEST_TERMS,
-        description=f"timesteps to ask about, at most the model's T; absent: {DEFAULT_TERMS} of them",
+        description=f"timesteps at which each is looked at, at most the model's T, which is exact; absent: "
+        f"{DEFAULT_TERMS}",
     )
-    seed: int = Field(0, ge=0, le=MAX_SEED, description="of the noise, and of which timesteps")
-    deadline_s: float | None = Field(None, gt=0, description="give up (504) after this many seconds")
-    output_format: ImageFormat = Field("png", description="of pictures inside events")
-    preview: PreviewKind = Field("x0", description="what a stream shows: the x₀ guess, x_t, both or none")
-    preview_every: int = Field(1, ge=1, description="of how many of a sample's timesteps a stream shows one")
 
 
-def to_scores(request: ScoreRequest, catalogue: Catalogue, *, streamed: bool) -> Order:
-    """Build a job of probes, some for each picture. Raises InvalidRequestError.
+def scoring(catalogue: Catalogue) -> dict[str, Any]:
+    """What `/info` says about scoring."""
+    return {
+        "max_images": min(MAX_SCORED, catalogue.max_images),
+        "terms": min(DEFAULT_TERMS, catalogue.schedule.timesteps),
+        "typicality": catalogue.typicality is not None,
+    }
 
-    It decodes pictures: call it away from an event loop.
+
+def to_score(request: ScoreRequest, catalogue: Catalogue, *, streamed: bool) -> ScoreOrder:
+    """A job that asks the network about pictures. Raises InvalidRequestError.
+
+    Image i has seed + i, which chooses its timesteps and its noise; the samples of its stretches have seeds
+    beyond all that can be asked for, so that no two rows share noise.
     """
-    schedule = catalogue.schedule
-    pictures = [
-        from_pixels(decode(unpack(each, "images"), catalogue.shape, "images")) for each in request.images
+    check_count("images", len(request.images), catalogue)
+    total = catalogue.schedule.timesteps
+    if request.terms is not None and request.terms > total:
+        raise InvalidRequestError("terms", f"This model has {total} timesteps.")
+    label = catalogue.label_or_none(request.class_label)
+    seed = first_seed(request, len(request.images))
+    pixels = [decode(unpack(each, "images"), catalogue.shape, "images") for each in request.images]
+    terms = min(request.terms or DEFAULT_TERMS, total)
+    count = max(1, min(STRETCHES, catalogue.max_images // MAX_SCORED, terms))
+    images = [from_pixels(each) for each in pixels]
+    chains = [
+        probing(build_probe(catalogue.schedule, part), image, seed + i + place * (MAX_SEED + 1), label)
+        for i, image in enumerate(images)
+        for place, part in enumerate(stretches(choose_timesteps(total, terms, seed + i), count))
     ]
-    label = None if request.class_label is None else catalogue.label(request.class_label)
-    if catalogue.conditional and not catalogue.guided and label is None:
-        raise InvalidRequestError("class_label", "This model has no unconditional branch: name a class.")
-    terms = min(DEFAULT_TERMS, schedule.timesteps) if request.terms is None else request.terms
-    if terms > schedule.timesteps:
-        raise InvalidRequestError("terms", f"This model has {schedule.timesteps} timesteps.")
-    timesteps = choose_timesteps(schedule.timesteps, terms, request.seed)
-    parts = stretches(timesteps, min(SAMPLES, len(timesteps)))
-    if request.seed + len(pictures) * len(parts) - 1 > MAX_SEED:
-        raise InvalidRequestError("seed", f"Every sample has a seed of its own, and they end at {MAX_SEED}.")
-    now = time.monotonic()
-    job = Job(
-        id=secrets.token_hex(8),
-        sampler="probe",
-        deadline=now + min(request.deadline_s or catalogue.deadline_s, catalogue.deadline_s),
-        preview=request.preview if streamed else "none",
-        preview_every=request.preview_every,
-        created=now,
-    )
-    plans = [build_probe(schedule, part) for part in parts]
-    for picture in pictures:
-        for plan in plans:
-            job.add(probing(plan, picture, request.seed + len(job.samples), label))
-    parameters = {
-        "seed": request.seed,
-        "terms": len(timesteps),
-        "class_label": None if label is None else catalogue.class_names[label],
-    }
-    priors = [prior_bits(schedule, picture) for picture in pictures]
-    marks = tuple({"index": place} for place in range(len(pictures)) for _ in parts)
-    return Order(
-        job,
-        parameters,
-        request.output_format,
-        marks,
-        finish=lambda event, order, model: _body(event, order, model, schedule, priors),
+    return ScoreOrder(
+        job=to_job_of(request, chains, catalogue, "probe", streamed=streamed),
+        parameters={
+            "n": len(images),
+            "seed": seed,
+            "terms": terms,
+            "class_label": None if label is None else catalogue.class_names[label],
+            "output_format": request.output_format,
+        },
+        output_format=request.output_format,
+        timesteps=total,
+        pixels=tuple(pixels),
+        priors=tuple(prior_bits(catalogue.schedule, image) for image in images),
+        stretches=count,
+        typicality=catalogue.typicality if label is None else None,
     )
 
 
-def _body(
-    event: Finished, order: Order, model: str, schedule: NoiseSchedule, priors: Sequence[float]
-) -> dict[str, Any]:
-    """The answer: the scores of each picture."""
-    each = len(event.measures) // len(priors)
-    scores = []
-    for place, prior in enumerate(priors):
-        parts = event.measures[place * each : (place + 1) * each]
-        found = sorted((measure for part in parts for measure in part), key=lambda one: -one.timestep)
-        scores.append({"index": place, **score(schedule, prior, found)})
-    timings = {"queue_s": round(event.queue_s, 4), "run_s": round(event.run_s, 4)}
-    return {
-        "id": event.job_id,
-        "model": model,
-        "scores": scores,
-        "parameters": order.parameters,
-        "timings": {**timings, "total_s": round(event.queue_s + event.run_s, 4)},
-    }
+@dataclass(frozen=True, kw_only=True)
+class ScoreOrder(Order):
+    """An order for scores. priors: L_T of each image. stretches: samples of each image, one after the other.
 
-
-def score(schedule: NoiseSchedule, prior: float, found: Sequence[Measure]) -> dict[str, Any]:
-    """The figures of one picture, from its measures, highest timestep first.
-
-    Bits are per dimension; rate: what x_t has cost; rmse: of the guess at x₀, in levels of 255.
+    typicality: what is usual, where that is known of the network as it is asked here.
     """
-    timesteps = [measure.timestep for measure in found]
-    bound = estimate(schedule.timesteps, prior, timesteps, [measure.bits for measure in found])
-    return {
-        "bits_per_dim": bound.bits_per_dim,
-        "standard_error": bound.standard_error,
-        "prior": prior,
-        "terms": [{"timestep": m.timestep, "bits": m.bits, "mse": m.error} for m in found],
-        "rate_distortion": [
-            {"timestep": m.timestep, "rate": float(bound.rates[m.timestep]), "rmse": float(rmse(m.error))}
-            for m in found
-        ],
-    }
+
+    timesteps: int
+    pixels: tuple[Pixels, ...]
+    priors: tuple[float, ...]
+    stretches: int
+    typicality: Typicality | None
+
+    def preview(self, event: Preview) -> dict[str, Any]:
+        """Data of a stream's `preview` event: of each look, which timestep it is of and what it measured."""
+        images = [
+            {**self._picture(each), "kind": each.kind, "measure": _measure(each.measure)}
+            for each in event.pictures
+            if each.measure is not None
+        ]
+        return {"step": event.step, "steps": event.steps, "eta_s": round(event.eta_s, 3), "images": images}
+
+    def finished(self, event: Finished, model: str) -> dict[str, Any]:
+        """The answer as JSON, and data of a stream's `completed` event."""
+        return {
+            "id": event.job_id,
+            "model": model,
+            "scores": [
+                self._score(event, index, self._bound(event, index)) for index in range(len(self.pixels))
+            ],
+            "parameters": self.parameters,
+            "timings": timings(event),
+        }
+
+    def sheet(self, event: Finished) -> tuple[Pixels, dict[str, Any]]:
+        """A row for each image: what it looks like after ever more bits, and last what it is."""
+        tiles: list[Pixels] = []
+        told = []
+        for index, pixels in enumerate(self.pixels):
+            own, bound = self._of(event.pictures, index), self._bound(event, index)
+            tiles += [*(picture.pixels for picture in own), pixels]
+            guesses = [_point(bound, each.measure) for each in own if each.measure is not None]
+            told.append({"bits_per_dim": _short(bound.bits_per_dim), "guesses": guesses})
+        return contact_sheet(tiles, columns=self.stretches + 1), {**self.parameters, "scores": told}
+
+    def _of(self, samples: Sequence[Any], index: int) -> Sequence[Any]:
+        """What belongs to an image, of what there is for each sample."""
+        return samples[index * self.stretches : (index + 1) * self.stretches]
+
+    def _measures(self, event: Finished, index: int) -> list[Measure]:
+        """An image's, from the highest timestep to 0."""
+        return [measure for stretch in self._of(event.measures, index) for measure in stretch]
+
+    def _bound(self, event: Finished, index: int) -> Bound:
+        found = self._measures(event, index)
+        bits = [each.bits for each in found]
+        return estimate(self.timesteps, self.priors[index], [each.timestep for each in found], bits)
+
+    def _score(self, event: Finished, index: int, bound: Bound) -> dict[str, Any]:
+        found = self._measures(event, index)
+        own: Sequence[Picture] = self._of(event.pictures, index)
+        return {
+            "index": index,
+            "seed": self.parameters["seed"] + index,
+            "bits_per_dim": _short(bound.bits_per_dim),
+            "standard_error": _short(bound.standard_error),
+            "prior": _short(bound.prior),
+            "terms": [_measure(each) for each in found],
+            "rate_distortion": [_point(bound, each) for each in found],
+            "guesses": [
+                {**_point(bound, each.measure), **self._picture(each)}
+                for each in own
+                if each.measure is not None
+            ],
+            "typicality": self._typicality(found),
+        }
+
+    def _typicality(self, found: Sequence[Measure]) -> dict[str, float] | None:
+        if self.typicality is None:
+            return None
+        score = self.typicality.score([each.timestep for each in found], [each.error for each in found])
+        if score is None:
+            return None
+        return {"score": _short(score), "percentile": _short(self.typicality.percentile(score))}
+
+    def _picture(self, picture: Picture) -> dict[str, Any]:
+        index = picture.index // self.stretches
+        return {**image_body(picture, self), "index": index, "seed": self.parameters["seed"] + index}
+
+
+def _measure(measure: Measure) -> dict[str, Any]:
+    return {"timestep": measure.timestep, "bits": _short(measure.bits), "mse": _short(measure.error)}
+
+
+def _point(bound: Bound, measure: Measure) -> dict[str, Any]:
+    """A point of the rate–distortion curve: what x at this timestep costs, and how far off its guess is."""
+    rate, distortion = float(bound.rates[measure.timestep]), float(rmse(measure.error))
+    return {"timestep": measure.timestep, "rate": _short(rate), "rmse": _short(distortion)}
+
+
+def _short(value: float) -> float:
+    """Seven digits, which is more than a network of float32 knows."""
+    return float(f"{value:.7g}")

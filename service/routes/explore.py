@@ -1,4 +1,4 @@
-"""`POST /score`: what pictures cost under the model, bit by bit."""
+"""`POST /score`: what the network makes of pictures at every noise level."""
 
 from __future__ import annotations
 
@@ -6,38 +6,30 @@ import asyncio
 
 from fastapi import APIRouter, Request, Response
 
-from service.errors import NotAcceptableError
 from service.routes import InHouse
 from service.routes.answers import EVENTS, REFUSALS, answer, choose_form
-from service.routes.bodies import described, read
-from service.scores import ScoreRequest, to_scores
+from service.routes.bodies import HALVES, described, read
+from service.scores import ScoreRequest, to_score
 
 router = APIRouter(tags=["explore"])
 
 UPLOAD_ROUTES = frozenset({"/score"})
 """Whose bodies may be as large as pictures are."""
-FORMS = ("application/json", EVENTS)
-DOT = (
-    "data:image/png;base64,"
-    "iVBORw0KGgoAAAANSUhEUgAAAAIAAAACAQAAAABazTCJAAAADElEQVR42mNwYHAAAAEEAIFW8NEDAAAAAElFTkSuQmCC"
-)
 SCORES = {
-    "a hundred terms of the bound, and its standard error": {"images": [DOT], "terms": 100},
-    "every term": {"images": [DOT], "terms": 1000},
+    "two pictures, by a hundred terms each": {"images": [HALVES, HALVES], "seed": 7},
+    "one, by as few as there can be": {"images": [HALVES], "terms": 3},
 }
 
 
 @router.post("/score", responses=REFUSALS, openapi_extra=described(ScoreRequest, SCORES))  # type: ignore[arg-type]
 async def score(request: Request, house: InHouse) -> Response:
-    """Bits per dimension of pictures by the variational bound, its terms, and the rate–distortion curve.
+    """How likely pictures are: the variational bound in bits per dimension, from its terms by timestep.
 
-    The rates are those of a code in the sense that sending x_t to a receiver who holds the model costs so
-    many bits in expectation (Ho et al. 2020, §4.3); nothing is encoded. `Accept` chooses JSON (default) or
-    events, whose previews show the network's guesses with what they measure.
+    With it come the rate–distortion curve and, where the model has the statistics, how unusual the errors
+    are. `Accept` chooses the answer as for `/generate`: as a picture, a row for each image shows what it
+    looks like after ever more bits; events show the guesses as they are made.
     """
     form = choose_form(request)
-    if form not in FORMS:
-        raise NotAcceptableError(f"Answers come as {' or '.join(FORMS)}.")
     body = await read(request, ScoreRequest)
-    order = await asyncio.to_thread(to_scores, body, house.catalogue, streamed=form == EVENTS)
+    order = await asyncio.to_thread(to_score, body, house.catalogue, streamed=form == EVENTS)
     return await answer(order, form, request, house)

@@ -185,7 +185,7 @@ class FakeDenoiser:
     def measure(
         self, chains: Sequence[Chain], latents: Sequence[Latent], rows: Sequence[int]
     ) -> Sequence[tuple[float, float]]:
-        """The row, and how bright the guess is, squared."""
+        """The row, and how far the guess is from grey."""
         return [
             (float(row), float(latent.x0.square().mean())) for latent, row in zip(latents, rows, strict=True)
         ]
@@ -195,7 +195,7 @@ class FakeDenoiser:
         if chain.seed in self.gives_nan:
             x[0, 0, 0] = float("nan")
         self.seen[chain.seed, row] = x.numpy().tobytes()
-        return Latent(x, x.clamp(-1, 1))
+        return Latent(x, x.clamp(-1, 1), latent.x)
 
 
 # ── A model and an app ─────────────────────────────────────────────────────────────────────────
