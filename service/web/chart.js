@@ -2,7 +2,6 @@
 
 const SVG = "http://www.w3.org/2000/svg";
 const MARGIN = { left: 46, right: 14, top: 12, bottom: 42 };
-const REACH = 8; // how much nearer a point counts along x than along y, when pointed at
 
 export class Chart {
   // x, y: {title, name, unit}: the axis says the title, the description the other two.
@@ -15,13 +14,8 @@ export class Chart {
     svg.addEventListener("pointermove", (event) => event.buttons && this.pick(event));
   }
 
-  set(points) {
-    this.points = points;
-    this.draw();
-  }
-
-  mark(id) {
-    this.marked = id;
+  show(points, marked) {
+    Object.assign(this, { points, marked });
     this.draw();
   }
 
@@ -80,7 +74,7 @@ export class Chart {
     if (!this.points.length) return;
     const box = this.svg.getBoundingClientRect();
     const [x, y] = [event.clientX - box.left, event.clientY - box.top];
-    const far = (point) => (REACH * (this.toX(point.x) - x)) ** 2 + (this.toY(point.y) - y) ** 2;
+    const far = (point) => Math.hypot(this.toX(point.x) - x, this.toY(point.y) - y);
     this.onPick(this.points.reduce((best, point) => (far(point) < far(best) ? point : best)).id);
   }
 

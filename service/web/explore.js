@@ -5,7 +5,11 @@ import { Walkthrough } from "./walkthrough.js";
 
 const FIRST_SEED = 7;
 const SETTLE_MS = 150; // a slider on its way passes values that nobody wants to see
-const CELLS = { contest: { columns: 4, gap: 8, aside: 104, most: 128 }, guided: { columns: 6, gap: 8, aside: 0, most: 160 } };
+// The pictures of a study: how many abreast, what is left of them, and how large they get, in screen pixels.
+const CELLS = {
+  contest: { columns: 4, gap: 8, aside: 104, most: 128 },
+  guided: { columns: 6, gap: 8, aside: 0, most: 160 },
+};
 
 const $ = (id) => document.getElementById(id);
 
@@ -54,7 +58,7 @@ function layout({ model }) {
     const board = $(id).querySelector(".board");
     const narrow = board.clientWidth < 560;
     const across = id === "guided" && narrow ? columns / 2 : columns;
-    const room = board.clientWidth - (narrow ? Math.min(aside, 0) : aside);
+    const room = board.clientWidth - (narrow ? 0 : aside);
     board.style.setProperty("--columns", across);
     board.style.setProperty("--size", `${snapped(room, across, gap, model.width, most)}px`);
   }
@@ -76,14 +80,18 @@ function compare(info) {
   const drawContest = latest($("contest-status"), (signal) => contest.run(fields(), signal));
   const drawGuided = latest($("guided-status"), (signal) => guided.run(fields(), $("guidance").valueAsNumber, signal));
   const seen = new Set();
-  const look = (id, work) => onceSeen($(id), () => work(seen.add(id)));
+  const look = (id, work) =>
+    onceSeen($(id), () => {
+      seen.add(id);
+      work();
+    });
   look("contest", drawContest);
   if (model.guidance) look("guided", drawGuided);
 
   const name = () => ($("guidance-value").textContent = $("guidance").valueAsNumber.toFixed(1));
   const redrawGuided = later(drawGuided);
   const redrawBoth = later(() => {
-    drawContest();
+    if (seen.has("contest")) drawContest();
     if (seen.has("guided")) drawGuided();
   });
   $("guidance").addEventListener("input", name);

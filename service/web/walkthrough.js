@@ -43,7 +43,10 @@ export class Walkthrough {
   }
 
   listen() {
-    $("t").addEventListener("input", () => this.goTo(this.walk.frames[$("t").valueAsNumber].timestep));
+    $("t").addEventListener("input", () => {
+      const frame = this.walk.frames[$("t").valueAsNumber];
+      if (frame) this.goTo(frame.timestep); // a walk that has just begun has none
+    });
     $("told").addEventListener("change", () => this.score());
     $("choices").addEventListener("change", (event) => this.choose(Number(event.target.value)));
     $("others").addEventListener("click", () => this.sample(Math.floor(Math.random() * 1e6)));
@@ -65,6 +68,8 @@ export class Walkthrough {
 
   // Images of the model's own to begin with, of classes far apart.
   async sample(seed) {
+    this.sampling?.abort();
+    const { signal } = (this.sampling = new AbortController());
     const { classes } = this.info.model;
     const labels = Array.from({ length: SAMPLES }, (_, i) =>
       classes.length ? Math.round((i * (classes.length - 1)) / (SAMPLES - 1)) : null,
@@ -72,13 +77,13 @@ export class Walkthrough {
     const steps = Math.min(SAMPLE_STEPS, this.info.model.timesteps);
     const drawn = labels.map((label, i) => {
       const fields = { seed: seed + i, num_inference_steps: steps, sampler: this.info.samplers.at(-1) };
-      return draw(label === null ? fields : { ...fields, class_label: label });
+      return draw(label === null ? fields : { ...fields, class_label: label }, signal);
     });
     try {
       const urls = (await Promise.all(drawn)).flat();
       this.images = urls.map((url, i) => ({ url, label: labels[i], name: classes[labels[i]] ?? `image ${i + 1}` }));
     } catch (error) {
-      this.say(error.message, true);
+      if (!signal.aborted) this.say(error.message, true);
       return;
     }
     this.choose(0);
@@ -172,10 +177,10 @@ export class Walkthrough {
 
   drawCurves({ bits_per_dim: bits, standard_error: error, terms, rate_distortion: curve }) {
     const at = this.walk.frames[this.walk.nearest(this.wanted)]?.timestep ?? this.wanted;
-    this.rate.set(sorted(curve).map(({ timestep, rate, rmse: y }) => ({ x: rate, y, id: timestep })));
-    this.error.set(sorted(terms).map(({ timestep, mse }) => ({ x: timestep, y: rmse(mse), id: timestep })));
-    this.rate.mark(curve[nearest(curve, at)]?.timestep);
-    this.error.mark(terms[nearest(terms, at)]?.timestep);
+    const rates = sorted(curve).map(({ timestep, rate, rmse: y }) => ({ x: rate, y, id: timestep }));
+    const errors = sorted(terms).map(({ timestep, mse }) => ({ x: timestep, y: rmse(mse), id: timestep }));
+    this.rate.show(rates, curve[nearest(curve, at)]?.timestep);
+    this.error.show(errors, terms[nearest(terms, at)]?.timestep);
     const { width, height, channels } = this.info.model;
     const dims = width * height * channels;
     const bytes = Math.ceil((bits * dims) / 8).toLocaleString("en");

@@ -9,6 +9,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -24,16 +25,15 @@ pytestmark = IN_A_BROWSER
 @pytest.fixture
 def page(visit: Visit) -> Page:
     """The page, open, with an image under noise."""
-    opened = scored(visit(path="/explore"))
+    opened = visit(path="/explore", prepare=scored)
     expect(opened.locator("#status")).to_contain_text("noise levels", timeout=30_000)
     return opened
 
 
-def scored(page: Page) -> Page:
-    """The page, with `/score` answered where the service does not."""
-    if "/score" not in page.request.get(page.url.replace("/explore", "/openapi.json")).json()["paths"]:
+def scored(page: Page, client: httpx.Client) -> None:
+    """Answer `/score` where the service does not."""
+    if "/score" not in client.get("/openapi.json").json()["paths"]:
         page.route("**/score", answer)
-    return page
 
 
 def answer(route: Route) -> None:
@@ -188,7 +188,7 @@ def test_guidance_draws_the_same_seeds_again(page: Page) -> None:
 
 
 def test_a_phone_shows_it_all_without_scrolling_sideways(visit: Visit) -> None:
-    page = scored(visit(path="/explore", width=360))
+    page = visit(path="/explore", width=360, prepare=scored)
     expect(page.locator("#status")).to_contain_text("noise levels", timeout=30_000)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     for name in ("clean", "noisy", "guess", "error", "rate-chart", "guess-chart", "contest", "guided"):
@@ -207,7 +207,7 @@ def test_the_pages_lead_to_one_another(page: Page) -> None:
 
 
 def test_a_key_opens_it(visit: Visit) -> None:
-    page = visit("--api-keys", "the-right-key", path="/explore")
+    page = visit("--api-keys", "the-right-key", path="/explore", prepare=scored)
     expect(page.locator("#status")).to_contain_text("asks for a key")
     page.locator("#key").fill("the-right-key")
     page.locator("#door button").click()
