@@ -2,7 +2,8 @@
 
 Nested (`unet/`, `scheduler/`, `model_index.json`) and flat (config and weights at the root) folders
 are read; nested ones are written. Weights are safetensors, never pickles, which can run code when
-read. A `SHA256SUMS` beside them is checked when there is one.
+read. A `SHA256SUMS` beside them is checked when there is one. A `classifier/` of ours beside the network
+guides it (model/encoder.py); diffusers leaves that alone.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +20,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
+from model.encoder import EncoderConfig, NoiseClassifier
 from model.schedule import SCHEDULERS, NoiseSchedule
 from model.unet import ConfigError, UNet, UNetConfig
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+CLASSIFIER = "classifier"
+CLASSIFIER_WEIGHTS = "model.safetensors"
 MANIFEST = "SHA256SUMS"
 CONFIGS = {"model_index.json", "config.json", "scheduler_config.json"}
 LEGACY_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -37,6 +43,7 @@ class Checkpoint:
     """A loaded model: the network in eval mode, its noise schedule, and its class names in index order.
 
     `null_class` is the label index of the unconditional branch, where the network was trained with one.
+    `classifier` is a noise-aware classifier of the same classes, where the folder has one.
     """
 
     name: str
@@ -45,6 +52,7 @@ class Checkpoint:
     scheduler_config: Mapping[str, Any]
     class_names: tuple[str, ...] = ()
     null_class: int | None = None
+    classifier: NoiseClassifier | None = None
 
 
 def load(folder: Path) -> Checkpoint:
@@ -75,7 +83,9 @@ def load(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{place / 'config.json'}: {found}; there must be {wanted}")
     _load_weights(unet, place)
     names, null_class = _class_names(index, config.num_class_embeds, folder)
-    return Checkpoint(folder.resolve().name, unet.eval(), schedule, scheduler_config, names, null_class)
+    classifier = _load_classifier(folder / CLASSIFIER, config, len(names))
+    name = folder.resolve().name
+    return Checkpoint(name, unet.eval(), schedule, scheduler_config, names, null_class, classifier)
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
@@ -100,11 +110,16 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         (folder / "scheduler" / "scheduler_config.json", dict(checkpoint.scheduler_config)),
     ):
         _replace(path, json.dumps(content, indent=2) + "\n")
-    state = {name: tensor.detach().contiguous() for name, tensor in checkpoint.unet.state_dict().items()}
-    part = folder / "unet" / f"{WEIGHTS}.part"
-    save_file(state, part, metadata={"format": "pt"})
-    part.chmod(0o644)  # safetensors keeps it to its owner, and a service often runs as someone else
-    part.replace(folder / "unet" / WEIGHTS)
+    _save_weights(folder / "unet" / WEIGHTS, checkpoint.unet)
+    if checkpoint.classifier is not None:
+        _save_classifier(folder, checkpoint.classifier)
+    write_manifest(folder)
+
+
+def save_classifier(folder: Path, classifier: NoiseClassifier) -> None:
+    """Put a classifier into a model folder, in place of any other, with the care that `save` takes."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    _save_classifier(folder, classifier)
     write_manifest(folder)
 
 
@@ -113,7 +128,7 @@ def write_manifest(folder: Path) -> None:
 
     What else lies in the folder (a training state, an evaluation) comes and goes without it.
     """
-    places = [folder, folder / "unet", folder / "scheduler"]
+    places = [folder, folder / "unet", folder / "scheduler", folder / CLASSIFIER]
     found = [path for place in places for path in place.glob("*")]
     files = sorted(path for path in found if path.suffix == ".safetensors" or path.name in CONFIGS)
     lines = [f"{_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
@@ -138,6 +153,24 @@ def _replace(path: Path, text: str) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(text)
     part.replace(path)
+
+
+def _save_weights(path: Path, module: nn.Module) -> None:
+    state = {name: tensor.detach().contiguous() for name, tensor in module.state_dict().items()}
+    part = path.with_name(path.name + ".part")
+    save_file(state, part, metadata={"format": "pt"})
+    part.chmod(0o644)  # safetensors keeps it to its owner, and a service often runs as someone else
+    part.replace(path)
+
+
+def _save_classifier(folder: Path, classifier: NoiseClassifier) -> None:
+    part = folder / f"{CLASSIFIER}.part"  # both of its files or none: each would be useless without the other
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    _replace(part / "config.json", json.dumps(classifier.config.to_dict(), indent=2) + "\n")
+    _save_weights(part / CLASSIFIER_WEIGHTS, classifier)
+    shutil.rmtree(folder / CLASSIFIER, ignore_errors=True)
+    part.rename(folder / CLASSIFIER)
 
 
 def _sha256(path: Path) -> str:
@@ -174,6 +207,31 @@ def _load_weights(unet: UNet, place: Path) -> None:
             )
         else:
             raise CheckpointError(f"{path}: missing")
+    _fill(unet, path)
+
+
+def _load_classifier(place: Path, network: UNetConfig, classes: int) -> NoiseClassifier | None:
+    """The classifier in `place`, or None where there is none."""
+    if not place.is_dir():
+        return None
+    path = place / "config.json"
+    try:
+        config = EncoderConfig.from_dict(_read_json(path))
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    found = config.in_channels, config.sample_size, config.classes
+    wanted = network.in_channels, network.sample_size, classes
+    if found != wanted:
+        raise CheckpointError(
+            f"{path}: (in_channels, sample_size, classes) are {found} where the network has {wanted}"
+        )
+    classifier = NoiseClassifier(config).eval().requires_grad_(False)
+    _fill(classifier, place / CLASSIFIER_WEIGHTS)
+    return classifier
+
+
+def _fill(module: nn.Module, path: Path) -> None:
+    """Read a network's weights. Raises CheckpointError where they are not all, and nothing but, its own."""
     try:
         state = load_file(path)
     except (SafetensorError, OSError) as error:
@@ -183,14 +241,14 @@ def _load_weights(unet: UNet, place: Path) -> None:
         legacy.sub(lambda m: f".{LEGACY_ATTENTION[m[1]]}.{m[2]}", name): tensor.to(torch.float32)
         for name, tensor in state.items()
     }
-    own = unet.state_dict()
+    own = module.state_dict()
     for name in (*own, *state):
         if name not in state or name not in own:
             raise CheckpointError(f"{path}: {name} is {'missing' if name in own else 'not in the network'}")
         if own[name].shape != state[name].shape:
             shapes = f"{tuple(state[name].shape)} where the network has {tuple(own[name].shape)}"
             raise CheckpointError(f"{path}: {name} is {shapes}")
-    unet.load_state_dict(state)
+    module.load_state_dict(state)
 
 
 def _class_names(

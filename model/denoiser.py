@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -104,11 +105,15 @@ class Denoiser:
     def of(cls, model: Checkpoint, runtime: Runtime) -> Denoiser:
         """The denoiser of a checkpoint whose network `runtime` runs."""
         config = model.unet.config
+        classifier = deepcopy(model.classifier)  # as the runtime's network is: neither follows the caller's
+        if classifier is not None:
+            classifier.to(runtime.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return cls(
             runtime,
             (config.in_channels, config.sample_size, config.sample_size),
             conditional=config.num_class_embeds is not None,
             null_class=model.null_class,
+            classifier=classifier,
             schedule=model.schedule,
         )
 

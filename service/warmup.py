@@ -12,7 +12,7 @@ import numpy as np
 from model.checkpoint import Checkpoint
 from model.denoiser import Chain, Denoiser, Latent
 from model.runtimes import Runtime, keep_torch_off, load_runtime
-from model.samplers import build_plan
+from model.samplers import Guidance, build_plan
 from service.engine import Engine
 from service.jobs import Job, State
 from service.scheduler import Scheduler, StepTimes
@@ -65,7 +65,8 @@ def warm_up(model: Checkpoint, settings: Settings) -> Warm:
         widths = (settings.max_batch or COMPILED_ROWS,)
     elif settings.max_batch:
         widths = sorted({width for width in widths if width < settings.max_batch} | {settings.max_batch})
-    plan = build_plan(model.schedule, "ddim", min(4, model.schedule.timesteps))
+    steps = min(4, model.schedule.timesteps)
+    plan = build_plan(model.schedule, "ddim", steps)
     label = 0 if denoiser.conditional else None
     chains = [Chain(plan, seed, label) for seed in range(max(widths))]
 
@@ -78,6 +79,9 @@ def warm_up(model: Checkpoint, settings: Settings) -> Warm:
         runtime.batch_sizes = _shapes(runtime, widths, max_rows, invariant=settings.batch_invariant)
         if runtime.batch_sizes:
             points = [(rows, _time_step(denoiser, chains[:rows])) for rows in runtime.batch_sizes]
+    if denoiser.classifier is not None:  # what it adds to a result is to be tried too
+        led = build_plan(model.schedule, "ddim", steps, guidance=Guidance(classifier_scale=1.0))
+        chains = [Chain(led, chain.seed, label) for chain in chains]
     invariance = measure_invariance(denoiser, chains[: max(2, max_rows)], max_rows)
     logger.info(
         "%s %s on %s: %d rows per step, %.0f rows/s, results %s of batch mates",

@@ -65,6 +65,7 @@ def test_the_service_says_what_it_serves(client: httpx.Client) -> None:
     assert facts["model"]["name"] == "fashion-mnist"
     assert len(facts["model"]["classes"]) == 10
     assert facts["model"]["guidance"]
+    assert facts["model"]["classifier"]
     assert facts["batch_invariance"]["invariant"], facts["batch_invariance"]
 
 
@@ -83,12 +84,16 @@ def company(count: int) -> list[dict[str, Any]]:
             request["eta"] = draw.choice([0.0, 0.5, 1.0])
         if draw.random() < 0.7:
             request |= {"class_label": draw.randrange(10), "guidance_scale": draw.choice([1.0, 2.0, 4.0])}
+            request["classifier_scale"] = draw.choice([0.0, 0.0, 3.0])
         requests.append(request)
     return requests
 
 
-def test_the_same_seeds_give_the_same_bytes_alone_and_in_company(client: httpx.Client) -> None:
-    ours = {"num_inference_steps": 6, "class_label": "ankle boot", "sampler": "ddpm"}
+@pytest.mark.parametrize("guidance", [{}, {"classifier_scale": 2.0}], ids=["free", "classifier"])
+def test_the_same_seeds_give_the_same_bytes_alone_and_in_company(
+    client: httpx.Client, guidance: dict[str, float]
+) -> None:
+    ours = {"num_inference_steps": 6, "class_label": "ankle boot", "sampler": "ddpm", **guidance}
     together = generate(client, n=8, seed=40, **ours)
     assert len(set(together)) == 8
 

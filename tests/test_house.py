@@ -64,12 +64,16 @@ SERVICE = {
 }
 MODEL = {
     "model.unet": "torch",
+    "model.encoder": "model.unet torch",
     "model.schedule": "numpy",
     "model.noise": "numpy",
     "model.samplers": "model.schedule model.diffusion numpy",
     "model.lowering": "model.unet torch openvino",
     "model.runtimes": "model.checkpoint model.lowering model.unet model.schedule torch numpy openvino",
-    "model.denoiser": "model.runtimes model.checkpoint model.samplers model.noise torch numpy",
+    "model.denoiser": (
+        "model.runtimes model.checkpoint model.samplers model.diffusion model.schedule model.noise"
+        " torch numpy"
+    ),
     "model*": "model model.* numpy torch safetensors PIL tqdm matplotlib",
 }
 ALLOWED = SERVICE | MODEL

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from model.checkpoint import Checkpoint
+from model.encoder import EncoderConfig, NoiseClassifier
 from model.runtimes import OpenVinoRuntime
 from model.schedule import NoiseSchedule
 from model.unet import UNet, UNetConfig
@@ -60,3 +61,10 @@ def tiny_checkpoint(**options: Any) -> Checkpoint:
     randomise(unet)
     schedule = NoiseSchedule.from_diffusers(SCHEDULER)
     return Checkpoint("tiny", unet, schedule, SCHEDULER, ("cat", "dog", "fox"), null_class=3)
+
+
+def tiny_classifier(classes: int = 3, seed: int = 1) -> NoiseClassifier:
+    """A noise-aware classifier of as small images, with random weights."""
+    classifier = NoiseClassifier(EncoderConfig(8, 1, classes, (8, 16, 16), norm_num_groups=4)).eval()
+    randomise(classifier, seed)
+    return classifier.requires_grad_(False)

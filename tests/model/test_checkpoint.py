@@ -13,9 +13,16 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from model import checkpoint
-from model.checkpoint import LEGACY_ATTENTION, MANIFEST, WEIGHTS, Checkpoint, CheckpointError
+from model.checkpoint import (
+    CLASSIFIER_WEIGHTS,
+    LEGACY_ATTENTION,
+    MANIFEST,
+    WEIGHTS,
+    Checkpoint,
+    CheckpointError,
+)
 from model.unet import UNet, UNetConfig
-from tests.model.conftest import SCHEDULER, TINY, randomise
+from tests.model.conftest import SCHEDULER, TINY, randomise, tiny_classifier
 
 
 @pytest.fixture
@@ -247,3 +254,115 @@ def test_unreadable_files_are_named(folder: Path) -> None:
         checkpoint.load(folder)
     with pytest.raises(CheckpointError, match="no such folder"):
         checkpoint.load(folder / "elsewhere")
+
+
+# ── Learned variances ──────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("variance", ["learned_range", "fixed_small"])
+def test_a_network_with_twice_the_outputs_loads(tiny: Checkpoint, folder: Path, variance: str) -> None:
+    unet = UNet(UNetConfig(**(TINY | {"out_channels": 2})))
+    randomise(unet)
+    config = SCHEDULER | {"variance_type": variance}
+    checkpoint.save(folder, replace(tiny, unet=unet, scheduler_config=config))
+    loaded = checkpoint.load(folder)
+    assert same_weights(loaded.unet, unet)
+    assert (loaded.unet.config.out_channels, loaded.schedule.variance_type) == (2, variance)
+    theirs = UNet2DModel.from_pretrained(folder, subfolder="unet").eval()
+    x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([3, 950]), torch.tensor([1, 3])
+    with torch.inference_mode():
+        torch.testing.assert_close(theirs(x, t, y).sample, loaded.unet(x, t, y), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "variance", "wanted"),
+    [
+        (1, "learned_range", "twice as many"),
+        (3, "fixed_small", "as many, or twice"),
+        (3, "learned_range", ""),
+    ],
+)
+def test_outputs_that_mean_nothing_are_refused(
+    tiny: Checkpoint, folder: Path, outputs: int, variance: str, wanted: str
+) -> None:
+    unet = UNet(UNetConfig(**(TINY | {"out_channels": outputs})))
+    config = SCHEDULER | {"variance_type": variance}
+    checkpoint.save(folder, replace(tiny, unet=unet, scheduler_config=config))
+    with pytest.raises(CheckpointError, match=rf"out_channels={outputs} with in_channels=1.*{wanted}"):
+        checkpoint.load(folder)
+
+
+# ── The classifier beside the network ──────────────────────────────────────────────────────────
+
+
+def test_a_classifier_is_saved_listed_and_loaded(tiny: Checkpoint, folder: Path) -> None:
+    assert checkpoint.load(folder).classifier is None
+    classifier = tiny_classifier()
+    checkpoint.save(folder, replace(tiny, classifier=classifier))
+    listed = [line.split("  ")[1] for line in (folder / MANIFEST).read_text().splitlines()]
+    assert listed[:2] == ["classifier/config.json", "classifier/model.safetensors"]
+    loaded = checkpoint.load(folder).classifier
+    assert loaded is not None
+    assert loaded.config == classifier.config
+    assert not loaded.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 950])
+    assert torch.equal(loaded(x, t), classifier(x, t))
+    assert (folder / "classifier" / CLASSIFIER_WEIGHTS).stat().st_mode & 0o777 == 0o644
+    # A network that is saved anew, as training does, leaves it where it is.
+    checkpoint.save(folder, tiny)
+    assert checkpoint.load(folder).classifier is not None
+
+
+def test_a_changed_classifier_is_noticed(folder: Path) -> None:
+    checkpoint.save_classifier(folder, tiny_classifier())
+    path = folder / "classifier" / CLASSIFIER_WEIGHTS
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{CLASSIFIER_WEIGHTS}: its sha256"):
+        checkpoint.load(folder)
+
+
+def test_a_classifier_cut_short_leaves_a_folder_that_loads(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", fail)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save_classifier(folder, tiny_classifier())
+    assert checkpoint.load(folder).classifier is None
+    checkpoint.save_classifier(folder, tiny_classifier())
+    assert checkpoint.load(folder).classifier is not None
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"classes": 4}, r"classifier/config.json: .*are \(1, 8, 4\) where the network has \(1, 8, 3\)"),
+        ({"sample_size": 16}, r"classifier/config.json: .*are \(1, 16, 3\)"),
+        ({"block_out_channels": [8, 30]}, "classifier/config.json: norm_num_groups=4 does not divide"),
+        ({"block_out_channels": "wide"}, "classifier/config.json"),
+        ({"pool": "mean"}, "classifier/config.json: pool is not an option"),
+        ({"block_out_channels": [8, 16]}, r"model.safetensors: .* is not in the network"),
+        ({"block_out_channels": [8, 16, 32]}, r"model.safetensors: .* where the network has"),
+    ],
+)
+def test_a_bad_classifier_is_named(folder: Path, values: dict[str, Any], named: str) -> None:
+    checkpoint.save_classifier(folder, tiny_classifier())
+    edit(folder / "classifier" / "config.json", **values)
+    with pytest.raises(CheckpointError, match=named) as caught:
+        checkpoint.load(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["config.json", CLASSIFIER_WEIGHTS])
+def test_half_a_classifier_is_none(folder: Path, file: str) -> None:
+    checkpoint.save_classifier(folder, tiny_classifier())
+    (folder / MANIFEST).unlink()
+    (folder / "classifier" / file).unlink()
+    with pytest.raises(CheckpointError, match=file):
+        checkpoint.load(folder)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ from model.samplers import (
     build_repaint,
 )
 from model.schedule import NoiseSchedule, linear_betas
+from tests.model.conftest import randomise, tiny_classifier
 
 SHAPE = (1, 8, 8)
 SCHEDULE = NoiseSchedule(linear_betas(1000), timestep_spacing="trailing")
@@ -390,3 +392,58 @@ def test_classifier_guidance_needs_a_classifier_and_a_label(label: int | None) -
 def test_guidance_without_a_label_is_refused() -> None:
     with pytest.raises(ValueError, match="needs a label"):
         fake().start(chain(guidance_scale=2.0))
+
+
+# ── A trained classifier ───────────────────────────────────────────────────────────────────────
+
+
+def test_the_denoiser_of_a_checkpoint_has_its_classifier(tiny: Checkpoint) -> None:
+    assert Denoiser.of(tiny, FakeRuntime()).classifier is None
+    classifier = tiny_classifier()
+    denoiser = Denoiser.of(replace(tiny, classifier=classifier), FakeRuntime())
+    assert denoiser.classifier is not None
+    x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([10, 900]), torch.tensor([0, 2])
+    before = denoiser.classifier.gradient(x, t, y)
+    torch.testing.assert_close(before, classifier.gradient(x, t, y))
+    randomise(classifier, seed=9)  # the caller's: the denoiser has its own
+    assert torch.equal(denoiser.classifier.gradient(x, t, y), before)
+
+
+LED = tuple(
+    chain(sampler, 6, seed=20 + i, label=i % 3, guidance=Guidance(scale, sigmas, classifier_scale=4.0))
+    for i, (sampler, scale, sigmas) in enumerate(
+        [
+            ("ddim", 1.0, (0.0, 1e9)),
+            ("ddpm", 2.0, (0.2, 5.0)),
+            ("dpmpp_2m", 1.0, (0.0, 1e9)),
+            ("sde_dpmpp_2m", 1.0, (1.0, 1e9)),
+            ("ddim", 3.0, (0.0, 1e9)),
+            ("ddpm", 1.0, (0.0, 1e9)),
+        ]
+    )
+)
+
+
+def test_company_does_not_matter_to_chains_that_a_classifier_leads(tiny: Checkpoint) -> None:
+    denoiser = Denoiser.of(replace(tiny, classifier=tiny_classifier()), FakeRuntime())
+    chains = [*LED, *MIXED[:4]]
+    for one, history in zip(chains, run_staggered(denoiser, chains), strict=True):
+        for mine, expected in zip(history, run_alone(denoiser, one), strict=True):
+            assert torch.equal(mine.x, expected.x)
+            assert torch.equal(mine.x0, expected.x0)
+    unled = replace(LED[0], plan=build_plan(SCHEDULE, "ddim", 6))
+    assert not torch.equal(run_alone(denoiser, LED[0])[-1].x, run_alone(denoiser, unled)[-1].x)
+
+
+def test_a_classifier_leads_towards_its_class(tiny: Checkpoint) -> None:
+    classifier = tiny_classifier()
+    denoiser = Denoiser.of(replace(tiny, classifier=classifier), FakeRuntime())
+
+    def log_p(scale: float) -> float:
+        """How sure it is of class 1 at the end."""
+        plan = build_plan(SCHEDULE, "ddim", 20, guidance=Guidance(classifier_scale=scale))
+        x = generate(denoiser, [Chain(plan, seed, 1) for seed in range(8)])
+        found = torch.log_softmax(classifier(x, torch.zeros(8, dtype=torch.int64)), dim=1)
+        return float(found[:, 1].mean())
+
+    assert log_p(0) < log_p(5) < log_p(50)

@@ -14,6 +14,7 @@ import torch
 from model import noise
 from model.checkpoint import Checkpoint
 from model.denoiser import Chain, Latent
+from model.encoder import EncoderConfig, NoiseClassifier
 from model.samplers import Guidance, build_plan
 from model.schedule import NoiseSchedule, linear_betas
 from model.unet import UNet, UNetConfig
@@ -198,13 +199,16 @@ class FakeDenoiser:
 # ── A model and an app ─────────────────────────────────────────────────────────────────────────
 
 
-def tiny_model(guided: bool = True, classes: int = 3) -> Checkpoint:
-    """A network of a few random weights: three classes and a null class, 8×8 pixels."""
+def tiny_model(guided: bool = True, classes: int = 3, learned: bool = False) -> Checkpoint:
+    """A network of a few random weights: three classes and a null class, 8×8 pixels.
+
+    learned: it says how large its variance is.
+    """
     torch.manual_seed(0)
     config = UNetConfig(
         sample_size=SIZE,
         in_channels=1,
-        out_channels=1,
+        out_channels=1 + learned,
         down_block_types=("DownBlock2D",),
         up_block_types=("UpBlock2D",),
         block_out_channels=(8,),
@@ -213,7 +217,12 @@ def tiny_model(guided: bool = True, classes: int = 3) -> Checkpoint:
         attention_head_dim=None,
         num_class_embeds=classes + guided if classes else None,
     )
-    scheduler = {"_class_name": "DDPMScheduler", "num_train_timesteps": 100, "timestep_spacing": "trailing"}
+    scheduler = {
+        "_class_name": "DDPMScheduler",
+        "num_train_timesteps": 100,
+        "timestep_spacing": "trailing",
+        "variance_type": "learned_range" if learned else "fixed_small",
+    }
     return Checkpoint(
         "tiny",
         UNet(config).eval(),
@@ -222,6 +231,13 @@ def tiny_model(guided: bool = True, classes: int = 3) -> Checkpoint:
         ("cat", "dog", "Ankle Boot")[:classes],
         classes if guided and classes else None,
     )
+
+
+def tiny_classifier() -> NoiseClassifier:
+    """A noise-aware classifier for the same images and classes, of a few random weights."""
+    torch.manual_seed(1)
+    classifier = NoiseClassifier(EncoderConfig(SIZE, 1, 3, (8, 16), norm_num_groups=4))
+    return classifier.eval().requires_grad_(False)
 
 
 def fake_engine(denoiser: FakeDenoiser, max_rows: int = 8) -> Engine:

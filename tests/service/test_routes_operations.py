@@ -95,6 +95,7 @@ def test_the_facts(serve: Serve) -> None:
         "name": "tiny",
         "classes": ["cat", "dog", "Ankle Boot"],
         "guidance": True,
+        "classifier": False,
         "channels": 1,
         "height": 8,
         "width": 8,
@@ -109,6 +110,10 @@ def test_the_facts(serve: Serve) -> None:
         "num_inference_steps": 50,
         "eta": 0.0,
         "guidance_scale": 2.0,
+        "guidance_sigma_min": 0.0,
+        "guidance_sigma_max": None,
+        "classifier_scale": 0.0,
+        "timestep_spacing": "trailing",
     }
     assert facts["limits"] == {"max_images": 5, "max_batch": 8, "max_queue": 256, "deadline_s": 60.0}
     assert facts["runtime"]["name"] == "fake"

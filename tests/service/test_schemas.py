@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from dataclasses import replace
 from io import BytesIO
 from typing import Any
 
@@ -13,7 +14,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from model.checkpoint import Checkpoint
-from model.samplers import SAMPLERS
+from model.samplers import A_G, SAMPLERS, Plan
 from service.app import describe_model
 from service.errors import InvalidRequestError
 from service.events import Finished, Picture, Preview, Queued
@@ -28,7 +29,7 @@ from service.schemas import (
     queued_body,
     to_job,
 )
-from tests.service.fakes import tiny_model
+from tests.service.fakes import tiny_classifier, tiny_model
 from tests.service.live import settings
 
 
@@ -69,6 +70,11 @@ def order(request: dict[str, Any], known: Catalogue | None = None, streamed: boo
         ("guidance_scale", float("inf")),
         ("guidance_scale", -1.0),
         ("guidance_scale", 101.0),
+        ("guidance_sigma_min", -0.1),
+        ("guidance_sigma_max", 0.0),
+        ("classifier_scale", -1.0),
+        ("classifier_scale", 101.0),
+        ("timestep_spacing", "even"),
         ("class_label", True),
         ("class_label", 1.0),
         ("class_label", ["cat"]),
@@ -174,6 +180,61 @@ def test_guidance_needs_a_null_class() -> None:
         order({}, known)
 
 
+def classified(**values: Any) -> Catalogue:
+    """What can be asked of a model with a classifier."""
+    return catalogue(replace(tiny_model(), classifier=tiny_classifier()), **values)
+
+
+def test_guidance_by_a_classifier_is_a_column_of_the_plan() -> None:
+    made = order({"class_label": "cat", "classifier_scale": 3.0}, classified())
+    plan = made.job.samples[0].chain.plan
+    assert isinstance(plan, Plan)
+    assert (plan.table[:, A_G] > 0).all()
+    assert set(plan.rows) == {1}, "it does not need the unconditional branch"
+    assert (made.parameters["classifier_scale"], made.parameters["guidance_scale"]) == (3.0, 1.0)
+    both = order({"class_label": "cat", "classifier_scale": 3.0, "guidance_scale": 2.0}, classified())
+    assert set(both.job.samples[0].chain.plan.rows) == {2}
+    without = order({"class_label": "cat"}, classified()).job.samples[0].chain.plan
+    assert isinstance(without, Plan)
+    assert not without.table[:, A_G].any()
+
+
+def test_guidance_may_keep_to_an_interval_of_noise_levels() -> None:
+    asked = {"class_label": 0, "guidance_scale": 3.0, "guidance_sigma_min": 0.2, "guidance_sigma_max": 1.0}
+    made = order(asked)
+    plan = made.job.samples[0].chain.plan
+    sigma = np.sqrt(1 / tiny_model().schedule.alphas_cumprod[list(plan.timesteps)] - 1)
+    assert plan.rows == tuple(np.where((sigma >= 0.2) & (sigma <= 1.0), 2, 1))
+    assert 1 < sum(rows == 2 for rows in plan.rows) < 50
+    assert {key: made.parameters[key] for key in asked} == {**asked, "class_label": "cat"}
+
+
+@pytest.mark.parametrize(
+    ("request_", "known", "field"),
+    [
+        ({"class_label": 0, "classifier_scale": 1.0}, None, "classifier_scale"),
+        ({"classifier_scale": 1.0}, "classified", "classifier_scale"),
+        ({"guidance_sigma_min": 1.0, "guidance_sigma_max": 1.0}, None, "guidance_sigma_max"),
+    ],
+)
+def test_guidance_that_cannot_be_had_is_refused(
+    request_: dict[str, Any], known: str | None, field: str
+) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        order(request_, classified() if known else None)
+    assert refused.value.field == field
+
+
+def test_the_spacing_chooses_the_timesteps() -> None:
+    made = {
+        kind: order({"timestep_spacing": kind, "num_inference_steps": 4}) for kind in ("leading", "linspace")
+    }
+    assert made["leading"].job.samples[0].chain.plan.timesteps == (75, 50, 25, 0)
+    assert made["linspace"].job.samples[0].chain.plan.timesteps == (99, 66, 33, 0)
+    assert made["leading"].parameters["timestep_spacing"] == "leading"
+    assert order({}).parameters["timestep_spacing"] == "trailing", "as the model says"
+
+
 # ── Limits and defaults ────────────────────────────────────────────────────────────────────────
 
 
@@ -209,6 +270,10 @@ def test_the_defaults_are_told() -> None:
         "num_inference_steps": 50,
         "eta": 0.0,
         "guidance_scale": 1.0,
+        "guidance_sigma_min": 0.0,
+        "guidance_sigma_max": None,
+        "classifier_scale": 0.0,
+        "timestep_spacing": "trailing",
         "class_label": None,
         "output_format": "png",
     }

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from model import runtimes
+from model.checkpoint import Checkpoint
 from model.denoiser import Chain, Denoiser, Latent
+from model.encoder import NoiseClassifier
 from service import warmup
 from service.app import describe, describe_model
 from service.errors import ComputeError
-from service.events import Failed, Finished
+from service.events import Failed, Finished, Picture
+from service.schemas import GenerateRequest, to_job
 from service.warmup import Invariance, Warm, measure_invariance, warm_up
-from tests.service.fakes import FakeDenoiser, job_of, tiny_model
+from tests.service.fakes import FakeDenoiser, job_of, tiny_classifier, tiny_model
 from tests.service.live import settings
 
 
@@ -159,6 +163,72 @@ def test_openvino_is_invariant_at_any_width() -> None:
     assert found.runtime == "openvino"
     assert runtime_of(found).batch_sizes == ()
     assert found.invariance.holds
+
+
+# ── Networks that say more, and networks that are led ─────────────────────────────────────────
+
+
+def finished(found: Warm, model: Checkpoint, **requests: dict[str, Any]) -> dict[str, list[bytes]]:
+    """Each request's pixels, all of them run side by side."""
+    known = describe_model(model, settings())
+    orders = {name: to_job(GenerateRequest(**body), known, streamed=False) for name, body in requests.items()}
+    for order in orders.values():
+        found.engine.scheduler.add(order.job, order.job.created)
+    results: dict[str, tuple[Picture, ...]] = {}
+    while (report := found.engine.step()) is not None:
+        assert not [event for event in report.events if isinstance(event, Failed)]
+        results |= {event.job_id: event.pictures for event in report.events if isinstance(event, Finished)}
+    return {name: [p.pixels.tobytes() for p in results[order.job.id]] for name, order in orders.items()}
+
+
+DDPM = {"sampler": "ddpm", "num_inference_steps": 5, "seed": 1, "n": 2, "class_label": 1}
+
+
+@pytest.mark.parametrize("runtime", ["torch", "openvino"])
+def test_a_network_that_learned_its_variance_is_served(runtime: str) -> None:
+    pytest.importorskip("openvino")
+    model = tiny_model(learned=True)
+    found = warm_up(model, settings(runtime=runtime, device="cpu", max_batch=4))
+    assert found.invariance.holds
+    guided = {**DDPM, "guidance_scale": 3.0}
+    together = finished(found, model, plain=DDPM, guided=guided, ddim={**DDPM, "sampler": "ddim"})
+    assert len({image for images in together.values() for image in images}) == 6
+    assert finished(found, model, plain=DDPM)["plain"] == together["plain"]
+    # Its variance is what it says: the same network without it gives other images.
+    fixed = replace(model, schedule=replace(model.schedule, variance_type="fixed_small"))
+    found = warm_up(fixed, settings(runtime=runtime, device="cpu", max_batch=4))
+    assert finished(found, fixed, plain=DDPM)["plain"] != together["plain"]
+    assert finished(found, fixed, ddim={**DDPM, "sampler": "ddim"})["ddim"] == together["ddim"]
+
+
+@pytest.mark.parametrize("runtime", ["torch", "openvino"])
+def test_a_classifier_leads_what_asks_for_it_and_nothing_else(runtime: str) -> None:
+    pytest.importorskip("openvino")
+    model = replace(tiny_model(), classifier=tiny_classifier())
+    chosen = settings(runtime=runtime, device="cpu", max_batch=4)
+    found = warm_up(model, chosen)
+    assert found.invariance.holds
+    assert describe(describe_model(model, chosen), chosen, found)["model"]["classifier"] is True
+    led = {**DDPM, "guidance_scale": 1.0, "classifier_scale": 20.0}
+    plain = {**led, "classifier_scale": 0.0}
+    together = finished(found, model, led=led, plain=plain, other={**led, "sampler": "dpmpp_2m", "n": 3})
+    assert together["led"] != together["plain"]
+    # The same bytes alone, and one by one.
+    assert finished(found, model, led=led)["led"] == together["led"]
+    assert finished(found, model, second={**led, "seed": 2, "n": 1})["second"] == together["led"][1:]
+    without = replace(model, classifier=None)
+    found = warm_up(without, chosen)
+    assert finished(found, without, plain=plain)["plain"] == together["plain"]
+
+
+def test_the_gradients_are_part_of_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def leaky(self: NoiseClassifier, x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        return x.mean(0, keepdim=True).expand_as(x)
+
+    monkeypatch.setattr(NoiseClassifier, "gradient", leaky)
+    model = replace(tiny_model(), classifier=tiny_classifier())
+    found = warm_up(model, settings(runtime="torch", device="cpu", max_batch=4))
+    assert not found.invariance.holds
 
 
 # ── The measurement can fail ───────────────────────────────────────────────────────────────────
