@@ -7,11 +7,18 @@ dtype of x at the end.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from model.schedule import Array, NoiseSchedule, VarianceType
+
+Objective = Literal["simple", "vlb"]
+OBJECTIVES: tuple[Objective, ...] = ("simple", "vlb")
+VLB_WEIGHT = 0.001
+"""Of L_vlb in L_hybrid (Nichol & Dhariwal 2021, §3.1)."""
 
 
 def _at(values: Array, t: Tensor, x: Tensor) -> Tensor:
@@ -62,6 +69,49 @@ def training_target(schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor)
             return x0
 
 
+def spread_timesteps(batch: int, timesteps: int, rng: torch.Generator) -> Tensor:
+    """Uniform timesteps, spread evenly over the batch: less variance, same mean (Kingma et al. 2021, §I.1).
+
+    Returns [batch] int64 in [0, timesteps), in random order.
+    """
+    device = rng.device
+    offset = torch.rand(1, generator=rng, device=device)
+    strata = torch.randperm(batch, generator=rng, device=device)
+    return ((strata + offset) / batch * timesteps).long().clamp(max=timesteps - 1)
+
+
+def objective(
+    schedule: NoiseSchedule,
+    kind: Objective,
+    x0: Tensor,
+    x: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    out: Tensor,
+) -> Tensor:
+    """What training makes small, for each row: [B] float32.
+
+    *simple* is L_simple, and for a network that learns its variance L_hybrid = L_simple + 0.001 L_vlb, where
+    the bound moves the variance alone, the mean being detached (Nichol & Dhariwal 2021, eq. 16). *vlb* is the
+    bound's own term at t, in bits per dimension: its weight of the squared error is β²/(2σ²α(1 − ᾱ)) for ε
+    (Ho et al. 2020, eq. 12). Nothing is clipped there, or a wild guess would have no gradient.
+    x0, x, eps: [B, C, H, W], x being `q_sample`'s; out: [B, C or 2C, H, W], the network's at (x, t).
+    """
+    channels = x0.shape[1]
+    mean, spread = out[:, :channels].float(), out[:, channels:]  # of which there is none, where it is fixed
+    learned = schedule.variance_type == "learned_range"
+    log_variance = learned_log_variance(schedule, t, spread) if learned else None
+    if kind == "vlb":
+        guess = predict_x0(schedule, x, t, mean)
+        return vlb_terms(schedule, x0, guess, t, schedule.variance_type, log_variance).float()
+    simple = l_simple(training_target(schedule, x0, t, eps), mean)
+    if log_variance is None:
+        return simple
+    guess = predict_x0(schedule, x, t, mean.detach()).clamp(-schedule.clip, schedule.clip)
+    terms = vlb_terms(schedule, x0, guess, t, schedule.variance_type, log_variance)
+    return simple + VLB_WEIGHT * schedule.timesteps * terms.float()
+
+
 def l_simple(target: Tensor, out: Tensor) -> Tensor:
     """‖target − out‖² averaged per row (Ho et al. 2020, eq. 14). [B, C, H, W] twice → [B] float32."""
     return (target.float() - out.float()).square().flatten(1).mean(1)
@@ -80,15 +130,33 @@ def q_posterior(schedule: NoiseSchedule, x0: Tensor, x: Tensor, t: Tensor) -> tu
     return mean, _at(schedule.posterior_variance("fixed_small"), t, x)
 
 
+def learned_log_variance(schedule: NoiseSchedule, t: Tensor, spread: Tensor) -> Tensor:
+    """Log σ² of p(x_{t−1} | x_t) where the network says it (Nichol & Dhariwal 2021, eq. 15).
+
+    spread: [B, C, H, W], the second half of the output: −1 for the small variance, 1 for the large one.
+    Returns [B, C, H, W] float64. At t = 0, where the small one is zero, β̃_1 stands in for it.
+    """
+    small = schedule.posterior_variance("fixed_small").copy()
+    small[0] = small[1]
+    v = (spread.double() + 1) / 2
+    return v * _at(np.log(schedule.betas), t, v) + (1 - v) * _at(np.log(small), t, v)
+
+
 def vlb_terms(
-    schedule: NoiseSchedule, x0: Tensor, guess: Tensor, t: Tensor, variance: VarianceType
+    schedule: NoiseSchedule,
+    x0: Tensor,
+    guess: Tensor,
+    t: Tensor,
+    variance: VarianceType,
+    log_variance: Tensor | None = None,
 ) -> Tensor:
     """L_{t} of the variational bound in bits per dimension (Ho et al. 2020, eq. 5).
 
     For t > 0 the divergence of p(x_{t−1} | x_t) from the posterior; for t = 0 the discretised
     decoder's −log p(x_0 | x_1), eq. 13. Both depend on x_t through the guess at x_0 alone, since the two
     means share its term. x0: [B, C, H, W] exactly on the 256 levels of [-1, 1]; guess: the network's x₀ at
-    x_t, clipped as in sampling; t: [B] int64. Returns [B] float64.
+    x_t, clipped as in sampling; t: [B] int64; log_variance: of each pixel, in place of the schedule's
+    `variance`, which of a learned one is the least. Returns [B] float64.
     """
     x0, guess = x0.double(), guess.double()
     ac, prev = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
@@ -97,7 +165,7 @@ def vlb_terms(
     # β̃_0 is zero; the decoder at t = 0 takes β̃_1 instead, for both variances, as the original code does.
     variances = schedule.posterior_variance(variance).copy()
     variances[0] = schedule.posterior_variance("fixed_small")[1]
-    model_variance = _at(variances, t, x0)
+    model_variance = _at(variances, t, x0) if log_variance is None else log_variance.exp()
 
     ratio = true_variance / model_variance
     # where() keeps log(0) at t = 0 out of the result; that row takes the decoder's term.

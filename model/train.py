@@ -1,7 +1,8 @@
 """Train a U-Net: `python -m model.train --data PATH --out FOLDER`.
 
-Algorithm 1 of Ho et al. 2020: the network's output is regressed on ε with L_simple, and an exponential
-moving average of the weights is what is kept. Every random draw of a step (images, timesteps, noise,
+Algorithm 1 of Ho et al. 2020: the network's output is regressed on ε with L_simple (or on x₀ or v, or with
+the bound itself; and with --learned-variance by L_hybrid, Nichol & Dhariwal 2021), and an exponential moving
+average of the weights is what is kept. Every random draw of a step (images, timesteps, noise,
 dropped labels) is a function of the seed and the step's number, so the step number is the whole state of
 the data and the generators, and a run that was stopped goes on exactly where it was.
 
@@ -32,7 +33,8 @@ from tqdm import tqdm
 
 from model import checkpoint, data, diffusion, plots
 from model.checkpoint import Checkpoint
-from model.schedule import NoiseSchedule
+from model.diffusion import OBJECTIVES, Objective
+from model.schedule import PREDICTION_TYPES, NoiseSchedule
 from model.unet import ConfigError, UNet, UNetConfig
 
 STATE = "state.safetensors"
@@ -51,6 +53,7 @@ class TrainConfig:
     clip_norm: float = 1.0
     ema_decay: float = 0.999
     label_dropout: float = 0.1
+    objective: Objective = "simple"
     seed: int = 0
     bf16: bool = False
     compile: bool = False
@@ -105,24 +108,23 @@ class Trainer:
         self.stopping = True
 
     def step(self) -> float:
-        """One optimizer step. Returns its L_simple; raises RuntimeError, changing nothing, if not finite."""
+        """One optimizer step. Returns its loss; raises RuntimeError, changing nothing, if not finite."""
         config, schedule = self.config, self.model.schedule
         seed = config.seed * 1_000_003 + self.step_number
         rng = torch.Generator(self.device).manual_seed(seed)
         torch.manual_seed(seed)  # dropout draws from the global generator
         index = batch_indices(config.seed, self.step_number, config.batch_size, len(self.dataset))
         x0 = torch.from_numpy(self.dataset.batch(index)).to(self.device)
-        t = _spread_timesteps(config.batch_size, schedule.timesteps, rng)
+        t = diffusion.spread_timesteps(config.batch_size, schedule.timesteps, rng)
         eps = torch.randn(x0.shape, generator=rng, device=self.device)
         y = self._labels(index, rng)
         x = diffusion.q_sample(schedule, x0, t, eps).contiguous(memory_format=torch.channels_last)
-        target = diffusion.training_target(schedule, x0, t, eps)
 
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, self.step_number)
         with torch.autocast(self.device, torch.bfloat16, enabled=config.bf16):
             out = self.forward(x, t, y)
-        loss = diffusion.l_simple(target, out).mean()
+        loss = diffusion.objective(schedule, config.objective, x0, x, t, eps, out).mean()
         value = float(loss.detach())
         if not math.isfinite(value):
             raise RuntimeError(f"the loss is {value} at step {self.step_number}")
@@ -156,11 +158,11 @@ class Trainer:
         for start in range(0, count, 128):
             index = np.arange(start, min(start + 128, count))
             x0 = torch.from_numpy(held_out.batch(index)).to(self.device)
-            t = _spread_timesteps(len(index), self.model.schedule.timesteps, rng)
+            t = diffusion.spread_timesteps(len(index), self.model.schedule.timesteps, rng)
             eps = torch.randn(x0.shape, generator=rng, device=self.device)
             conditional = self.model.unet.config.num_class_embeds is not None
             y = torch.from_numpy(held_out.labels[index]).to(self.device) if conditional else None
-            out = self.ema(diffusion.q_sample(self.model.schedule, x0, t, eps), t, y)
+            out = self.ema(diffusion.q_sample(self.model.schedule, x0, t, eps), t, y)[:, : x0.shape[1]]
             target = diffusion.training_target(self.model.schedule, x0, t, eps)
             total += float(diffusion.l_simple(target, out).sum())
         return total / count
@@ -212,17 +214,6 @@ class Trainer:
             }
         self.step_number, self.seconds = int(meta["step"]), float(meta["seconds"])
         return True
-
-
-def _spread_timesteps(batch: int, timesteps: int, rng: torch.Generator) -> Tensor:
-    """Uniform timesteps, spread evenly over the batch: less variance, same mean (Kingma et al. 2021, §I.1).
-
-    Returns [batch] int64 in [0, timesteps), in random order.
-    """
-    device = rng.device
-    offset = torch.rand(1, generator=rng, device=device)
-    strata = torch.randperm(batch, generator=rng, device=device)
-    return ((strata + offset) / batch * timesteps).long().clamp(max=timesteps - 1)
 
 
 def run(trainer: Trainer, folder: Path, held_out: data.Dataset | None) -> Iterator[dict[str, float]]:
@@ -278,7 +269,7 @@ def new_model(name: str, dataset: data.Dataset, args: argparse.Namespace) -> Che
     config = UNetConfig(
         sample_size=args.size,
         in_channels=args.image_channels,
-        out_channels=args.image_channels,
+        out_channels=args.image_channels * (2 if args.learned_variance else 1),
         block_out_channels=channels,
         layers_per_block=args.layers,
         down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attend),
@@ -296,7 +287,7 @@ def new_model(name: str, dataset: data.Dataset, args: argparse.Namespace) -> Che
         "clip_sample": True,
         "prediction_type": args.prediction_type,
         "timestep_spacing": "trailing",
-        "variance_type": "fixed_small",
+        "variance_type": "learned_range" if args.learned_variance else "fixed_small",
     }
     torch.manual_seed(args.seed)
     return Checkpoint(
@@ -328,12 +319,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--attention", type=_integers, default=[16], help="resolutions to attend at, as 16 or 16,8")
     add("--groups", type=int, default=8, help="groups of the group norms")
     add("--beta-schedule", default="linear", choices=("linear", "scaled_linear", "squaredcos_cap_v2"))
-    add("--prediction-type", default="epsilon", choices=("epsilon", "v_prediction", "sample"))
+    add("--prediction-type", default="epsilon", choices=PREDICTION_TYPES)
+    add("--learned-variance", action="store_true", help="outputs for a variance too; L_hybrid as objective")
     defaults = TrainConfig()
     for name, value in asdict(defaults).items():
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
             add(flag, action=argparse.BooleanOptionalAction, default=value)
+        elif name == "objective":
+            add(flag, default=value, choices=OBJECTIVES, help="L_simple, or the variational bound itself")
         else:
             add(flag, type=type(value), default=value)
     return parser.parse_args(argv)

@@ -9,12 +9,16 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from model.diffusion import (
+    Objective,
     discretised_gaussian_log_likelihood,
     l_simple,
+    learned_log_variance,
+    objective,
     predict_x0,
     prior_term,
     q_posterior,
     q_sample,
+    spread_timesteps,
     training_target,
     vlb_terms,
 )
@@ -156,3 +160,108 @@ def test_discretised_levels_sum_to_one() -> None:
             x, torch.tensor(mean).double(), torch.tensor(std).double()
         )
         assert float(log_p.exp().sum()) == pytest.approx(1, abs=1e-9)
+
+
+# ── What training makes small ──────────────────────────────────────────────────────────────────
+
+
+def test_timesteps_are_uniform_and_spread() -> None:
+    rng = torch.Generator().manual_seed(0)
+    drawn = torch.stack([spread_timesteps(8, 1000, rng) for _ in range(4000)])
+    assert int(drawn.min()) == 0
+    assert int(drawn.max()) == 999
+    # One in each eighth, whichever row it falls to.
+    assert (drawn.sort(dim=1).values // 125 == torch.arange(8)).all()
+    for row in drawn.T:
+        counts = torch.bincount(row // 100, minlength=10)
+        assert (counts - 400).abs().max() < 5 * 400**0.5
+
+
+def noisy(schedule: NoiseSchedule, t: torch.Tensor, off: float = 0.2) -> tuple[torch.Tensor, ...]:
+    """(x0, x, t, eps, out) of a network that is off by some noise."""
+    x0 = levels(len(t), 1, 4, 4)
+    eps = torch.randn(x0.shape, generator=RNG).double()
+    out = training_target(schedule, x0, t, eps) + off * torch.randn(x0.shape, generator=RNG).double()
+    return x0, q_sample(schedule, x0, t, eps), t, eps, out
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_the_simple_objective_is_l_simple(kind: PredictionType) -> None:
+    schedule = NoiseSchedule(linear_betas(1000), prediction_type=kind)
+    x0, x, t, eps, out = noisy(schedule, torch.tensor([0, 400, 999]))
+    expected = l_simple(training_target(schedule, x0, t, eps), out)
+    torch.testing.assert_close(objective(schedule, "simple", x0, x, t, eps, out), expected)
+
+
+def test_the_bounds_weight_of_the_squared_error_is_that_of_the_paper() -> None:
+    t = torch.tensor([1, 10, 400, 999])
+    x0, x, t, eps, out = noisy(SCHEDULE, t, off=1e-3)  # small, so that nothing would be clipped
+    found = objective(SCHEDULE, "vlb", x0, x, t, eps, out)
+    beta, variance = SCHEDULE.betas[t], SCHEDULE.posterior_variance("fixed_small")[t]
+    weight = beta**2 / (2 * variance * (1 - beta) * (1 - AC[t]))  # Ho et al. 2020, eq. 12
+    expected = torch.from_numpy(weight) * l_simple(eps, out) / math.log(2)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-3, atol=1e-9)
+
+
+def test_a_wild_guess_has_a_gradient_under_the_bound() -> None:
+    x0, x, t, eps, out = noisy(SCHEDULE, torch.tensor([0, 1, 999]), off=3.0)
+    out.requires_grad_()
+    objective(SCHEDULE, "vlb", x0, x, t, eps, out).sum().backward()
+    assert out.grad is not None
+    assert out.grad.isfinite().all()
+    assert (out.grad[1:] != 0).all()
+
+
+LEARNED = NoiseSchedule(linear_betas(1000), variance_type="learned_range")
+
+
+def test_a_learned_variance_reaches_from_the_small_to_the_large_one() -> None:
+    t = torch.tensor([0, 1, 500, 999])
+    ends = [learned_log_variance(LEARNED, t, torch.full((4, 1, 2, 2), v)).exp() for v in (-1.0, 1.0)]
+    small = LEARNED.posterior_variance("fixed_small")
+    for found, expected in zip(ends, (np.append(small[1], small[t[1:]]), LEARNED.betas[t]), strict=True):
+        torch.testing.assert_close(found[:, 0, 0, 0], torch.from_numpy(expected), rtol=1e-9, atol=0)
+    middle = learned_log_variance(LEARNED, t, torch.zeros(4, 1, 2, 2)).exp()
+    torch.testing.assert_close(middle, (ends[0] * ends[1]).sqrt(), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(("v", "variance"), [(-1.0, "fixed_small"), (1.0, "fixed_large")])
+def test_at_its_ends_it_costs_what_the_fixed_ones_cost(v: float, variance: VarianceType) -> None:
+    t = torch.tensor([1, 77, 999])
+    x0, x, t, _, out = noisy(LEARNED, t)
+    guess = predict_x0(LEARNED, x, t, out).clamp(-1, 1)
+    log_variance = learned_log_variance(LEARNED, t, torch.full_like(x0, v))
+    found = vlb_terms(LEARNED, x0, guess, t, "learned_range", log_variance)
+    torch.testing.assert_close(found, vlb_terms(LEARNED, x0, guess, t, variance), rtol=1e-9, atol=1e-12)
+    other = vlb_terms(LEARNED, x0, guess, t, "learned_range", log_variance + 0.1)
+    assert not torch.allclose(found, other)
+
+
+def test_l_hybrid_moves_the_mean_by_l_simple_alone_and_the_variance_by_the_bound() -> None:
+    x0, x, t, eps, mean = noisy(LEARNED, torch.tensor([0, 1, 500, 999]))
+    out = torch.cat((mean, torch.linspace(-0.9, 0.9, 16).view(4, 4).double().expand_as(mean)), dim=1)
+    out.requires_grad_()
+    hybrid = objective(LEARNED, "simple", x0, x, t, eps, out)
+    simple = objective(SCHEDULE, "simple", x0, x, t, eps, out[:, :1])
+    guess = predict_x0(LEARNED, x, t, mean).clamp(-1, 1)
+    log_variance = learned_log_variance(LEARNED, t, out[:, 1:])
+    bound = vlb_terms(LEARNED, x0, guess, t, "learned_range", log_variance)
+    torch.testing.assert_close(hybrid, (simple + 0.001 * 1000 * bound).float(), rtol=1e-4, atol=1e-6)
+
+    (of_hybrid,) = torch.autograd.grad(hybrid.sum(), out, retain_graph=True)
+    (of_simple,) = torch.autograd.grad(simple.sum(), out)
+    (of_bound,) = torch.autograd.grad(bound.sum(), out)
+    torch.testing.assert_close(of_hybrid[:, :1], of_simple[:, :1])
+    torch.testing.assert_close(of_hybrid[:, 1:], of_bound[:, 1:], rtol=1e-4, atol=1e-9)
+    assert (of_bound[:, 1:] != 0).all()
+
+
+@pytest.mark.parametrize("kind", ["simple", "vlb"])
+def test_objectives_of_a_half_precision_output_are_finite_float32(kind: Objective) -> None:
+    x0, x, t, eps, mean = (v.float() if v.is_floating_point() else v for v in noisy(LEARNED, torch.arange(4)))
+    out = torch.cat((mean, torch.zeros_like(mean)), dim=1).bfloat16().requires_grad_()
+    loss = objective(LEARNED, kind, x0, x, t, eps, out)
+    assert loss.dtype == torch.float32
+    loss.sum().backward()
+    assert out.grad is not None
+    assert out.grad.isfinite().all()

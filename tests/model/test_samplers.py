@@ -58,13 +58,14 @@ def network(schedule: NoiseSchedule) -> Network:
     return eps
 
 
-def follow(plan: Plan, eps: Network) -> list[Tensor]:
-    """x after every row, in float64, as the module's docstring says."""
+def follow(plan: Plan, eps: Network, spread: Network | None = None) -> list[Tensor]:
+    """x after every row, in float64, as the module's docstring says. spread: the output's second half."""
     x, previous, xs = noise(-1), torch.zeros(SHAPE, dtype=torch.float64), []
     for row, values in enumerate(plan.table):
-        t, a_x, a_o, c_x, c_0, c_p, c_n = values[[T, A_X, A_O, C_X, C_0, C_P, C_N]]
+        t, a_x, a_o, c_x, c_0, c_p, c_n, c_v = values[[T, A_X, A_O, C_X, C_0, C_P, C_N, C_V]]
         x0 = (a_x * x + a_o * eps(x, int(t))).clamp(-plan.clip, plan.clip)
-        x = c_x * x + c_0 * x0 + c_p * previous + c_n * noise(row)
+        wider = 1.0 if spread is None else torch.exp(c_v * (spread(x, int(t)) + 1) / 2)
+        x = c_x * x + c_0 * x0 + c_p * previous + c_n * wider * noise(row)
         previous = x0
         xs.append(x)
     return xs
@@ -110,6 +111,38 @@ def test_ddpm_follows_diffusers(
     plan = build_plan(schedule, "ddpm", steps, timesteps=scheduler.timesteps.tolist())
     eps = network(schedule)
     assert_same_way(follow(plan, eps), drive(scheduler.timesteps, eps, step), within)
+
+
+@pytest.mark.parametrize(
+    ("steps", "within"), [(1000, 1e-4), (50, 1e-4), (1000, 1e-9), (37, 1e-9), (2, 1e-9), (1, 1e-9)]
+)
+def test_ddpm_with_a_learned_variance_follows_diffusers(
+    steps: int, within: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = DDPMScheduler(variance_type="learned_range")
+    scheduler.set_timesteps(steps)
+    schedule = NoiseSchedule.from_diffusers(dict(scheduler.config))
+    if within < 1e-4:
+        scheduler.alphas_cumprod = torch.from_numpy(schedule.alphas_cumprod)  # theirs are in float32
+    drawn: list[Tensor] = []
+    monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *_, **__: drawn[-1])
+
+    def spread(x: Tensor, t: int) -> Tensor:
+        """Where the variance lies, from −1 to 1 and a little beyond, as a network's output does."""
+        return 1.1 * torch.cos(x + t)
+
+    def step(out: Tensor, t: int, x: Tensor, z: Tensor) -> Tensor:
+        drawn.append(z)
+        result: Tensor = scheduler.step(torch.cat((out, spread(x, t)), dim=1), t, x).prev_sample
+        return result
+
+    plan = build_plan(schedule, "ddpm", steps, timesteps=scheduler.timesteps.tolist())
+    eps = network(schedule)
+    theirs = drive(scheduler.timesteps, eps, step)
+    assert_same_way(follow(plan, eps, spread), theirs, within)
+    fixed = build_plan(schedule, "ddpm", steps, variance="fixed_small", timesteps=plan.timesteps)
+    apart = max((a - b).abs().max() for a, b in zip(follow(fixed, eps), theirs, strict=True))
+    assert apart > 1e-3 or steps == 1
 
 
 @pytest.mark.parametrize("within", [1e-4, 1e-9])

@@ -12,12 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
-from model import checkpoint, plots, train
+from model import checkpoint, diffusion, plots, train
 from model.checkpoint import CheckpointError
 from model.data import Dataset
+from model.diffusion import OBJECTIVES
+from model.schedule import NoiseSchedule
 from model.train import TrainConfig, Trainer, batch_indices, learning_rate, run
-from tests.model.conftest import randomise, tiny_checkpoint
+from tests.model.conftest import SCHEDULER, randomise, tiny_checkpoint
 
 CONFIG = TrainConfig(steps=8, batch_size=4, warmup_steps=2, learning_rate=1e-3, label_dropout=0.5)
 
@@ -154,18 +157,6 @@ def test_labels_are_dropped_at_the_asked_rate() -> None:
     assert dropped(1.0) == 1
 
 
-def test_timesteps_are_uniform_and_spread() -> None:
-    rng = torch.Generator().manual_seed(0)
-    drawn = torch.stack([train._spread_timesteps(8, 1000, rng) for _ in range(4000)])
-    assert int(drawn.min()) == 0
-    assert int(drawn.max()) == 999
-    # One in each eighth, whichever row it falls to.
-    assert (drawn.sort(dim=1).values // 125 == torch.arange(8)).all()
-    for row in drawn.T:
-        counts = torch.bincount(row // 100, minlength=10)
-        assert (counts - 400).abs().max() < 5 * 400**0.5
-
-
 def test_learning_rate_warms_up_and_decays() -> None:
     config = TrainConfig(steps=1000, warmup_steps=100, learning_rate=2.0)
     rates = [learning_rate(config, step) for step in range(1001)]
@@ -209,6 +200,55 @@ def test_other_parametrisations_train(kind: Any) -> None:
     for _ in range(40):
         it.step()
     assert it.validate(dataset(30)) < 0.8 * before
+
+
+def learning_its_variance(config: TrainConfig) -> Trainer:
+    """A trainer of a network with outputs for its variance."""
+    it = trainer(config, out_channels=2)
+    scheduler = SCHEDULER | {"variance_type": "learned_range"}
+    schedule = NoiseSchedule.from_diffusers(scheduler)
+    it.model = replace(it.model, schedule=schedule, scheduler_config=scheduler)
+    return it
+
+
+@torch.no_grad()
+def bound(it: Trainer) -> float:
+    """L_vlb/T of the averaged weights on fixed images, noise and timesteps, but for the decoder's term."""
+    x0 = torch.from_numpy(dataset(30).batch(np.arange(30)))
+    rng = torch.Generator().manual_seed(0)
+    t, eps = torch.arange(1, 31) * 30, torch.randn(x0.shape, generator=rng)
+    x, y = diffusion.q_sample(it.model.schedule, x0, t, eps), torch.from_numpy(dataset(30).labels)
+    return float(diffusion.objective(it.model.schedule, "vlb", x0, x, t, eps, it.ema(x, t, y)).mean())
+
+
+@pytest.mark.parametrize("objective", ["simple", "vlb"])
+def test_the_bound_falls_and_a_learned_variance_comes_back(tmp_path: Path, objective: Any) -> None:
+    config = replace(
+        CONFIG, steps=80, learning_rate=1e-2, warmup_steps=5, batch_size=8, objective=objective, ema_decay=0.9
+    )
+    it = learning_its_variance(config)
+    before, simple_before = bound(it), it.validate(dataset(30))
+    variance = it.ema.conv_out.weight[1].detach().clone()
+    for _ in range(80):
+        it.step()
+    assert bound(it) < 0.7 * before
+    assert it.validate(dataset(30)) < 0.8 * simple_before, "which looks at the mean alone"
+    assert not torch.equal(it.ema.conv_out.weight[1], variance)
+    it.save(tmp_path)
+    loaded = checkpoint.load(tmp_path)
+    assert loaded.schedule.variance_type == "learned_range"
+    x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([3, 950]), torch.tensor([1, 3])
+    assert torch.equal(loaded.unet(x, t, y), it.ema(x, t, y))
+
+
+def test_objectives_lead_to_different_weights() -> None:
+    ends = []
+    for kind in OBJECTIVES:
+        it = trainer(replace(CONFIG, objective=kind))
+        it.step()
+        it.step()
+        ends.append(it.net.conv_out.weight.detach())
+    assert not torch.allclose(ends[0], ends[1], rtol=1e-3)
 
 
 def test_the_time_budget_ends_a_run_and_saves(tmp_path: Path, sheets: list[str]) -> None:
@@ -355,6 +395,18 @@ def test_the_command_starts_from_another_models_weights(command: list[str], tmp_
     options = ["--init", f"{tmp_path / 'init'}", "--steps", "1", "--learning-rate", "0"]
     assert train.main([*command, *options]) == 0
     torch.testing.assert_close(checkpoint.load(tmp_path / "out").unet.conv_in.weight.detach(), weights)
+
+
+def test_the_command_trains_a_network_that_learns_its_variance(command: list[str], tmp_path: Path) -> None:
+    options = ["--learned-variance", "--prediction-type", "v_prediction", "--objective", "vlb"]
+    assert train.main([*command, *options, "--steps", "2"]) == 0
+    model = checkpoint.load(tmp_path / "out")
+    assert model.unet.config.out_channels == 2
+    assert (model.schedule.variance_type, model.schedule.prediction_type) == ("learned_range", "v_prediction")
+    written = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
+    assert DDPMScheduler.from_config(written).config.variance_type == "learned_range"
+    with pytest.raises(SystemExit, match="2"):
+        train.main([*command, "--objective", "kl"])
 
 
 @pytest.mark.parametrize(
