@@ -9,20 +9,19 @@ The measures see different faults. Gaussian noise of 25 grey levels on 1000 real
 the distance from 4 to 117 and recall from 0.88 to 0.35, yet leaves precision at 0.89.
 
 Every row of the table uses the same seeds and the same test images. FOLDER/evaluation.json is written after
-each row, and rows it already has for the same weights and settings are not computed again;
-evaluation.md and evaluation.png show the same to people.
+each row, and rows it already has for the same weights and settings are not computed again
+(model/findings.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args
@@ -37,33 +36,19 @@ from model.checkpoint import Checkpoint, CheckpointError
 from model.classifier import Classifier, ClassifierConfig, Judgement
 from model.data import DataError, Dataset, Labels, Pixels
 from model.denoiser import Chain, Denoiser, to_pixels, trajectory
+from model.findings import Setting, markdown, resumed, write
+from model.plots import Axis, guidance_name
 from model.runtimes import (
     TORCH_DTYPES,
-    DtypeName,
     RuntimeName,
     RuntimeUnavailableError,
     keep_torch_off,
 )
-from model.samplers import SAMPLERS, Guidance, Plan, build_plan
+from model.samplers import SAMPLERS, Plan, build_plan
 from model.schedule import ScheduleError
 
 FLOOR_DRAWS = 5
 """Sets of training images that the floor is averaged over, where there are that many."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a row of the table is about."""
-
-    sampler: str
-    steps: int
-    guidance_scale: float
-    dtype: DtypeName = "float32"
-
-    @property
-    def evaluations(self) -> int:
-        """Rows of network calls that one image costs."""
-        return self.steps * (1 if self.guidance_scale == 1 else 2)
 
 
 @dataclass(frozen=True)
@@ -196,7 +181,7 @@ def weights_sha256(folder: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def state_sha256(net: Classifier) -> str:
+def state_sha256(net: torch.nn.Module) -> str:
     """A checksum of a classifier's parameters."""
     digest = hashlib.sha256()
     for value in net.state_dict().values():
@@ -204,93 +189,9 @@ def state_sha256(net: Classifier) -> str:
     return digest.hexdigest()
 
 
-def resumed(path: Path, fresh: dict[str, Any], identity: Sequence[str]) -> dict[str, Any]:
-    """`fresh` with the rows and commands of the file at `path`, where that is about the same `identity`.
-
-    A file about something else is kept as evaluation.json.old.
-    """
-    if not path.exists():
-        return fresh
-    found = json.loads(path.read_text())
-    if all(found.get(key) == fresh[key] for key in identity):
-        commands = [*found["commands"], *(c for c in fresh["commands"] if c not in found["commands"])]
-        return {**fresh, "rows": found["rows"], "commands": commands}
-    path.replace(path.with_name(path.name + ".old"))
-    print(f"{path} was about other weights or settings: it is now {path.name}.old")
-    return fresh
-
-
-def write(folder: Path, evaluation: dict[str, Any]) -> None:
-    """evaluation.json, .md and .png, the first of them complete or not at all."""
-    order = list(SAMPLERS)
-    evaluation["rows"].sort(
-        key=lambda r: (order.index(r["sampler"]), r["guidance_scale"], r["steps"], r["dtype"])
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "evaluation.json"
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(evaluation, indent=2) + "\n")
-    part.replace(path)
-    (folder / "evaluation.md").write_text(markdown(evaluation))
-    plots.quality_plot(evaluation).save(folder / "evaluation.png")
-
-
-def markdown(evaluation: dict[str, Any]) -> str:
-    """The evaluation as a page: how it was made, the table, and the classes of its best row."""
-    judge, real, rows, n = (evaluation[key] for key in ("classifier", "floor", "rows", "samples"))
-    commands = "\n".join(evaluation["commands"])
-    conditional = evaluation["conditional"]
-    lines = [
-        f"# Evaluation of {evaluation['model']}",
-        f"```sh\n{commands}\n```",
-        f"Weights: sha256 `{evaluation['weights_sha256']}`.",
-        f"Every row: {n} samples with seeds {evaluation['seed']} to {evaluation['seed'] + n - 1}"
-        + (", classes balanced" if conditional else "")
-        + f", compared with {n} test images. The judge is a small classifier trained on the "
-        f"{evaluation['train_images']} training images; it is right on {judge['accuracy']:.4f} of the "
-        f"{evaluation['test_images']} test images. Fréchet distance, precision and recall (k = "
-        f"{fidelity.NEIGHBOURS}) are taken in its {judge['features']} penultimate features, so they "
-        f"compare with one another and with no other paper's; the Fréchet distance also falls with the "
-        f"number of images, here {n} on each side. The first row is real training images against the same "
-        f"test images (mean of {real['draws']} disjoint sets of {n}; standard deviation of the Fréchet "
-        f"distance {real['frechet_sd']:.2g}): no sampler can be expected to beat their distance and recall. "
-        "A precision above theirs says that samples are more typical than real images, not more real, and "
-        "precision hardly notices speckle, which distance and recall do.",
-    ]
-    lines.append("Rows: of network calls for one image.")
-    if conditional:
-        lines.append(
-            "Agreement is how often the judge sees the class that was asked for, with its 95 % interval; for "
-            "real images it is the judge's accuracy. Above that, samples are more typical than real images."
-        )
-    table = [
-        "| sampler | steps | guidance | dtype | rows | agreement | Fréchet ↓ | precision ↑ | recall ↑ |",
-        "|---|--:|--:|---|--:|--:|--:|--:|--:|",
-        f"| real images | | | | | {_share(judge['accuracy'], judge['interval']) if conditional else ''} "
-        f"| {real['frechet']:.4g} | {real['precision']:.3f} | {real['recall']:.3f} |",
-    ]
-    for row in rows:
-        share = _share(row["agreement"], row["agreement_interval"]) if conditional else ""
-        table.append(
-            f"| {row['sampler']} | {row['steps']} | {row['guidance_scale']:g} | {row['dtype']} "
-            f"| {row['evaluations']} "
-            f"| {share} | {row['frechet']:.4g} | {row['precision']:.3f} | {row['recall']:.3f} |"
-        )
-    lines.append("\n".join(table))
-    if conditional and rows:
-        best = min(rows, key=lambda row: row["frechet"])
-        title = (
-            f"{best['sampler']}, {best['steps']} steps, guidance {best['guidance_scale']:g}, {best['dtype']}"
-        )
-        by_class = [f"| class | real images | {title} |", "|---|--:|--:|"]
-        for name, share in best["agreement_by_class"].items():
-            by_class.append(f"| {name} | {judge['by_class'][name]:.3f} | {share:.3f} |")
-        lines += ["Agreement by class, at the lowest Fréchet distance:", "\n".join(by_class)]
-    return "\n\n".join(lines) + "\n"
-
-
-def _share(value: float, interval: Sequence[float]) -> str:
-    return f"{value:.3f} ({interval[0]:.3f}–{interval[1]:.3f})"
+def _interval(text: str) -> tuple[float, float | None]:
+    low, _, high = text.partition(":")
+    return float(low or 0), float(high) if high else None
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -305,9 +206,23 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", type=Path, required=True, help="IDX files, or pictures in train/ and test/ by class")
     add("--held-out", help="the split to compare with (default: t10k of IDX files, test/ of pictures)")
     add("--out", type=Path, help="where evaluation.* go (default: the model folder)")
+    add("--name", default="evaluation", help="what those files are called")
+    add("--over", default="evaluations", choices=get_args(Axis), help="the plot's axis")
     add("--samplers", type=listed(str), default=list(SAMPLERS), help=f"of {','.join(SAMPLERS)}")
     add("--steps", type=listed(int), default=[10, 20, 50], help="step counts, like 10,20,50")
     add("--guidance", type=listed(float), default=[1.0], help="guidance scales, like 1,2; 1 is none")
+    add(
+        "--classifier-scale",
+        type=listed(float),
+        default=[0.0],
+        help="of guidance by the model's noise-aware classifier, like 0,1; 0 is none",
+    )
+    add(
+        "--interval",
+        type=listed(_interval),
+        default=[(0.0, None)],
+        help="noise levels σ to guide at, like 0.5:5 (default: all, which is 0:)",
+    )
     add("--dtype", type=listed(str), default=["float32"], help="of the network, like float32,bfloat16")
     add("--samples", type=int, default=1000, help="images per row of the table")
     add("--seed", type=int, default=0, help="of the first image")
@@ -366,35 +281,46 @@ def prepare(args: argparse.Namespace, model: Checkpoint) -> tuple[Classifier, Re
     return net, reference, evaluation
 
 
+def asked_for(args: argparse.Namespace) -> list[Setting]:
+    """The rows of a command line, each once: where nothing is guided, every interval is the same row."""
+    asked = product(
+        args.samplers, args.steps, args.guidance, args.dtype, args.classifier_scale, args.interval
+    )
+    settings = []
+    for sampler, steps, scale, dtype, classifier_scale, interval in asked:
+        low, high = interval if scale != 1 or classifier_scale else (0.0, None)
+        settings.append(Setting(sampler, steps, scale, dtype, classifier_scale, low, high))
+    return list(dict.fromkeys(settings))
+
+
 def run(args: argparse.Namespace, model: Checkpoint, command: str) -> dict[str, Any]:
     """Fill in the rows that the table does not have yet, writing it after each. Returns the evaluation."""
-    out = args.out or args.model
-    settings = [Setting(*chosen) for chosen in product(args.samplers, args.steps, args.guidance, args.dtype)]
+    path = (args.out or args.model) / f"{args.name}.json"
+    settings = asked_for(args)
     if model.null_class is None and any(s.guidance_scale != 1 for s in settings):
         raise ScheduleError("guidance needs a model trained with a null class: --guidance 1 is all it can do")
-    plans = {
-        setting: build_plan(
-            model.schedule, setting.sampler, setting.steps, guidance=Guidance(setting.guidance_scale)
-        )
-        for setting in settings
-    }
+    if model.classifier is None and any(s.classifier_scale for s in settings):
+        raise ScheduleError("--classifier-scale needs a model with a classifier (model.noise_classifier)")
+    plans = {s: build_plan(model.schedule, s.sampler, s.steps, guidance=s.guidance) for s in settings}
     net, reference, evaluation = prepare(args, model)
     evaluation["commands"] = [command]
     identity = ("weights_sha256", "samples", "seed", "train_images", "test_images", "classifier")
-    evaluation = resumed(out / "evaluation.json", evaluation, identity)
-    done = {Setting(*(row[f.name] for f in fields(Setting))) for row in evaluation["rows"]}
+    evaluation = resumed(path, evaluation, identity)
+    guide = None if model.classifier is None else state_sha256(model.classifier)
+    rows = [row for row in evaluation["rows"] if row.get("guide_sha256") in (None, guide)]
+    evaluation["rows"] = rows  # without those that another classifier guided
+    done = {Setting.of(row) for row in rows}
     to_do = [setting for setting in settings if setting not in done]
     denoisers = {s.dtype: plots.denoiser_of(model, args.runtime, args.device, s.dtype) for s in to_do}
     for denoiser in denoisers.values():
         keep_torch_off(denoiser.runtime)
     labels = [None] * args.samples if reference.labels is None else [int(y) for y in reference.labels]
 
-    total = sum(setting.evaluations for setting in to_do) * args.samples
+    total = sum(plans[setting].work[0] for setting in to_do) * args.samples
     with tqdm(total=total, unit="eval", unit_scale=True, smoothing=0.05, mininterval=1) as bar:
         for setting in to_do:
-            bar.set_description(
-                f"{setting.sampler} {setting.steps} ×{setting.guidance_scale:g} {setting.dtype}"
-            )
+            guided = guidance_name(asdict(setting))
+            bar.set_description(f"{setting.sampler} {setting.steps} ×{guided} {setting.dtype}")
             denoiser = denoisers[setting.dtype]
             started = time.monotonic()
             images = sample(
@@ -406,11 +332,13 @@ def run(args: argparse.Namespace, model: Checkpoint, command: str) -> dict[str, 
                 tick=bar.update,
             )
             seconds = round(time.monotonic() - started, 1)
-            row = {**asdict(setting), "evaluations": setting.evaluations, "seconds": seconds}
+            row = {**asdict(setting), "evaluations": plans[setting].work[0], "seconds": seconds}
             row |= {"runtime": denoiser.runtime.name, **measure(classifier.judge(net, images), reference)}
-            evaluation["rows"].append(row)
-            write(out, evaluation)
-    write(out, evaluation)
+            if setting.classifier_scale:
+                row["guide_sha256"] = guide
+            rows.append(row)
+            write(path, evaluation, args.over)
+    write(path, evaluation, args.over)
     return evaluation
 
 

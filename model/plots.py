@@ -7,10 +7,11 @@ and what becomes of a few samples along their chains.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -142,11 +143,35 @@ def loss_curve(records: Sequence[Mapping[str, float]]) -> Image.Image:
     return _drawn(figure)
 
 
-def quality_plot(evaluation: Mapping[str, Any]) -> Image.Image:
-    """The table of model.evaluate: each measure against network evaluations per image, a line per sampler.
+def guidance_name(row: Mapping[str, Any]) -> str:
+    """How a row of an evaluation is guided: `2`, `2 at σ 0.5–5`, `1, classifier 4`."""
+    scale, classifier, low, high = _guidance(row)
+    name = f"{scale:g}" + (f", classifier {classifier:g}" if classifier else "")
+    return name + _interval_name(low, high)
 
-    evaluation: the content of evaluation.json. Guidance scales differ in line style, dtypes in the marker;
-    the dashed grey line is what real images reach.
+
+def _interval_name(low: float, high: float) -> str:
+    if math.isinf(high):
+        return f" at σ from {low:g}" if low else ""
+    return f" at σ {low:g}–{high:g}"
+
+
+def _guidance(row: Mapping[str, Any]) -> tuple[float, float, float, float]:
+    """(scale, the classifier's scale, lowest σ, highest σ); older rows have the first of them alone."""
+    high = row.get("guidance_sigma_max")
+    interval = row.get("guidance_sigma_min", 0.0), math.inf if high is None else high
+    return row["guidance_scale"], row.get("classifier_scale", 0.0), *interval
+
+
+Axis = Literal["evaluations", "guidance"]
+
+
+def quality_plot(evaluation: Mapping[str, Any], over: Axis = "evaluations") -> Image.Image:
+    """The table of model.evaluate: each measure against network evaluations per image or guidance scale.
+
+    evaluation: the content of evaluation.json. Over evaluations, a line per sampler; guidance differs in line
+    style, dtypes in the marker. Over guidance, a line for each kind of it, classifier-free and by a
+    classifier, and for each interval of noise levels. The dashed grey line is what real images reach.
     """
     rows, floor = evaluation["rows"], evaluation["floor"]
     panels = [
@@ -160,12 +185,19 @@ def quality_plot(evaluation: Mapping[str, Any]) -> Image.Image:
     figure = Figure(figsize=(10, 7), layout="constrained")
     all_axes: list[Axes] = list(figure.subplots(2, 2).flat)
     for axes, (measure, title, real) in zip(all_axes, panels, strict=False):
-        axes.set(title=title, xscale="log", xlabel="network evaluations per image")
+        axes.set(title=title)
         axes.axhline(real, color="grey", ls="--", label="real images")
-        _quality_lines(axes, rows, measure)
-        counts = sorted({row["evaluations"] for row in rows})
-        axes.set_xticks(counts, [str(count) for count in counts])
-        axes.set_xticks([], minor=True)
+        if over == "guidance":
+            axes.set(xlabel="guidance scale")
+            for name, points in guidance_lines(rows).items():
+                scales, values = [scale for scale, _ in points], [row[measure] for _, row in points]
+                axes.plot(scales, values, marker=".", label=name)
+        else:
+            axes.set(xscale="log", xlabel="network evaluations per image")
+            _quality_lines(axes, rows, measure)
+            counts = sorted({row["evaluations"] for row in rows})
+            axes.set_xticks(counts, [str(count) for count in counts])
+            axes.set_xticks([], minor=True)
         if measure == "frechet":
             axes.set_yscale("log")
             _plain_numbers(axes)
@@ -176,22 +208,54 @@ def quality_plot(evaluation: Mapping[str, Any]) -> Image.Image:
     return _drawn(figure)
 
 
+def guidance_lines(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, Mapping[str, Any]]]]:
+    """The lines of a plot over guidance: name → (scale, row) in order of the scale.
+
+    A row without guidance is where every line begins or passes: at classifier-free scale 1, and at 0 of a
+    classifier's.
+    """
+    lines: dict[str, list[tuple[float, Mapping[str, Any]]]] = {}
+    groups = sorted({(row["sampler"], row["steps"], row["dtype"]) for row in rows})
+    for group in groups:
+        members = [row for row in rows if (row["sampler"], row["steps"], row["dtype"]) == group]
+        prefix = "{} {} {}: ".format(*group) if len(groups) > 1 else ""
+        plain = [(w, row) for row in members for w, s, *_ in [_guidance(row)] if not s]
+        for w, s, low, high in sorted({_guidance(row) for row in members}):
+            where = _interval_name(low, high)
+            if s:
+                name = f"{prefix}classifier" + (f" beside guidance {w:g}" if w != 1 else "") + where
+                begins = [(0.0, row) for scale, row in plain if scale == w and _shares(row, w, low, high)]
+            elif w != 1:
+                name, begins = f"{prefix}classifier-free{where}", [each for each in plain if each[0] == 1]
+            else:
+                continue
+            of = [row for row in members if _guidance(row) == (w, s, low, high)]
+            points = lines.setdefault(name, begins)
+            points += [(s or w, row) for row in of]
+    return {name: sorted(points, key=lambda point: point[0]) for name, points in lines.items()}
+
+
+def _shares(row: Mapping[str, Any], w: float, low: float, high: float) -> bool:
+    """Whether a line in an interval begins at this row: where nothing is guided, an interval says nothing."""
+    return w == 1 or _guidance(row)[2:] == (low, high)
+
+
 def _quality_lines(axes: Axes, rows: Sequence[Mapping[str, Any]], measure: str) -> None:
-    samplers, scales, dtypes = (
-        sorted({row[key] for row in rows}) for key in ("sampler", "guidance_scale", "dtype")
-    )
-    for sampler, scale, dtype in product(samplers, scales, dtypes):
-        of = sampler, scale, dtype
-        line = [r for r in rows if (r["sampler"], r["guidance_scale"], r["dtype"]) == of]
+    samplers, dtypes = (sorted({row[key] for row in rows}) for key in ("sampler", "dtype"))
+    guidances = [guidance_name(row) for row in sorted(rows, key=_guidance)]
+    guidances = list(dict.fromkeys(guidances))
+    for sampler, guidance, dtype in product(samplers, guidances, dtypes):
+        of = sampler, guidance, dtype
+        line = [r for r in rows if (r["sampler"], guidance_name(r), r["dtype"]) == of]
         line.sort(key=lambda row: row["evaluations"])
         if not line:
             continue
-        several = ((scales, f", guidance {scale:g}"), (dtypes, f", {dtype}"))
+        several = ((guidances, f", guidance {guidance}"), (dtypes, f", {dtype}"))
         x, y = ([row[key] for row in line] for key in ("evaluations", measure))
         axes.plot(
             x, y,
             color=f"C{samplers.index(sampler)}",
-            ls=("-", ":", "-.", "--")[scales.index(scale) % 4],
+            ls=("-", ":", "-.", "--")[guidances.index(guidance) % 4],
             marker=".x+"[dtypes.index(dtype) % 3],
             label=sampler + "".join(text for kinds, text in several if len(kinds) > 1),
         )  # fmt: skip

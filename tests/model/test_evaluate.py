@@ -1,4 +1,5 @@
 import json
+import math
 import struct
 from dataclasses import replace
 
@@ -13,10 +14,10 @@ from model.classifier import Judgement
 from model.data import DataError, Dataset
 from model.denoiser import Chain, to_pixels
 from model.evaluate import Reference
-from model.samplers import Guidance, build_plan
+from model.samplers import A_G, Guidance, W, build_plan
 from model.schedule import NoiseSchedule
 from model.unet import UNet, UNetConfig
-from tests.model.conftest import SCHEDULER, TINY, randomise
+from tests.model.conftest import SCHEDULER, TINY, randomise, tiny_classifier
 
 
 def tiny_model(classes=3):
@@ -175,7 +176,7 @@ def test_the_table_is_written_and_finished_rows_are_kept(model, data, monkeypatc
     sample = evaluate.sample
 
     def counted(*given, **more):
-        computed.append(given[3])
+        computed.append(given[1].table[0, W])
         return sample(*given, **more)
 
     monkeypatch.setattr(evaluate, "sample", counted)
@@ -193,6 +194,71 @@ def test_dtypes_are_compared_in_one_table(model, data):
     rows = json.loads((model / "evaluation.json").read_text())["rows"]
     assert {row["dtype"] for row in rows} == {"float32", "bfloat16"}
     assert len(rows) == 2
+
+
+@pytest.fixture
+def classified(model):
+    """The same folder with a classifier in it."""
+    checkpoint.save_classifier(model, tiny_classifier())
+    return model
+
+
+def rows_of(folder, name="evaluation"):
+    return json.loads((folder / f"{name}.json").read_text())["rows"]
+
+
+def test_every_kind_of_guidance_is_a_row(classified, data, monkeypatch):
+    kinds = ["--guidance", "1,2", "--classifier-scale", "0,3", "--interval", "0:,0.5:20"]
+    few = ["--samplers", "ddim", "--steps", "4"]
+    assert run(classified, data, *few, *kinds, "--name", "guidance", "--over", "guidance") == 0
+    rows = rows_of(classified, "guidance")
+    keys = ("guidance_scale", "classifier_scale", "guidance_sigma_min", "guidance_sigma_max")
+    # An interval in which nothing is guided is not a row of its own.
+    assert [tuple(row[key] for key in keys) for row in rows] == [
+        (1, 0, 0, None), (1, 3, 0, None), (1, 3, 0.5, 20),
+        (2, 0, 0, None), (2, 0, 0.5, 20), (2, 3, 0, None), (2, 3, 0.5, 20),
+    ]  # fmt: skip
+    inside = sum(0.5 <= math.sqrt(1 / ac - 1) <= 20 for ac in tiny_model().schedule.alphas_cumprod[249::250])
+    assert 0 < inside < 4
+    assert [row["evaluations"] for row in rows] == [4, 4, 4, 8, 4 + inside, 8, 4 + inside]
+    assert len({row["frechet"] for row in rows}) == 7
+    assert not (classified / "evaluation.json").exists()
+    assert "| ddim | 4 | 2, classifier 3 at σ 0.5–20 |" in (classified / "guidance.md").read_text()
+    assert (classified / "guidance.png").exists()
+
+    # Rows are kept as long as the classifier that guided them is there.
+    computed = []
+    sample = evaluate.sample
+
+    def counted(*given, **more):
+        computed.append(given[1].table[0, A_G])
+        return sample(*given, **more)
+
+    monkeypatch.setattr(evaluate, "sample", counted)
+    assert run(classified, data, *few, *kinds, "--name", "guidance") == 0
+    assert computed == []
+    checkpoint.save_classifier(classified, tiny_classifier(seed=7))
+    assert run(classified, data, *few, *kinds, "--name", "guidance") == 0
+    assert len(computed) == 4
+    assert len(rows_of(classified, "guidance")) == 7
+
+
+def test_rows_from_before_there_were_these_columns_are_kept(model, data, monkeypatch):
+    assert run(model, data, "--samplers", "ddim") == 0
+    path = model / "evaluation.json"
+    evaluation = json.loads(path.read_text())
+    for row in evaluation["rows"]:
+        for name in ("classifier_scale", "guidance_sigma_min", "guidance_sigma_max"):
+            del row[name]
+    path.write_text(json.dumps(evaluation))
+    monkeypatch.setattr(evaluate, "sample", None)  # nothing is computed again
+    assert run(model, data, "--samplers", "ddim") == 0
+    assert rows_of(model) == evaluation["rows"]
+
+
+def test_guidance_by_a_classifier_needs_one(model, data, capsys):
+    assert run(model, data, "--classifier-scale", "1") == 3
+    assert "model.noise_classifier" in capsys.readouterr().err
 
 
 def test_rows_of_other_weights_are_put_aside(model, data, tmp_path):
@@ -277,7 +343,15 @@ def test_a_model_of_other_classes_is_refused(tmp_path, data, capsys):
 
 
 @pytest.mark.parametrize(
-    "bad", [("--samplers", "euler"), ("--dtype", "int4"), ("--samples", "3"), ("--steps", "ten")]
+    "bad",
+    [
+        ("--samplers", "euler"),
+        ("--dtype", "int4"),
+        ("--samples", "3"),
+        ("--steps", "ten"),
+        ("--interval", "low:high"),
+        ("--over", "time"),
+    ],
 )
 def test_a_malformed_command_line_is_refused(model, data, bad, capsys):
     with pytest.raises(SystemExit, match="2"):

@@ -160,6 +160,78 @@ def test_a_quality_plot_draws_every_row(agreement):
     plots.quality_plot({**evaluation, "rows": []})
 
 
+def guided(scale=1.0, classifier=0.0, low=0.0, high=None, **more):
+    about = {"sampler": "ddim", "steps": 20, "dtype": "float32", "guidance_scale": scale}
+    return {
+        **about,
+        "classifier_scale": classifier,
+        "guidance_sigma_min": low,
+        "guidance_sigma_max": high,
+        **more,
+    }
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        ({"guidance_scale": 2.5}, "2.5"),  # as older rows are
+        (guided(), "1"),
+        (guided(2.0, high=5.0), "2 at σ 0–5"),
+        (guided(2.0, low=0.3), "2 at σ from 0.3"),
+        (guided(1.0, 4.0), "1, classifier 4"),
+        (guided(2.0, 0.5, 0.3, 5.0), "2, classifier 0.5 at σ 0.3–5"),
+    ],
+)
+def test_guidance_has_a_name(row, name):
+    assert plots.guidance_name(row) == name
+
+
+def test_the_lines_of_a_plot_over_guidance():
+    plain, zero, two, four = guided(), guided(0.0), guided(2.0), guided(4.0)
+    part, half, led, more = (
+        guided(2.0, low=0.3, high=5.0),
+        guided(1.0, 0.5),
+        guided(1.0, 2.0),
+        guided(2.0, 3.0),
+    )
+    led_in_part = guided(1.0, 2.0, 0.3, 5.0)
+    lines = plots.guidance_lines([more, led_in_part, four, led, plain, half, two, part, zero])
+    assert lines == {
+        "classifier-free": [(0, zero), (1, plain), (2, two), (4, four)],
+        "classifier-free at σ 0.3–5": [(1, plain), (2, part)],
+        "classifier": [(0, plain), (0.5, half), (2, led)],
+        "classifier at σ 0.3–5": [(0, plain), (2, led_in_part)],
+        "classifier beside guidance 2": [(0, two), (3, more)],
+    }
+
+
+def test_lines_of_several_samplers_are_apart():
+    rows = [guided(scale, steps=steps) for scale in (1.0, 2.0) for steps in (10, 20)]
+    lines = plots.guidance_lines(rows)
+    assert lines == {
+        "ddim 10 float32: classifier-free": [(1, rows[0]), (2, rows[2])],
+        "ddim 20 float32: classifier-free": [(1, rows[1]), (2, rows[3])],
+    }
+    assert plots.guidance_lines([guided()]) == {}
+
+
+def test_a_quality_plot_over_guidance_draws_every_row():
+    def row(scale, classifier=0.0):
+        measures = {"agreement": 0.9, "frechet": 3.0 + scale, "precision": 0.7, "recall": 0.6}
+        return guided(scale, classifier, evaluations=20, **measures)
+
+    evaluation = {
+        "classifier": {"accuracy": 0.95},
+        "floor": {"frechet": 0.5, "precision": 0.9, "recall": 0.9},
+        "rows": [row(1.0), row(2.0), row(1.0, 2.0)],
+    }
+    picture = pixels(plots.quality_plot(evaluation, "guidance"))
+    assert (picture != pixels(plots.quality_plot(evaluation))).any()
+    for missing in (1, 2):
+        rows = [each for i, each in enumerate(evaluation["rows"]) if i != missing]
+        assert (picture != pixels(plots.quality_plot({**evaluation, "rows": rows}, "guidance"))).any()
+
+
 def test_the_program_draws_every_picture(tmp_path):
     checkpoint.save(tmp_path / "model", tiny_model())
     out = tmp_path / "pictures"
