@@ -8,7 +8,7 @@ from typing import Any
 from model import checkpoint, classifier, evaluate
 from model.denoiser import Denoiser
 from model.runtimes import Runtime
-from model.samplers import build_plan
+from model.samplers import Plan, build_plan
 
 
 class Judge:
@@ -23,9 +23,13 @@ class Judge:
         self._judge, self._reference, _ = evaluate.prepare(evaluate.parse(chosen), self.model)
 
     def of(self, runtime: Runtime, sampler: str, steps: int) -> dict[str, Any]:
-        """Measures of the images that the runtime makes."""
+        """Measures of the images that the runtime makes of the model."""
+        plan = build_plan(self.model.schedule, sampler, steps)
+        return self.of_plan(Denoiser.of(self.model, runtime), plan)
+
+    def of_plan(self, denoiser: Denoiser, plan: Plan) -> dict[str, Any]:
+        """Measures of the images that a denoiser makes, which may be another model's of the same classes."""
         wanted = self._reference.labels
         labels = [None] * self.samples if wanted is None else [int(label) for label in wanted]
-        denoiser, plan = Denoiser.of(self.model, runtime), build_plan(self.model.schedule, sampler, steps)
         images = evaluate.sample(denoiser, plan, labels, seed=0, batch=32, tick=lambda _rows: None)
         return evaluate.measure(classifier.judge(self._judge, images), self._reference)
