@@ -97,7 +97,7 @@ def measure(
             found[:, part.start : part.stop, row] = np.transpose(values)
             tick(len(chains))
     prior = np.array([likelihood.prior_bits(schedule, image) for image in x0])
-    return Measured(schedule.timesteps, np.stack(chosen), *found, prior)
+    return Measured(schedule.timesteps, np.stack(chosen), found[0], found[1], prior)
 
 
 def kept(

@@ -18,7 +18,7 @@ BLUR = 1.0
 def noisy(images: Pixels) -> Pixels:
     """Gaussian noise of NOISE levels, the same in every run."""
     drawn = np.random.Generator(np.random.Philox(key=0)).standard_normal(images.shape, np.float32)
-    return np.rint(np.clip(images + NOISE * drawn, 0, 255)).astype(np.uint8)
+    return np.asarray(np.rint(np.clip(images + NOISE * drawn, 0, 255)), np.uint8)
 
 
 def blurred(images: Pixels) -> Pixels:

@@ -36,8 +36,9 @@ from service.errors import (
     ServiceError,
     UnauthorizedError,
 )
-from service.routes import House, edit, generate, operations
+from service.routes import House, edit, explore, generate, operations
 from service.schemas import DEFAULT_GUIDANCE, DEFAULT_STEPS, Catalogue, Problem
+from service.scores import scoring
 from service.settings import Settings
 from service.streams import Streams
 from service.telemetry import Observe, Telemetry, request_id
@@ -47,6 +48,7 @@ from service.worker import Worker
 logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 1 << 20
+UPLOAD_ROUTES = edit.UPLOAD_ROUTES | explore.UPLOAD_ROUTES
 MAX_UPLOAD_BYTES = 8 << 20
 """Of a body that may carry pictures: a photograph or two, in base64."""
 # The most specific class of an error that is listed here decides.
@@ -117,6 +119,7 @@ def create_app(
     app.include_router(operations.router)
     app.include_router(generate.router)
     app.include_router(edit.router)
+    app.include_router(explore.router)
     app.mount("/web", operations.web_files)
     # Starlette types a handler by Exception, not by the class it is registered for.
     app.add_exception_handler(ServiceError, _on_service_error)  # type: ignore[arg-type]
@@ -145,7 +148,7 @@ class LimitBody:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run one request; whoever reads too much of its body gets an HTTPException."""
         size = 0
-        most = MAX_UPLOAD_BYTES if scope.get("path") in edit.UPLOAD_ROUTES else MAX_BODY_BYTES
+        most = MAX_UPLOAD_BYTES if scope.get("path") in UPLOAD_ROUTES else MAX_BODY_BYTES
 
         async def limited() -> Message:
             nonlocal size
@@ -185,6 +188,7 @@ def describe_model(model: Checkpoint, settings: Settings) -> Catalogue:
         conditional=config.num_class_embeds is not None,
         guided=model.null_class is not None,
         classified=False,
+        typicality=model.typicality,
         parameters=sum(parameter.numel() for parameter in model.unet.parameters()),
         max_images=min(settings.max_images, settings.max_queue),  # more would be refused for ever
         deadline_s=settings.deadline_s,
@@ -216,6 +220,7 @@ def describe(catalogue: Catalogue, settings: Settings, warm: Warm) -> dict[str, 
             "guidance_scale": DEFAULT_GUIDANCE if catalogue.guided else 1.0,
         },
         "editing": editing(catalogue),
+        "scoring": scoring(catalogue),
         "limits": {
             "max_images": catalogue.max_images,
             "max_batch": warm.engine.scheduler.max_rows,

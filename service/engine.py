@@ -143,7 +143,8 @@ class Engine:
         """Move samples whose latents are not finite over to the failures. Returns how many."""
         if not latents:
             return 0
-        finite = torch.stack([latent.x for latent in latents.values()]).isfinite().flatten(1).all(1).tolist()
+        results = [latent.x0 if each.chain.plan.probe else latent.x for each, latent in latents.items()]
+        finite = torch.stack(results).isfinite().flatten(1).all(1).tolist()
         broken = [sample for sample, fine in zip(latents, finite, strict=True) if not fine]
         for sample in broken:
             del latents[sample]
@@ -152,8 +153,11 @@ class Engine:
 
 
 def draw(looks: Sequence[tuple[Sample, str]]) -> list[Picture]:
-    """What samples' latents look like: the x₀ guess ("x0") or the latent itself ("xt")."""
-    values = [sample.latent.x0 if kind == "x0" else sample.latent.x for sample, kind in looks]
+    """What samples' latents look like: the x₀ guess ("x0") or the latent itself ("xt").
+
+    Of a probe, whose next latent has nothing to do with its guess, the one that it guessed from.
+    """
+    values = [_value(sample, kind) for sample, kind in looks]
     return [
         Picture(
             sample.index,
@@ -165,6 +169,13 @@ def draw(looks: Sequence[tuple[Sample, str]]) -> list[Picture]:
         )
         for (sample, kind), pixels in zip(looks, to_pictures(torch.stack(values)), strict=True)
     ]
+
+
+def _value(sample: Sample, kind: str) -> torch.Tensor:
+    latent: Latent = sample.latent
+    if kind == "x0":
+        return latent.x0
+    return latent.seen if sample.chain.plan.probe and latent.seen is not None else latent.x
 
 
 def to_pictures(x: torch.Tensor) -> Pixels:

@@ -299,7 +299,8 @@ class Scheduler:
         if sample.row < sample.steps:
             active.append(sample)
         else:
-            (sample.result,) = draw([(sample, "xt")])
+            # What a probe leaves behind is its last guess; its latent is the image that it was asked about.
+            (sample.result,) = draw([(sample, "x0" if sample.chain.plan.probe else "xt")])
             self._unfinished -= 1
 
     def _previews(self, job: Job, samples: Sequence[Sample], draw: Draw) -> Iterator[Preview]:

@@ -16,9 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from model.denoiser import Chain
 from model.samplers import Guidance, Plan, build_plan
 from model.schedule import NoiseSchedule, Spacing
+from model.typicality import Typicality
 from service.errors import InvalidRequestError
-from service.events import Finished, Picture, Preview, Queued
-from service.images import MEDIA_TYPES, ImageFormat, encode
+from service.events import Finished, Picture, Pixels, Preview, Queued
+from service.images import MEDIA_TYPES, ImageFormat, contact_sheet, encode
 from service.jobs import Job, PreviewKind
 
 MAX_SEED = 2**53 - 1  # what every JSON reader can hold
@@ -28,12 +29,22 @@ Sampler = Literal["ddpm", "ddim", "dpmpp_2m", "sde_dpmpp_2m"]
 Images = Annotated[int, Field(ge=1, description="images; image i has seed + i")]
 
 
-class ChainRequest(BaseModel):
-    """What every request for images can say. Fields left out get the defaults that `/info` reports."""
+class JobRequest(BaseModel):
+    """What every request can say. Fields left out get the defaults that `/info` reports."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="seed of the first image; random if absent")
+    class_label: int | str | None = Field(None, description="class index or name; absent: unconditional")
+    deadline_s: float | None = Field(None, gt=0, description="give up (504) after this many seconds")
+    output_format: ImageFormat = Field("png", description="of pictures inside JSON and events")
+    preview: PreviewKind = Field("x0", description="what a stream shows: the x₀ guess, x_t, both or none")
+    preview_every: int | None = Field(None, ge=1, description="steps between a stream's previews")
+
+
+class ChainRequest(JobRequest):
+    """What every request for images can say."""
+
     num_inference_steps: int | None = Field(None, ge=1, description="denoising steps, at most the model's T")
     eta: float = Field(0.0, ge=0, le=1, description="DDIM's η: 0 deterministic, 1 as random as DDPM")
     guidance_scale: float | None = Field(
@@ -47,11 +58,6 @@ class ChainRequest(BaseModel):
         0.0, ge=0, le=100, description="guidance by the gradient of a classifier, where the model has one"
     )
     timestep_spacing: Spacing | None = Field(None, description="which timesteps; absent: as the model says")
-    class_label: int | str | None = Field(None, description="class index or name; absent: unconditional")
-    deadline_s: float | None = Field(None, gt=0, description="give up (504) after this many seconds")
-    output_format: ImageFormat = Field("png", description="of pictures inside JSON and events")
-    preview: PreviewKind = Field("x0", description="what a stream shows: the x₀ guess, x_t, both or none")
-    preview_every: int | None = Field(None, ge=1, description="steps between a stream's previews")
 
 
 class GenerateRequest(ChainRequest):
@@ -78,6 +84,7 @@ class Catalogue:
     conditional: bool
     guided: bool
     classified: bool
+    typicality: Typicality | None
     parameters: int
     max_images: int
     deadline_s: float
@@ -93,6 +100,14 @@ class Catalogue:
             raise InvalidRequestError("class_label", "This model is unconditional and has no classes.")
         known = ", ".join(self.class_names)
         raise InvalidRequestError("class_label", f"No such class; there are {known} (0 to {len(names) - 1}).")
+
+    def label_or_none(self, wanted: int | str | None) -> int | None:
+        """The same, or None for the unconditional branch. Raises InvalidRequestError where there is none."""
+        if wanted is not None:
+            return self.label(wanted)
+        if self.conditional and not self.guided:
+            raise InvalidRequestError("class_label", "This model has no unconditional branch: name a class.")
+        return None
 
 
 @dataclass(frozen=True)
@@ -111,6 +126,19 @@ class Order:
     def mark(self, index: int) -> dict[str, Any]:
         """What is said of one image."""
         return self.marks[index] if self.marks else {}
+
+    def preview(self, event: Preview) -> dict[str, Any]:
+        """Data of a stream's `preview` event."""
+        return preview_body(event, self)
+
+    def finished(self, event: Finished, model: str) -> dict[str, Any]:
+        """The answer as JSON, and data of a stream's `completed` event."""
+        return finished_body(event, self, model)
+
+    def sheet(self, event: Finished) -> tuple[Pixels, dict[str, Any]]:
+        """The answer as one picture, and what is written into it."""
+        pictures = [picture.pixels for picture in event.pictures]
+        return contact_sheet(pictures, columns=self.columns), self.parameters
 
 
 @dataclass(frozen=True)
@@ -173,11 +201,9 @@ def settle(request: ChainRequest, catalogue: Catalogue, sampler: Sampler, seeds:
         )
     if request.eta and sampler != "ddim":
         raise InvalidRequestError("eta", "Only ddim has an η; the other samplers fix their noise themselves.")
-    label = None if request.class_label is None else catalogue.label(request.class_label)
+    label = catalogue.label_or_none(request.class_label)
     guidance = _guidance(request, catalogue, label)
-    seed = secrets.randbits(32) if request.seed is None else request.seed
-    if seed + seeds - 1 > MAX_SEED:
-        raise InvalidRequestError("seed", f"Image i has seed + i, and seeds end at {MAX_SEED}.")
+    seed = first_seed(request, seeds)
     parameters = {
         "seed": seed,
         "sampler": sampler,
@@ -205,11 +231,27 @@ def to_order(
     told: Mapping[str, Any],
 ) -> Order:
     """A job of these chains, which have plans of one length. told: parameters that not all requests share."""
+    job = to_job_of(request, chains, catalogue, terms.sampler, streamed=streamed)
+    return Order(job, {**told, **terms.parameters}, request.output_format)
+
+
+def first_seed(request: JobRequest, seeds: int) -> int:
+    """The request's seed, or a random one. Raises InvalidRequestError where so many from it on do not fit."""
+    seed = secrets.randbits(32) if request.seed is None else request.seed
+    if seed + seeds - 1 > MAX_SEED:
+        raise InvalidRequestError("seed", f"Image i has seed + i, and seeds end at {MAX_SEED}.")
+    return seed
+
+
+def to_job_of(
+    request: JobRequest, chains: Sequence[Chain], catalogue: Catalogue, sampler: str, *, streamed: bool
+) -> Job:
+    """A job of these chains, under an id of its own. sampler: what its images are counted by."""
     now = time.monotonic()
     allowed = min(request.deadline_s or catalogue.deadline_s, catalogue.deadline_s)
     job = Job(
         id=secrets.token_hex(8),
-        sampler=terms.sampler,
+        sampler=sampler,
         deadline=now + allowed,
         preview=request.preview if streamed else "none",
         # About two dozen looks at a chain of any length, unless asked otherwise.
@@ -218,12 +260,10 @@ def to_order(
     )
     for chain in chains:
         job.add(chain)
-    return Order(job, {**told, **terms.parameters}, request.output_format)
+    return job
 
 
 def _guidance(request: ChainRequest, catalogue: Catalogue, label: int | None) -> Guidance:
-    if catalogue.conditional and not catalogue.guided and label is None:
-        raise InvalidRequestError("class_label", "This model has no unconditional branch: name a class.")
     low, high = request.guidance_sigma_min, request.guidance_sigma_max
     if high is not None and high <= low:
         raise InvalidRequestError("guidance_sigma_max", "The interval of noise levels is empty.")
@@ -273,11 +313,16 @@ def finished_body(event: Finished, order: Order, model: str) -> dict[str, Any]:
         "model": model,
         "images": list(result_images(event.pictures, order, model)),
         "parameters": order.parameters,
-        "timings": {
-            "queue_s": round(event.queue_s, 4),
-            "run_s": round(event.run_s, 4),
-            "total_s": round(event.queue_s + event.run_s, 4),
-        },
+        "timings": timings(event),
+    }
+
+
+def timings(event: Finished) -> dict[str, float]:
+    """What an answer says about its time, in seconds."""
+    return {
+        "queue_s": round(event.queue_s, 4),
+        "run_s": round(event.run_s, 4),
+        "total_s": round(event.queue_s + event.run_s, 4),
     }
 
 

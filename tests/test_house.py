@@ -24,7 +24,7 @@ MAX_LINES = 450
 # Imports: all that a module may import besides the standard library, from the door down; a room may look at
 # what is below it or beside it, never up. errors and telemetry are leaves: they import nothing of ours.
 
-BELOW_ROUTES = "service.edits service.schemas service.streams service.worker service.images"
+BELOW_ROUTES = "service.edits service.scores service.schemas service.streams service.worker service.images"
 BELOW_ENGINE = "service.scheduler service.jobs service.events"
 BELOW_WORKER = f"service.engine {BELOW_ENGINE}"
 LEAVES = "service.errors service.telemetry"
@@ -51,7 +51,11 @@ SERVICE = {
     ),
     "service.schemas": (
         "service.images service.jobs service.events service.errors"
-        f" model.samplers model.schedule model.denoiser {HTTP}"
+        f" model.samplers model.schedule model.denoiser model.typicality {HTTP}"
+    ),
+    "service.scores": (
+        "service.schemas service.edits service.uploads service.images service.events service.errors"
+        f" model.samplers model.denoiser model.likelihood model.typicality {HTTP}"
     ),
     "service.edits": (
         "service.schemas service.uploads service.jobs service.events service.errors"

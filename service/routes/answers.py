@@ -14,9 +14,9 @@ from fastapi.sse import EventSourceResponse, format_sse_event
 
 from service.errors import CancelledError, NotAcceptableError
 from service.events import Cancelled, Event, Failed, Finished, Preview, Queued, Terminal
-from service.images import MEDIA_TYPES, contact_sheet, encode
+from service.images import MEDIA_TYPES, encode
 from service.routes import House
-from service.schemas import Order, Problem, finished_body, preview_body, queued_body
+from service.schemas import Order, Problem, queued_body
 from service.streams import Numbered, Stream
 
 EVENTS = "text/event-stream"
@@ -159,7 +159,8 @@ async def _chunks(
 async def drawn(event: Event, make: Callable[..., bytes], *arguments: object) -> bytes:
     """Make an event's bytes. Many or large pictures take long enough to hold up every other connection."""
     pictures = event.pictures if isinstance(event, Preview | Finished) else ()
-    if sum(picture.pixels.size for picture in pictures) <= INLINE_VALUES:
+    measured = isinstance(event, Finished) and any(event.measures)  # hundreds of terms, to be added up
+    if sum(picture.pixels.size for picture in pictures) <= INLINE_VALUES and not measured:
         return make(*arguments)
     return await asyncio.to_thread(make, *arguments)
 
@@ -169,9 +170,9 @@ def _chunk(item: Numbered, order: Order, house: House) -> bytes:
         case Queued():
             name, data = "queued", queued_body(item.event, order)
         case Preview():
-            name, data = "preview", preview_body(item.event, order)
+            name, data = "preview", order.preview(item.event)
         case Finished():
-            name, data = "completed", finished_body(item.event, order, house.catalogue.name)
+            name, data = "completed", order.finished(item.event, house.catalogue.name)
         case Failed():
             name, data = "error", house.to_problem(item.event.error).model_dump(exclude_none=True)
         case Cancelled():
@@ -210,10 +211,10 @@ def result_of(event: Terminal) -> Finished:
 
 
 def _json_body(result: Finished, order: Order, house: House) -> bytes:
-    return JSONResponse(finished_body(result, order, house.catalogue.name)).body  # type: ignore[return-value]
+    return JSONResponse(order.finished(result, house.catalogue.name)).body  # type: ignore[return-value]
 
 
 def _sheet(result: Finished, order: Order, house: House, media_type: str) -> bytes:
     image_format = next(name for name, known in MEDIA_TYPES.items() if known == media_type)
-    sheet = contact_sheet([picture.pixels for picture in result.pictures], columns=order.columns)
-    return encode(sheet, image_format, {**order.parameters, "model": house.catalogue.name})
+    sheet, told = order.sheet(result)
+    return encode(sheet, image_format, {**told, "model": house.catalogue.name})

@@ -14,6 +14,11 @@ from starlette.requests import ClientDisconnect
 from service.errors import CancelledError
 
 MAX_PARTS = 100
+HALVES = (
+    "data:image/png;base64,"
+    "iVBORw0KGgoAAAANSUhEUgAAAAIAAAACAQAAAABazTCJAAAADElEQVR42mNwYHAAAAEEAIFW8NEDAAAAAElFTkSuQmCC"
+)
+"""A picture for examples: black on the left, white on the right."""
 Model = TypeVar("Model", bound=BaseModel)
 
 

@@ -9,16 +9,12 @@ from fastapi import APIRouter, Request, Response
 from service.edits import EditRequest, InterpolateRequest, to_edit, to_interpolation
 from service.routes import InHouse
 from service.routes.answers import EVENTS, REFUSALS, answer, choose_form
-from service.routes.bodies import described, read
+from service.routes.bodies import HALVES, described, read
 
 router = APIRouter(tags=["edit"])
 
 UPLOAD_ROUTES = frozenset({"/edit", "/interpolate"})
 """Whose bodies may be as large as pictures are."""
-HALVES = (  # black on the left, white on the right
-    "data:image/png;base64,"
-    "iVBORw0KGgoAAAANSUhEUgAAAAIAAAACAQAAAABazTCJAAAADElEQVR42mNwYHAAAAEEAIFW8NEDAAAAAElFTkSuQmCC"
-)
 EDITS = {
     "a picture made anew by 60 %": {"image": HALVES, "strength": 0.6, "seed": 7},
     "what a mask shows white is made anew": {

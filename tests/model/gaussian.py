@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model.runtimes import DtypeName
 from model.schedule import NoiseSchedule
 
 Floats = NDArray[np.float64]
@@ -20,7 +21,7 @@ class GaussianRuntime:
 
     variance: ClassVar[float] = 0.09
     name = "gaussian"
-    dtype = "float32"
+    dtype: DtypeName = "float32"
     batch_sizes: tuple[int, ...] = ()
 
     def __init__(self, schedule: NoiseSchedule) -> None:

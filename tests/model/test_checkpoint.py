@@ -7,13 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
-from model import checkpoint
+from model import checkpoint, typicality
 from model.checkpoint import LEGACY_ATTENTION, MANIFEST, WEIGHTS, Checkpoint, CheckpointError
+from model.likelihood import choose_timesteps
+from model.typicality import Typicality
 from model.unet import UNet, UNetConfig
 from tests.model.conftest import SCHEDULER, TINY, randomise
 
@@ -247,3 +250,50 @@ def test_unreadable_files_are_named(folder: Path) -> None:
         checkpoint.load(folder)
     with pytest.raises(CheckpointError, match="no such folder"):
         checkpoint.load(folder / "elsewhere")
+
+
+# ── Statistics beside the weights ──────────────────────────────────────────────────────────────
+
+
+def statistics_of(folder: Path) -> Typicality:
+    random = np.random.default_rng(0)
+    chosen = np.stack([choose_timesteps(1000, 50, seed) for seed in range(100)])
+    mse = np.exp(random.normal(-3, 1, (100, 1)) + random.normal(0, 1, chosen.shape))
+    return typicality.fit(1000, chosen, mse, checkpoint.weights_sha256(folder))
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_statistics_load_with_the_weights_that_they_are_about(folder: Path, flat: bool) -> None:
+    assert checkpoint.load(folder).typicality is None
+    if flat:
+        flatten(folder)
+    typicality.save(folder / typicality.FILE, statistics_of(folder))
+    loaded = checkpoint.load(folder).typicality
+    assert loaded is not None
+    assert loaded.images == 100
+
+
+def test_statistics_of_other_weights_are_refused(folder: Path) -> None:
+    typicality.save(folder / typicality.FILE, replace(statistics_of(folder), weights_sha256="0" * 64))
+    with pytest.raises(CheckpointError, match=r"typicality\.json: it is about other weights"):
+        checkpoint.load(folder)
+
+
+def test_broken_statistics_are_named(folder: Path) -> None:
+    (folder / typicality.FILE).write_text("{}")
+    with pytest.raises(CheckpointError, match=r"typicality\.json: not readable"):
+        checkpoint.load(folder)
+
+
+def test_new_weights_take_the_statistics_of_old_ones_with_them(tiny: Checkpoint, folder: Path) -> None:
+    typicality.save(folder / typicality.FILE, statistics_of(folder))
+    checkpoint.save(folder, tiny)
+    assert checkpoint.load(folder).typicality is None
+
+
+def test_the_checksum_is_that_of_the_weights_file(folder: Path) -> None:
+    expected = hashlib.sha256((folder / "unet" / WEIGHTS).read_bytes()).hexdigest()
+    assert checkpoint.weights_sha256(folder) == expected
+    (folder / "unet" / WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match="missing"):
+        checkpoint.weights_sha256(folder)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import struct
 from pathlib import Path
 
@@ -212,3 +213,32 @@ def test_a_bad_picture_is_named(tmp_path: Path, fault: str) -> None:
     (tmp_path / "bad.png").write_bytes(corrupted((tmp_path / "bad.png").read_bytes())[fault])
     with pytest.raises(DataError, match=r"bad.png: not a readable picture"):
         load(tmp_path, 8, 3)
+
+
+def write_digits(folder: Path, digits: dict[int, np.ndarray]) -> None:
+    """As the npm package has them: thousandths from 0 to 1."""
+    for digit, images in digits.items():
+        values = [round(value / 255, 3) for value in images.ravel().tolist()]
+        (folder / f"{digit}.json").write_text(json.dumps({"data": values}))
+
+
+def test_digits_as_json(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    digits = {digit: random.integers(0, 256, (count, 28, 28)) for digit, count in ((0, 2), (1, 3))}
+    write_digits(tmp_path, digits)
+    found = data.load(tmp_path, 32, 1)
+    assert found.labels.tolist() == [0, 0, 1, 1, 1]
+    assert found.class_names == ("0", "1")
+    images = found.images[np.arange(5)]
+    np.testing.assert_array_equal(images[:, 0, 2:30, 2:30], np.concatenate(list(digits.values())))
+    assert images.dtype == np.uint8
+    assert images[:, :, :2].max() == 0
+    with pytest.raises(DataError, match="no sub-folder test"):
+        data.load(tmp_path, 32, 1, "test")
+
+
+@pytest.mark.parametrize("text", ["no json", "[]", "{}", '{"data": [1, 2, 3]}', '{"data": "x"}'])
+def test_bad_digits_are_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "0.json").write_text(text)
+    with pytest.raises(DataError, match=r"0\.json: not digits"):
+        data.load(tmp_path, 32, 1)

@@ -19,9 +19,11 @@ from model.denoiser import (
     from_pixels,
     generate,
     noised,
+    probing,
     to_pixels,
     trajectory,
 )
+from model.diffusion import vlb_terms
 from model.runtimes import DtypeName, OpenVinoRuntime, TorchRuntime
 from model.samplers import (
     A_O,
@@ -42,6 +44,7 @@ from model.samplers import (
     build_repaint,
 )
 from model.schedule import NoiseSchedule, linear_betas
+from tests.model.conftest import tiny_checkpoint
 
 SHAPE = (1, 8, 8)
 SCHEDULE = NoiseSchedule(linear_betas(1000), timestep_spacing="trailing")
@@ -318,6 +321,35 @@ def test_a_probe_shows_the_network_the_image_under_fresh_noise() -> None:
         z = (x[0].numpy() - ac**0.5 * IMAGE) / (1 - ac) ** 0.5
         stream = (noise.START, 0) if row == 0 else (row - 1, noise.KNOWN)
         np.testing.assert_allclose(z, noise.normal(5, stream[0], SHAPE, stream[1]), atol=1e-4)
+
+
+def test_a_latent_says_what_its_guess_was_made_of() -> None:
+    denoiser = fake()
+    plan = build_probe(SCHEDULE, [999, 10, 500, 0])
+    one = probing(plan, IMAGE, 5, label=1)
+    assert isinstance(denoiser.runtime, FakeRuntime)
+    for row, latents in enumerate(trajectory(denoiser, [one])):
+        x, _, y = denoiser.runtime.calls[row]
+        assert y is not None
+        assert y.tolist() == [1]
+        assert latents[0].seen is not None
+        assert torch.equal(latents[0].seen, x[0])
+    assert denoiser.start(one).seen is None
+
+
+def test_probes_are_measured_against_their_image() -> None:
+    denoiser = Denoiser.of(tiny_checkpoint(), FakeRuntime())
+    schedule = denoiser.schedule
+    assert schedule is not None
+    levels = from_pixels(np.random.default_rng(1).integers(0, 256, (8, 8, 1), np.uint8))
+    chains = [probing(build_probe(schedule, timesteps), levels, 5) for timesteps in ([700, 0], [3, 40])]
+    for row, latents in enumerate(trajectory(denoiser, chains)):
+        found = denoiser.measure(chains, latents, [row, row])
+        for chain, latent, (bits, error) in zip(chains, latents, found, strict=True):
+            t = torch.tensor([chain.plan.timesteps[row]])
+            x0, guess = torch.from_numpy(levels)[None], latent.x0[None]
+            assert bits == vlb_terms(schedule, x0, guess, t, schedule.variance_type).item()
+            assert error == (x0 - guess).double().square().mean().item()
 
 
 def test_an_edit_begins_with_the_image_under_noise() -> None:

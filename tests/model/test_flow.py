@@ -25,7 +25,8 @@ DIMS = 64
 def drawn(count: int, seed: int = 0) -> Tensor:
     """Data of the Gaussian model."""
     random = torch.Generator().manual_seed(seed)
-    return torch.randn(count, *SHAPE, generator=random).double() * GaussianRuntime.variance**0.5
+    scale: float = GaussianRuntime.variance**0.5
+    return torch.randn(count, *SHAPE, generator=random).double() * scale
 
 
 @pytest.mark.parametrize(("steps", "within"), [(32, 0.02), (128, 0.0015)])

@@ -166,3 +166,11 @@ def test_the_program_draws_every_picture(tmp_path):
     plots.main(["--model", f"{tmp_path}/model", "--out", str(out), "--steps", "3", "--per-class", "2"])
     drawn = {path.name for path in out.iterdir()}
     assert drawn == {"samples.png", "samples-guided.png", "trajectory.png"}
+
+
+def test_a_rate_distortion_plot_draws_its_curve():
+    curve = {"timestep": [900.0, 40.0, 0.0], "rate": [0.1, 1.0, 2.0], "rmse": [80.0, 20.0, 1.0]}
+    picture = pixels(plots.rate_distortion(curve, 1000))
+    for key in curve:
+        changed = {**curve, key: [curve[key][0], curve[key][1] * 1.5, curve[key][2]]}
+        assert (picture != pixels(plots.rate_distortion(changed, 1000))).any(), key

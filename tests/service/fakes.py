@@ -184,15 +184,17 @@ class FakeDenoiser:
     def measure(
         self, chains: Sequence[Chain], latents: Sequence[Latent], rows: Sequence[int]
     ) -> Sequence[tuple[float, float]]:
-        """The row, and how bright the guess is."""
-        return [(float(row), float(latent.x0.mean())) for latent, row in zip(latents, rows, strict=True)]
+        """The row, and how far the guess is from grey."""
+        return [
+            (float(row), float(latent.x0.square().mean())) for latent, row in zip(latents, rows, strict=True)
+        ]
 
     def _one(self, chain: Chain, latent: Latent, row: int) -> Latent:
         x = 0.9 * latent.x + 0.1 * torch.from_numpy(noise.normal(chain.seed, row, (1, SIZE, SIZE)))
         if chain.seed in self.gives_nan:
             x[0, 0, 0] = float("nan")
         self.seen[chain.seed, row] = x.numpy().tobytes()
-        return Latent(x, x.clamp(-1, 1))
+        return Latent(x, x.clamp(-1, 1), latent.x)
 
 
 # ── A model and an app ─────────────────────────────────────────────────────────────────────────

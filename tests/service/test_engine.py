@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from model.denoiser import Chain, Latent
+from model.denoiser import Chain, Latent, probing
+from model.samplers import build_probe
 from service.engine import Engine, FatalError, StepReport, to_pictures
 from service.errors import ComputeError, DeadlineError, NonFiniteError
 from service.events import Cancelled, Event, Failed, Finished, Preview
-from service.jobs import Job, Sequel, State
-from tests.service.fakes import SIZE, FakeDenoiser, counting_job, fake_engine, job_of
+from service.jobs import Job, PreviewKind, Sequel, State
+from tests.service.fakes import SCHEDULE, SIZE, FakeDenoiser, counting_job, fake_engine, job_of
 
 MATES = range(8)
 
@@ -283,6 +285,49 @@ def test_previews_and_results_are_the_latents() -> None:
         for picture in pictures:
             assert (picture.pixels == to_pictures(x[None])[0]).all()
     assert len(events) == 4
+
+
+def probe_of(seed: int, timesteps: list[int], preview: PreviewKind = "both") -> Job:
+    image = np.zeros((1, SIZE, SIZE), np.float32)
+    job = Job("probe", "probe", preview=preview)
+    job.add(probing(build_probe(SCHEDULE, timesteps), image, seed))
+    return job
+
+
+def test_a_probe_shows_what_was_seen_and_leaves_its_last_guess() -> None:
+    denoiser = FakeDenoiser()
+    job = probe_of(7, [80, 20, 0])
+    events = drain(engine_with(denoiser, job))
+    start = FakeDenoiser().start(job.samples[0].chain).x  # type: ignore[arg-type]
+    made = [
+        torch.frombuffer(bytearray(denoiser.seen[7, row]), dtype=torch.float32).view(1, SIZE, SIZE)
+        for row in range(3)
+    ]
+    for row, event in enumerate(events[:-1]):
+        assert isinstance(event, Preview)
+        guess, seen = event.pictures
+        assert (guess.kind, seen.kind) == ("x0", "xt")
+        assert (guess.pixels == to_pictures(made[row][None])[0]).all()
+        assert (seen.pixels == to_pictures([start, *made][row][None])[0]).all()
+        assert guess.measure == seen.measure == job.samples[0].measures[row]
+    finished = events[-1]
+    assert isinstance(finished, Finished)
+    (last,) = finished.pictures
+    assert (last.kind, last.measure) == ("x0", finished.measures[0][-1])
+    assert [measure.timestep for measure in finished.measures[0]] == [80, 20, 0]
+
+
+def test_a_probes_guess_has_to_be_finite_too() -> None:
+    class Doubtful(FakeDenoiser):
+        def _one(self, chain: Chain, latent: Latent, row: int) -> Latent:
+            made = super()._one(chain, latent, row)
+            return Latent(made.x, made.x0 * torch.nan, made.seen)
+
+    (event,) = drain(engine_with(Doubtful(), probe_of(7, [80, 20], "none")))
+    assert isinstance(event, Failed)
+    assert isinstance(event.error, NonFiniteError)
+    (fine,) = drain(engine_with(Doubtful(), job_of("a", [7])))
+    assert isinstance(fine, Finished)
 
 
 def test_pixels_are_clamped_rounded_and_channels_last() -> None:

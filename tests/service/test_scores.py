@@ -1,0 +1,316 @@
+"""What a request for scores may say, what becomes of it, and how its answers are put together."""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import replace
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from pydantic import ValidationError
+
+from model.checkpoint import Checkpoint
+from model.denoiser import Chain
+from model.likelihood import FEWEST_TERMS, choose_timesteps, estimate, prior_bits, rmse
+from model.typicality import fit
+from service.app import describe_model
+from service.errors import InvalidRequestError
+from service.events import Finished, Measure, Picture, Preview
+from service.jobs import Sample
+from service.schemas import MAX_SEED, Catalogue
+from service.scores import STRETCHES, ScoreOrder, ScoreRequest, scoring, to_score
+from tests.service.fakes import SIZE, tiny_model
+from tests.service.live import settings
+
+T = 100
+
+
+def catalogue(model: Checkpoint | None = None, **values: Any) -> Catalogue:
+    return describe_model(model or tiny_model(), settings(**values))
+
+
+def picture(seed: int = 0, size: int = SIZE) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (size, size), np.uint8)
+
+
+def uploaded(pixels: np.ndarray) -> str:
+    buffer = BytesIO()
+    Image.fromarray(pixels).save(buffer, "png")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def order(
+    known: Catalogue | None = None, count: int = 2, streamed: bool = False, **request: Any
+) -> ScoreOrder:
+    body = {"images": [uploaded(picture(seed)) for seed in range(count)], **request}
+    return to_score(ScoreRequest(**body), known or catalogue(), streamed=streamed)
+
+
+def chain_of(sample: Sample) -> Chain:
+    assert isinstance(sample.chain, Chain)
+    return sample.chain
+
+
+# ── The request ────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("images", []),
+        ("images", ["x"] * 9),
+        ("images", "x"),
+        ("images", [1]),
+        ("images", None),
+        ("terms", FEWEST_TERMS - 1),
+        ("terms", 2.0),
+        ("terms", "10"),
+        ("seed", -1),
+        ("class_label", True),
+        ("preview", "all"),
+        ("n", 1),
+        ("sampler", "ddim"),
+        ("num_inference_steps", 5),
+    ],
+)
+def test_a_bad_value_is_refused_by_its_field(field: str, value: object) -> None:
+    with pytest.raises(ValidationError) as refused:
+        ScoreRequest(**{"images": ["x"], field: value})  # type: ignore[arg-type]
+    assert {found["loc"][0] for found in refused.value.errors()} == {field}
+
+
+def test_the_only_file_of_a_form_is_a_list_of_one() -> None:
+    assert ScoreRequest(images=b"x").images == [b"x"]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        ({"terms": T + 1}, "terms"),
+        ({"seed": MAX_SEED}, "seed"),
+        ({"class_label": "horse"}, "class_label"),
+        ({"images": ["no base64!"]}, "images"),
+        ({"images": [base64.b64encode(b"no picture").decode()]}, "images"),
+    ],
+)
+def test_what_this_model_cannot_do_is_refused(request_: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        order(**request_)
+    assert refused.value.field == field
+
+
+def test_no_more_images_than_a_request_may_have() -> None:
+    with pytest.raises(InvalidRequestError, match="At most 1 images"):
+        order(catalogue(max_images=1))
+    assert len(order(catalogue(max_images=2)).job.samples) == 2
+
+
+def test_a_model_without_an_unconditional_branch_needs_a_class() -> None:
+    known = catalogue(tiny_model(guided=False))
+    with pytest.raises(InvalidRequestError, match="name a class"):
+        order(known)
+    assert order(known, class_label="dog").parameters["class_label"] == "dog"
+
+
+# ── The job ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_image_is_cut_into_stretches_that_share_no_noise() -> None:
+    made = order(count=3, seed=5, terms=40)
+    assert made.stretches == STRETCHES
+    assert len(made.job.samples) == 3 * STRETCHES
+    for index in range(3):
+        chains = [chain_of(sample) for sample in made.job.samples[8 * index : 8 * index + 8]]
+        asked = [t for chain in chains for t in chain.plan.timesteps]
+        assert asked == choose_timesteps(T, 40, 5 + index).tolist()
+        assert {len(chain.plan) for chain in chains} == {5}
+        assert {chain.seed % (MAX_SEED + 1) for chain in chains} == {5 + index}
+    assert len({sample.chain.seed for sample in made.job.samples}) == 24
+    assert all(sample.chain.plan.probe for sample in made.job.samples)
+
+
+def test_the_chains_begin_with_the_picture_and_know_it() -> None:
+    chain = chain_of(order(terms=40).job.samples[8])
+    expected = picture(1).astype(np.float32) / 127.5 - 1
+    assert chain.known is not None
+    assert chain.start is not None
+    np.testing.assert_allclose(chain.known.image[0], expected, atol=1e-6)
+    assert chain.known.mask.all()
+    ((weight, image),) = chain.start.images
+    assert weight == chain.plan.start
+    np.testing.assert_array_equal(image, chain.known.image)
+
+
+@pytest.mark.parametrize(
+    ("limit", "terms", "expected"), [(64, 100, 8), (64, 3, 3), (20, 100, 2), (8, 100, 1), (3, 50, 1)]
+)
+def test_as_many_stretches_as_the_largest_request_has_room_for(limit: int, terms: int, expected: int) -> None:
+    known = catalogue(max_images=limit)
+    made = order(known, count=1, terms=terms)
+    assert len(made.job.samples) == made.stretches == expected
+    most = min(8, limit)
+    assert len(order(known, count=most, terms=terms).job.samples) <= limit
+
+
+def test_an_image_alone_is_asked_the_same_as_among_others() -> None:
+    def course(made: ScoreOrder, index: int) -> list[tuple[int, tuple[int, ...]]]:
+        part = made.job.samples[index * made.stretches : (index + 1) * made.stretches]
+        return [(sample.chain.seed, tuple(sample.chain.plan.timesteps)) for sample in part]
+
+    together = order(count=3, seed=5)
+    alone = order(count=1, seed=7)
+    assert course(together, 2) == course(alone, 0)
+    assert course(together, 1) != course(together, 2)
+
+
+def test_defaults_are_told() -> None:
+    made = order()
+    assert made.parameters.keys() == {"n", "seed", "terms", "class_label", "output_format"}
+    assert (made.parameters["n"], made.parameters["terms"]) == (2, T)
+    assert (made.job.preview, made.job.sampler) == ("none", "probe")
+    assert order(streamed=True).job.preview == "x0"
+    assert order(streamed=True, preview_every=3).job.preview_every == 3
+    assert scoring(catalogue()) == {"max_images": 8, "terms": T, "typicality": False}
+    assert scoring(catalogue(max_images=4))["max_images"] == 4
+
+
+# ── Answers ────────────────────────────────────────────────────────────────────────────────────
+
+
+def finished(made: ScoreOrder) -> Finished:
+    """As the engine would: of each sample its measures, and the guess that the last of them is about."""
+    measures = [
+        tuple(Measure(t, 1 / (t + 1 + index), ((t + 1) / T) ** 2) for t in sample.chain.plan.timesteps)
+        for index, sample in enumerate(made.job.samples)
+    ]
+    pictures = [
+        Picture(i, sample.chain.seed, "x0", np.full((SIZE, SIZE, 1), i, np.uint8), found[-1])
+        for i, (sample, found) in enumerate(zip(made.job.samples, measures, strict=True))
+    ]
+    return Finished(made.job.id, tuple(pictures), 0.5, 1.25, tuple(measures))
+
+
+def test_an_answer_adds_up_what_each_stretch_has_found() -> None:
+    made = order(seed=5, terms=40)
+    event = finished(made)
+    body = made.finished(event, "tiny")
+    assert body.keys() == {"id", "model", "scores", "parameters", "timings"}
+    assert body["timings"] == {"queue_s": 0.5, "run_s": 1.25, "total_s": 1.75}
+    for index, score in enumerate(body["scores"]):
+        found = [each for stretch in event.measures[8 * index : 8 * index + 8] for each in stretch]
+        prior = prior_bits(tiny_model().schedule, picture(index) / 127.5 - 1)
+        bound = estimate(T, prior, [each.timestep for each in found], [each.bits for each in found])
+        assert (score["index"], score["seed"]) == (index, 5 + index)
+        assert score["bits_per_dim"] == pytest.approx(bound.bits_per_dim, rel=1e-5)
+        assert score["standard_error"] == pytest.approx(bound.standard_error, rel=1e-5)
+        assert score["standard_error"] > 0
+        assert score["prior"] == pytest.approx(prior, rel=1e-5)
+        assert [term["timestep"] for term in score["terms"]] == [each.timestep for each in found]
+        assert [term["bits"] for term in score["terms"]] == pytest.approx(
+            [each.bits for each in found], rel=1e-6
+        )
+        assert [term["mse"] for term in score["terms"]] == pytest.approx(
+            [each.error for each in found], rel=1e-6
+        )
+        rates = [point["rate"] for point in score["rate_distortion"]]
+        assert rates == sorted(rates)
+        for point, measure in zip(score["rate_distortion"], found, strict=True):
+            assert point["rate"] == pytest.approx(bound.rates[measure.timestep], rel=1e-5)
+            assert point["rmse"] == pytest.approx(float(rmse(measure.error)), rel=1e-5)
+        assert score["typicality"] is None
+
+
+def test_guesses_are_the_points_where_stretches_end() -> None:
+    made = order(seed=5, terms=40)
+    score = made.finished(finished(made), "tiny")["scores"][1]
+    assert len(score["guesses"]) == 8
+    by_timestep = {point["timestep"]: point for point in score["rate_distortion"]}
+    for place, guess in enumerate(score["guesses"]):
+        assert (guess["index"], guess["seed"], guess["media_type"]) == (1, 6, "image/png")
+        assert {key: guess[key] for key in ("timestep", "rate", "rmse")} == by_timestep[guess["timestep"]]
+        image = np.asarray(Image.open(BytesIO(base64.b64decode(guess["b64_json"]))))
+        assert (image == 8 + place).all()
+    assert score["guesses"][-1]["timestep"] == 0
+
+
+def test_all_terms_have_no_error() -> None:
+    made = order(terms=T)
+    for score in made.finished(finished(made), "tiny")["scores"]:
+        assert score["standard_error"] == 0
+        total = score["prior"] + sum(term["bits"] for term in score["terms"])
+        assert score["bits_per_dim"] == pytest.approx(total, rel=1e-5)
+
+
+def test_a_sheet_has_a_row_for_each_image_and_ends_with_it() -> None:
+    made = order(terms=40)
+    sheet, told = made.sheet(finished(made))
+    assert sheet.shape == (2 * SIZE + 2, 9 * SIZE + 8 * 2, 1)
+    for index in range(2):
+        row = sheet[index * (SIZE + 2) :][:SIZE]
+        for place in range(8):
+            assert (row[:, place * (SIZE + 2) :][:, :SIZE] == 8 * index + place).all()
+        np.testing.assert_array_equal(row[:, -SIZE:, 0], picture(index))
+    assert len(told["scores"]) == 2
+    assert [guess["timestep"] for guess in told["scores"][0]["guesses"]][-1] == 0
+    assert json.loads(json.dumps(told)) == told
+
+
+def test_a_preview_says_what_each_look_has_measured() -> None:
+    made = order(seed=5, streamed=True, terms=40)
+    looks = tuple(
+        Picture(
+            i,
+            made.job.samples[i].chain.seed,
+            kind,
+            np.zeros((SIZE, SIZE, 1), np.uint8),
+            Measure(t, 0.125, 0.25),
+        )
+        for i, kind, t in ((3, "x0", 50), (9, "xt", 90))
+    )
+    body = made.preview(Preview(made.job.id, 2, 5, 99, 1.5, looks))
+    assert body.keys() == {"step", "steps", "eta_s", "images"}
+    assert [(image["index"], image["seed"], image["kind"]) for image in body["images"]] == [
+        (0, 5, "x0"),
+        (1, 6, "xt"),
+    ]
+    assert [image["measure"] for image in body["images"]] == [
+        {"timestep": 50, "bits": 0.125, "mse": 0.25},
+        {"timestep": 90, "bits": 0.125, "mse": 0.25},
+    ]
+
+
+# ── Typicality ─────────────────────────────────────────────────────────────────────────────────
+
+
+def usual() -> Checkpoint:
+    """A model with statistics of errors around ((t + 1) / T)², as `finished` makes them."""
+    random = np.random.default_rng(0)
+    chosen = np.stack([choose_timesteps(T, 40, seed) for seed in range(300)])
+    mse = ((chosen + 1) / T) ** 2 * np.exp(
+        random.normal(0, 0.3, chosen.shape) + random.normal(0, 0.3, (300, 1))
+    )
+    return replace(tiny_model(), typicality=fit(T, chosen, mse, "of nothing"))
+
+
+def test_what_is_unusual_is_told_where_it_is_known() -> None:
+    known = catalogue(usual())
+    assert scoring(known)["typicality"]
+    made = order(known, terms=40)
+    event = finished(made)
+    (first, _) = made.finished(event, "tiny")["scores"]
+    assert first["typicality"].keys() == {"score", "percentile"}
+    assert 0 <= first["typicality"]["percentile"] <= 100
+    # Ten times the error is not usual at any noise level.
+    worse = tuple(tuple(replace(m, error=10 * m.error + 0.1) for m in stretch) for stretch in event.measures)
+    odd = made.finished(replace(event, measures=worse), "tiny")["scores"][0]["typicality"]
+    assert odd["score"] > 10 * first["typicality"]["score"]
+    assert odd["percentile"] == 100
+
+
+def test_a_class_or_too_few_terms_leave_it_unknown() -> None:
+    for made in (order(catalogue(usual()), class_label="dog"), order(catalogue(usual()), terms=3)):
+        assert made.finished(finished(made), "tiny")["scores"][0]["typicality"] is None
