@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,7 +145,7 @@ def load(path: Path) -> Typicality:
     return found
 
 
-def roc_auc(inliers: Sequence[float] | Floats, outliers: Sequence[float] | Floats) -> tuple[float, float]:
+def roc_auc(inliers: ArrayLike, outliers: ArrayLike) -> tuple[float, float]:
     """The chance that an outlier's score is above an inlier's, ties by half, and its standard error.
 
     The area under the receiver operating characteristic; the error is Hanley & McNeil's (1982).
