@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import math
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from typing import Any
@@ -19,6 +21,8 @@ from model import noise
 from model.denoiser import from_pixels
 from model.diffusion import predict_x0, prior_term, q_sample, vlb_terms
 from model.likelihood import choose_timesteps, stretches
+from service.events import Finished, Measure
+from service.routes.answers import drawn
 from service.schemas import MAX_SEED
 from service.warmup import warm_up
 from tests.service.fakes import SIZE, FakeDenoiser, tiny_model, until
@@ -28,6 +32,7 @@ from tests.service.test_routes_generate import opened
 from tests.service.test_scores import picture, uploaded
 
 EVENTS = {"accept": "text/event-stream"}
+FOUND = Measure(3, 0.5, 0.25)
 
 
 def body(images: int = 1, first: int = 0, **more: Any) -> dict[str, Any]:
@@ -158,6 +163,15 @@ def test_who_leaves_leaves_the_batch(serve: Serve) -> None:
     assert len(server.denoiser.widths) < 13
 
 
+@pytest.mark.parametrize(("measures", "inline"), [((), True), (((), ()), True), (((), (FOUND,)), False)])
+def test_terms_are_added_up_on_another_thread(measures: Any, inline: bool) -> None:
+    def thread() -> bytes:
+        return str(threading.get_ident()).encode()
+
+    made = asyncio.run(drawn(Finished("job", (), 0.0, 0.0, measures), thread))
+    assert (made == thread()) == inline
+
+
 class NothingButNan(FakeDenoiser):
     """A network whose guesses are not finite, while the image itself, which it was told, is."""
 
@@ -223,9 +237,9 @@ def offline(pixels: np.ndarray, label: int, terms: int, seed: int) -> list[tuple
     for place, part in enumerate(stretches(choose_timesteps(100, terms, seed), 8)):
         for row, timestep in enumerate(part):
             where = (noise.START, 0) if row == 0 else (row - 1, noise.KNOWN)
-            drawn = noise.normal(seed + place * (MAX_SEED + 1), where[0], (1, SIZE, SIZE), where[1])
+            eps = noise.normal(seed + place * (MAX_SEED + 1), where[0], (1, SIZE, SIZE), where[1])
             t = torch.tensor([timestep])
-            x = q_sample(model.schedule, x0, t, torch.from_numpy(drawn)[None])
+            x = q_sample(model.schedule, x0, t, torch.from_numpy(eps)[None])
             with torch.inference_mode():
                 out = model.unet(x, t, torch.tensor([label]))
             guess = predict_x0(model.schedule, x, t, out).clamp(-1, 1)
@@ -277,14 +291,23 @@ def test_mates_do_not_change_the_numbers(real: Threaded) -> None:
         assert together[key] == alone[1][key]
 
 
-def test_what_was_made_is_less_surprising_than_noise(real: Threaded) -> None:
-    """A control for all of the above: the numbers are about the picture."""
-    made = real.client.post("/generate", json={"seed": 1, "num_inference_steps": 20}).json()["images"][0]
+def test_openapi_has_examples_that_work(real: Threaded) -> None:
+    operation = real.client.get("/openapi.json").json()["paths"]["/score"]["post"]
+    assert {"200", "406", "422", "429", "503", "504"} <= operation["responses"].keys()
+    content = operation["requestBody"]["content"]
+    for example in content["application/json"]["examples"].values():
+        response = real.client.post("/score", json=example["value"])
+        assert response.status_code == 200, response.text
+    assert '"format": "binary"' in json.dumps(content["multipart/form-data"]["schema"])
+
+
+def test_the_numbers_are_about_the_picture(real: Threaded) -> None:
+    """A control for all of the above."""
     grey = base64.b64encode(_png(np.full((SIZE, SIZE), 128, np.uint8))).decode()
-    request = {"images": [made["b64_json"], grey, uploaded(picture())], "seed": 0}
-    scores = real.client.post("/score", json=request).json()["scores"]
-    assert len({score["bits_per_dim"] for score in scores}) == 3
-    assert all(math.isfinite(score["bits_per_dim"]) for score in scores)
+    request = {"images": [uploaded(picture()), grey], "seed": 0}
+    first, second = real.client.post("/score", json=request).json()["scores"]
+    assert first["bits_per_dim"] != pytest.approx(second["bits_per_dim"], rel=1e-3)
+    assert all(math.isfinite(score["bits_per_dim"]) for score in (first, second))
 
 
 def _png(pixels: np.ndarray) -> bytes:
