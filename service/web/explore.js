@@ -7,7 +7,7 @@ const FIRST_SEED = 7;
 const SETTLE_MS = 150; // a slider on its way passes values that nobody wants to see
 // The pictures of a study: how many abreast, what is left of them, and how large they get, in screen pixels.
 const CELLS = {
-  contest: { columns: 4, gap: 8, aside: 104, most: 128 },
+  contest: { columns: 4, gap: 8, aside: 104, most: 160 },
   guided: { columns: 6, gap: 8, aside: 0, most: 160 },
 };
 

@@ -42,8 +42,9 @@ export async function difference(canvas, a, b, gain) {
   context.putImageData(first, 0, 0);
 }
 
-// The most screen pixels a picture of `width` pixels may have where `columns` share a room, whole per pixel.
+// How wide a picture of `width` pixels gets where `columns` share a room: each pixel as many whole ones of the screen.
 export function snapped(room, columns, gap, width, most) {
   const size = Math.min(most, Math.floor((room - (columns - 1) * gap) / columns));
-  return size < width ? size : size - (size % width);
+  const unit = width / Math.max(1, Math.floor(window.devicePixelRatio));
+  return size < width ? size : size - (size % unit);
 }

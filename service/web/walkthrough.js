@@ -33,6 +33,11 @@ export class Walkthrough {
     this.listen();
   }
 
+  get dims() {
+    const { width, height, channels } = this.info.model;
+    return width * height * channels;
+  }
+
   // What the network can be told an image shows.
   offer() {
     const { classes, guidance } = this.info.model;
@@ -154,7 +159,7 @@ export class Walkthrough {
     Object.assign($("t"), { max: frames.length - 1, value: at, disabled: false });
     const reading = [`t = ${timestep} of ${this.info.model.timesteps - 1}`];
     if (mse !== undefined) reading.push(`the guess is off by ${short(rmse(mse))} of 255 (RMSE)`);
-    if (bits !== undefined) reading.push(`this step costs ${short(bits)} bits per dimension`);
+    if (bits !== undefined) reading.push(`this step costs ${short(bits * this.dims)} bits`);
     $("reading").textContent = reading.join(" · ");
     $("t").setAttribute("aria-valuetext", reading.join(", "));
     for (const [id, url, what] of [["noisy", urls.xt, "The image under noise"], ["guess", urls.x0, "The guess"]]) {
@@ -181,13 +186,11 @@ export class Walkthrough {
     const errors = sorted(terms).map(({ timestep, mse }) => ({ x: timestep, y: rmse(mse), id: timestep }));
     this.rate.show(rates, curve[nearest(curve, at)]?.timestep);
     this.error.show(errors, terms[nearest(terms, at)]?.timestep);
-    const { width, height, channels } = this.info.model;
-    const dims = width * height * channels;
-    const bytes = Math.ceil((bits * dims) / 8).toLocaleString("en");
+    const bytes = Math.ceil((bits * this.dims) / 8).toLocaleString("en");
     const uncertain = error == null ? "" : ` ± ${error.toFixed(2)}`;
     $("bits").textContent =
       `Without loss the image takes at most ${bits.toFixed(2)}${uncertain} bits per dimension by this network, ` +
-      `${bytes} bytes in all; as it is, ${dims.toLocaleString("en")}.`;
+      `${bytes} bytes in all; as it is, ${this.dims.toLocaleString("en")}.`;
   }
 }
 

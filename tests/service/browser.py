@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 
-import httpx
 import pytest
 from playwright.sync_api import Page, sync_playwright
 
@@ -30,8 +29,6 @@ QUIET = [
 ]
 
 Visit = Callable[..., Page]
-Prepare = Callable[[Page, httpx.Client], object]
-"""What is done to a page before it is opened."""
 
 
 def visiting(launch: Callable[..., Process], folder: Path) -> Iterator[Visit]:
@@ -41,14 +38,11 @@ def visiting(launch: Callable[..., Process], folder: Path) -> Iterator[Visit]:
         browser = stack.enter_context(sync_playwright()).chromium.launch(executable_path=CHROMIUM, args=QUIET)
         stack.callback(browser.close)
 
-        def visit(
-            *flags: str, path: str = "/", width: int = 1280, prepare: Prepare = lambda page, client: None
-        ) -> Page:
+        def visit(*flags: str, path: str = "/", width: int = 1280) -> Page:
             client = stack.enter_context(closing(launch("--model", str(folder), *flags).connect()))
             opened = browser.new_page(viewport={"width": width, "height": 800})
             opened.on("console", lambda message: complaints.append(message.text))
             opened.on("pageerror", lambda error: complaints.append(str(error)))
-            prepare(opened, client)
             opened.goto(str(client.base_url.join(path)))
             return opened
 

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import base64
-import json
-from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import httpx
-import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Page, Request, Route, expect
+from playwright.sync_api import Page, expect
 
-from service.images import encode
 from tests.service.browser import IN_A_BROWSER, Visit
-from tests.service.fakes import SCHEDULE, SIZE, until
+from tests.service.fakes import SIZE, until
 
 pytestmark = IN_A_BROWSER
 
@@ -25,48 +20,9 @@ pytestmark = IN_A_BROWSER
 @pytest.fixture
 def page(visit: Visit) -> Page:
     """The page, open, with an image under noise."""
-    opened = visit(path="/explore", prepare=scored)
+    opened = visit(path="/explore")
     expect(opened.locator("#status")).to_contain_text("noise levels", timeout=30_000)
     return opened
-
-
-def scored(page: Page, client: httpx.Client) -> None:
-    """Answer `/score` where the service does not."""
-    if "/score" not in client.get("/openapi.json").json()["paths"]:
-        page.route("**/score", answer)
-
-
-def answer(route: Route) -> None:
-    body: Any = route.request.post_data_json
-    text = "".join(f"event: {name}\ndata: {json.dumps(data)}\n\n" for name, data in score(body))
-    route.fulfill(status=200, content_type="text/event-stream", body=text)
-
-
-def score(body: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The events of a network that guesses each x₀ halfway between right and black."""
-    (sent,) = body["images"]
-    x0 = np.asarray(opened(sent).convert("L"), np.float64)[..., None] / 127.5 - 1
-    eps = np.random.default_rng(body["seed"]).standard_normal(x0.shape)
-    timesteps = np.linspace(99, 0, body["terms"]).round().astype(int).tolist()
-    terms, curve = [], []
-    yield "queued", {"id": "a", "position": 0, "eta_s": 0.1}
-    for step, t in enumerate(timesteps, 1):
-        ac = SCHEDULE.alphas_cumprod[t]
-        pictures = {"xt": ac**0.5 * x0 + (1 - ac) ** 0.5 * eps, "x0": x0 - (1 - ac) / 2 * (x0 + 1)}
-        terms.append({"timestep": t, "bits": 0.01, "mse": float(((pictures["x0"] - x0) ** 2).mean())})
-        curve.append({"timestep": t, "rate": 0.01 * step, "rmse": 127.5 * terms[-1]["mse"] ** 0.5})
-        images = [
-            {"index": 0, "kind": kind, "media_type": "image/png", "measure": terms[-1], "b64_json": png(x)}
-            for kind, x in pictures.items()
-        ]
-        yield "preview", {"step": step, "steps": len(timesteps), "timestep": t, "images": images}
-    found = {"bits_per_dim": 0.5, "standard_error": 0.01, "prior": 0.0, "terms": terms}
-    yield "completed", {"scores": [{**found, "rate_distortion": curve}]}
-
-
-def png(x: np.ndarray[Any, np.dtype[np.float64]]) -> str:
-    pixels = ((x.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
-    return base64.b64encode(encode(pixels, "png")).decode()
 
 
 def source(page: Page, name: str) -> str:
@@ -146,21 +102,16 @@ def test_what_is_no_image_is_said(page: Page, tmp_path: Path) -> None:
 
 
 def test_another_image_and_another_class_are_scored_anew(page: Page) -> None:
-    bodies: list[Any] = []
-
-    def keep(request: Request) -> None:
-        if request.url.endswith("/score"):
-            bodies.append(request.post_data_json)
-
-    page.on("request", keep)
-    page.locator("#choices input").nth(1).check(force=True)
-    until(lambda: len(bodies) == 1, "the request")
-    assert bodies[0]["class_label"] == 1
-    assert opened(bodies[0]["images"][0]).size == (SIZE, SIZE)
-    page.locator("#told").select_option("nothing")
-    until(lambda: len(bodies) == 2, "another request")
-    assert "class_label" not in bodies[1]
-    assert bodies[1]["images"] == bodies[0]["images"]
+    with page.expect_request("**/score") as asked:
+        page.locator("#choices input").nth(1).check(force=True)
+    first: Any = asked.value.post_data_json
+    assert first["class_label"] == 1
+    assert opened(first["images"][0]).size == (SIZE, SIZE)
+    with page.expect_request("**/score") as asked:
+        page.locator("#told").select_option("nothing")
+    second: Any = asked.value.post_data_json
+    assert "class_label" not in second
+    assert second["images"] == first["images"]
 
 
 def test_one_seed_under_every_sampler(page: Page) -> None:
@@ -188,7 +139,7 @@ def test_guidance_draws_the_same_seeds_again(page: Page) -> None:
 
 
 def test_a_phone_shows_it_all_without_scrolling_sideways(visit: Visit) -> None:
-    page = visit(path="/explore", width=360, prepare=scored)
+    page = visit(path="/explore", width=360)
     expect(page.locator("#status")).to_contain_text("noise levels", timeout=30_000)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     for name in ("clean", "noisy", "guess", "error", "rate-chart", "guess-chart", "contest", "guided"):
@@ -207,7 +158,7 @@ def test_the_pages_lead_to_one_another(page: Page) -> None:
 
 
 def test_a_key_opens_it(visit: Visit) -> None:
-    page = visit("--api-keys", "the-right-key", path="/explore", prepare=scored)
+    page = visit("--api-keys", "the-right-key", path="/explore")
     expect(page.locator("#status")).to_contain_text("asks for a key")
     page.locator("#key").fill("the-right-key")
     page.locator("#door button").click()
