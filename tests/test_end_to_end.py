@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import random
 import shutil
 import signal
@@ -9,11 +10,15 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+from numpy.typing import NDArray
+from PIL import Image
 
 from model import checkpoint
 from tests.service.live import ROOT, Process, sse
@@ -51,6 +56,11 @@ def client(weights: Path) -> Iterator[httpx.Client]:
         assert process.wait() == 0, process.log
     finally:
         process.stop()
+
+
+def pixels(b64_json: str) -> NDArray[np.int64]:
+    """A picture's levels [H, W]."""
+    return np.asarray(Image.open(BytesIO(base64.b64decode(b64_json)))).astype(np.int64)
 
 
 def generate(client: httpx.Client, **request: Any) -> list[str]:
@@ -130,3 +140,20 @@ def test_a_50_step_chain_is_seen_in_the_making(client: httpx.Client) -> None:
     assert (events[0].name, events[-1].name) == ("queued", "completed")
     (image,) = events[-1].data["images"]
     assert image["b64_json"] == generate(client, seed=7, num_inference_steps=50)[0]
+
+
+def test_an_inversion_comes_back_to_its_images(client: httpx.Client) -> None:
+    """At the ends of the way are the pictures given: not exactly, but nothing else either."""
+    ends = [
+        generate(client, class_label=label, seed=3, num_inference_steps=10) for label in ("bag", "ankle boot")
+    ]
+    request = {"images": [end for (end,) in ends], "method": "inversion", "points": 3}
+    response = client.post("/interpolate", json=request)
+    assert response.status_code == 200, response.text
+    first, middle, last = (pixels(image["b64_json"]) for image in response.json()["images"])
+    given = [pixels(end) for (end,) in ends]
+    apart = float(np.abs(given[0] - given[1]).mean())
+    assert [float(np.abs(a - b).mean()) for a, b in zip((first, last), given, strict=True)] == pytest.approx(
+        [0, 0], abs=10
+    )
+    assert min(apart, *(float(np.abs(middle - end).mean()) for end in given)) > 10

@@ -224,7 +224,7 @@ def test_an_inversion_goes_up_and_comes_down() -> None:
     last = made.job.go_on(pictures)
     assert (last.id, last.deadline, last.created) == (made.job.id, made.job.deadline, made.job.created)
     down = chains(last)
-    assert [len(chain.plan) for chain in down] == [10] * 3
+    assert [(len(chain.plan), chain.plan.clip) for chain in down] == [(10, math.inf)] * 3
     assert [chain.label for chain in down] == [1] * 3
     for chain, end in ((down[0], first), (down[2], second)):
         assert chain.start is not None
@@ -242,6 +242,8 @@ def test_what_is_left_out_of_a_way_is_told() -> None:
         "method": "stochastic", "points": facts["points"], "strength": facts["strength"], "sampler": "ddim",
     }.items()  # fmt: skip
     assert "n" not in made.parameters
+    inverted = way(method="inversion").parameters
+    assert inverted["num_inference_steps"] == facts["inversion_steps"] == 100
     few = catalogue(max_images=4)
     assert way(few).parameters["points"] == editing(few)["interpolation"]["points"] == 4
 

@@ -488,7 +488,9 @@ def test_the_facts_of_editing(real: Threaded) -> None:
         "inpainting": {
             "samplers": ["ddpm", "ddim"], "jump_length": 10, "jump_n_sample": 5, "max_rows": 10_000,
         },
-        "interpolation": {"methods": ["stochastic", "inversion"], "points": 8, "strength": 0.5},
+        "interpolation": {
+            "methods": ["stochastic", "inversion"], "points": 8, "strength": 0.5, "inversion_steps": 100,
+        },
     }  # fmt: skip
 
 
