@@ -66,7 +66,7 @@ class EditRequest(ChainRequest):
     )
     n: Images = 1
     sampler: Sampler | None = Field(
-        None, description="absent: ddpm for a mask without strength, which takes ddpm or ddim; else ddim"
+        None, description="absent: ddpm with a mask, else ddim. A mask without strength takes no other"
     )
     jump_length: int | None = Field(
         None, ge=1, description="RePaint, for a mask without strength: steps that a jump goes back up"
@@ -134,7 +134,9 @@ def to_edit(request: EditRequest, catalogue: Catalogue, *, streamed: bool) -> Or
     if not inpainting:
         needs = "It belongs to a mask without strength."
         _refuse(needs, jump_length=request.jump_length, jump_n_sample=request.jump_n_sample)
-    terms = settle(request, catalogue, request.sampler or ("ddpm" if inpainting else "ddim"), request.n)
+    # What is made has to come to agree with what is known: fresh noise in every step lets it.
+    sampler = request.sampler or ("ddim" if request.mask is None else "ddpm")
+    terms = settle(request, catalogue, sampler, request.n)
     told: dict[str, Any] = {"n": request.n, "masked": request.mask is not None}
     if inpainting:
         told |= _jumps(request, terms)

@@ -97,6 +97,7 @@ def test_what_is_left_out_is_told() -> None:
     }.items()  # fmt: skip
     facts = editing(catalogue())["inpainting"]
     inpainting = edit(mask=RIGHT)
+    assert edit(mask=RIGHT, strength=0.5).parameters["sampler"] == "ddpm"
     assert {name: inpainting.parameters[name] for name in ("jump_length", "jump_n_sample")} == {
         name: facts[name] for name in ("jump_length", "jump_n_sample")
     }
