@@ -218,6 +218,15 @@ def test_room_is_kept_for_a_sequel(start: Start) -> None:
         house.worker.submit(job_of("two", [1, 2]))
 
 
+def test_a_job_that_would_outgrow_its_room_is_not_begun(start: Start) -> None:
+    house = start(capacity=4)
+    house.gate.shut()
+    house.worker.submit(job_of("two", [1, 2]))
+    first, _ = in_two_parts()
+    with pytest.raises(QueueFullError, match="3 more do not fit"):
+        house.worker.submit(first)
+
+
 def test_a_drain_waits_for_a_sequel(start: Start) -> None:
     house = start()
     house.gate.shut()
