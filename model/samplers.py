@@ -15,6 +15,14 @@ the clipped x₀ (as improved-diffusion does), which is why only x and x₀ appe
 
 What is not a generated image from noise is a table too: an edit starts midway, inversion goes up, RePaint's
 jumps fold the forward process into a row, and an image is scored by rows that forget what they made.
+
+What does not fit is left out. The state of a chain is x and one earlier x0, so a solver may look back one
+guess: second-order multistep methods, and two-stage ones like Heun's (Karras et al. 2022, algorithm 1), whose
+first stage is a row and whose second finds the old x again in x and x0_prev. Methods that combine three
+guesses (DPM-Solver++(3M), PLMS of fourth order, UniPC of third) would need another latent for every sample in
+the house, and high orders are the less stable the stronger the guidance (Lu et al. 2022, DPM-Solver++, §3).
+Solvers that choose their steps by an estimate of the error (DPM-Solver-12, RK45) have no table: their work is
+not known before it is done, and with it go the ETA and the deadlines refused at the door.
 """
 
 from __future__ import annotations
