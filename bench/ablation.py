@@ -192,15 +192,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--data", type=Path, required=True, help="as for model.evaluate")
     add("--work", type=Path, default=Path("build/ablation"), help="where networks and measures are kept")
     add("--judge", type=Path, default=Path("weights/fashion-mnist"), help="model folder whose judge it is")
-    add("--steps", type=int, default=1500, help="of every training")
+    add("--steps", type=int, default=800, help="of every training")
     add(
         "--train",
-        default="--channels 16,32,64 --attention 8 --learning-rate 2e-3 --warmup-steps 100"
-        " --ema-decay 0.995 --bf16 --compile",
+        default="--channels 16,32,64 --attention 8 --learning-rate 2e-3 --warmup-steps 100 --ema-decay 0.99",
         help="other options of model.train, for all alike",
     )
     add("--samples", type=int, default=500, help="images of every row")
-    add("--sampling-steps", type=int, default=100, help="of DDPM")
+    add("--sampling-steps", type=int, default=50, help="of DDPM")
     add("--bound-images", type=int, default=500, help="held-out images for the bound")
     return parser.parse_args(arguments)
 
