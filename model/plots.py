@@ -30,6 +30,7 @@ from model.samplers import Guidance, build_plan
 
 GAP = 2
 FONT_SIZE = 13
+LARGE = 64
 
 
 def denoiser_of(
@@ -46,12 +47,12 @@ def class_sheet(
     sampler: str = "ddim",
     guidance_scale: float = 1.0,
     seed: int = 0,
-    scale: int = 2,
+    scale: int | None = None,
     runtime: RuntimeName = "auto",
 ) -> Image.Image:
     """A row of `per_class` samples for each class, its name at the left; a square for unconditional models.
 
-    The first image has `seed`, and they count up row by row. scale: pixels per pixel.
+    The first image has `seed`, and they count up row by row. scale: as for `contact_sheet`.
     """
     denoiser = denoiser_of(model, runtime)
     plan = build_plan(model.schedule, sampler, steps, guidance=Guidance(guidance_scale))
@@ -72,7 +73,7 @@ def trajectory_strip(
     sampler: str = "ddim",
     guidance_scale: float = 1.0,
     seed: int = 0,
-    scale: int = 2,
+    scale: int | None = None,
     runtime: RuntimeName = "auto",
 ) -> Image.Image:
     """How samples come about: for each label a row of x_t, and below each what the network guesses x₀ to be.
@@ -98,13 +99,15 @@ def trajectory_strip(
 
 
 def contact_sheet(
-    images: Pixels, names: Sequence[str] = (), heads: Sequence[str] = (), scale: int = 2
+    images: Pixels, names: Sequence[str] = (), heads: Sequence[str] = (), scale: int | None = None
 ) -> Image.Image:
     """Images on a white sheet, a name left of each row and a head above each column.
 
-    images: [rows, columns, C, H, W] uint8, C 1 or 3; enlarged `scale` times without smoothing.
+    images: [rows, columns, C, H, W] uint8, C 1 or 3; enlarged `scale` times without smoothing, or as often as
+    leaves small ones at most LARGE pixels wide and high.
     """
     rows, columns, _, height, width = images.shape
+    scale = scale or max(1, LARGE // max(height, width))
     font = ImageFont.load_default(FONT_SIZE)
     left = int(max((font.getlength(name) for name in names), default=-2 * GAP)) + 3 * GAP
     top = FONT_SIZE + 3 * GAP if heads else GAP

@@ -41,6 +41,12 @@ def test_colours_are_kept():
     assert (pixels(plots.contact_sheet(red, scale=1))[2:4, 2:4] == (255, 0, 0)).all()
 
 
+@pytest.mark.parametrize(("size", "shown"), [(16, 64), (28, 56), (32, 64), (64, 64), (100, 100)])
+def test_small_pictures_are_enlarged_to_be_seen(size: int, shown: int):
+    sheet = plots.contact_sheet(np.zeros((1, 1, 3, size, size), np.uint8))
+    assert sheet.size == (shown + 2 * plots.GAP,) * 2
+
+
 def test_names_and_heads_get_room():
     images = np.zeros((2, 2, 1, 8, 8), np.uint8)
     bare = plots.contact_sheet(images)
