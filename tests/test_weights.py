@@ -1,0 +1,46 @@
+"""The models in weights/ are whole: they load, what was measured was measured on them, and no page leads nowhere."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from model import checkpoint
+
+ROOT = Path(__file__).parents[1]
+MODELS = sorted(path.parent for path in (ROOT / "weights").glob("*/model_index.json"))
+PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("weights/*/*.md")})
+LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+
+
+def leads(page: Path) -> list[str]:
+    """The files a page links to, pictures included, as it writes them."""
+    return [target for target in LINK.findall(page.read_text()) if "://" not in target]
+
+
+@pytest.mark.parametrize("folder", MODELS, ids=lambda path: path.name)
+def test_a_shipped_model_is_what_its_card_is_about(folder: Path):
+    model = checkpoint.load(folder)
+    assert model.name == folder.name
+    assert f"{sum(value.numel() for value in model.unet.parameters()):,}" in (folder / "README.md").read_text()
+    sha = checkpoint.weights_sha256(folder)
+    found = {path.name: json.loads(path.read_text()).get("weights_sha256") for path in folder.glob("*.json")}
+    measured = {name: value for name, value in found.items() if name != "model_index.json"}
+    assert measured
+    assert set(measured.values()) == {sha}, measured
+
+
+def test_there_are_two_of_them():
+    assert [folder.name for folder in MODELS] == ["avatars", "fashion-mnist"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_page_leads_nowhere(page: Path):
+    missing = [target for target in leads(page) if not (page.parent / target).exists()]
+    assert not missing
+
+
+def test_links_are_found():
+    card = ROOT / "weights" / "fashion-mnist" / "README.md"
+    assert {"evaluation.md", "samples-guided.png"} <= set(leads(card))
