@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -43,10 +43,10 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     raise AssertionError(f"{SHIPPED} is never whole")
 
 
-@pytest.fixture(scope="module")
-def client(weights: Path) -> Iterator[httpx.Client]:
-    # Wide enough for company whatever the step times on this machine recommend.
-    process = Process(["--model", str(weights), "--max-batch", "8"])
+@contextmanager
+def serving(*flags: str) -> Iterator[httpx.Client]:
+    """A client of the service with these flags, which is drained in the end."""
+    process = Process([*flags])
     try:
         begun = time.monotonic()
         with closing(process.connect(timeout_s=GENEROUS_S)) as connected:
@@ -58,8 +58,15 @@ def client(weights: Path) -> Iterator[httpx.Client]:
         process.stop()
 
 
+@pytest.fixture(scope="module")
+def client(weights: Path) -> Iterator[httpx.Client]:
+    # Wide enough for company whatever the step times on this machine recommend.
+    with serving("--model", str(weights), "--max-batch", "8") as connected:
+        yield connected
+
+
 def pixels(b64_json: str) -> NDArray[np.int64]:
-    """A picture's levels [H, W]."""
+    """A picture's levels [H, W], or [H, W, 3] in colour."""
     return np.asarray(Image.open(BytesIO(base64.b64decode(b64_json)))).astype(np.int64)
 
 
@@ -157,3 +164,16 @@ def test_an_inversion_comes_back_to_its_images(client: httpx.Client) -> None:
         [0, 0], abs=10
     )
     assert min(apart, *(float(np.abs(middle - end).mean()) for end in given)) > 10
+
+
+def test_the_second_model_is_in_colour_and_enlarged_without_smoothing() -> None:
+    with serving("--model", str(ROOT / "weights" / "avatars")) as client:
+        assert client.get("/info").json()["model"]["channels"] == 3
+        asked = {"class_label": "hat and glasses", "seed": 3, "num_inference_steps": 4}
+        (small,), (large,) = generate(client, **asked), generate(client, **asked, scale=8)
+        picture = pixels(small)
+        assert picture.shape == (16, 16, 3)
+        assert (pixels(large) == picture.repeat(8, axis=0).repeat(8, axis=1)).all()
+        assert (picture.max(axis=2) - picture.min(axis=2)).mean() > 20, "grey"
+        (scored,) = client.post("/score", json={"images": [small], "terms": 50}).json()["scores"]
+        assert scored["typicality"]["score"] > 0

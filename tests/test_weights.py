@@ -1,4 +1,4 @@
-"""The models in weights/ are whole: they load, what was measured was measured on them, and no page leads nowhere."""
+"""The models in weights/ are whole, what was measured was measured on them, and no page leads nowhere."""
 
 import json
 import re
@@ -23,7 +23,9 @@ def leads(page: Path) -> list[str]:
 def test_a_shipped_model_is_what_its_card_is_about(folder: Path):
     model = checkpoint.load(folder)
     assert model.name == folder.name
-    assert f"{sum(value.numel() for value in model.unet.parameters()):,}" in (folder / "README.md").read_text()
+    assert (
+        f"{sum(value.numel() for value in model.unet.parameters()):,}" in (folder / "README.md").read_text()
+    )
     sha = checkpoint.weights_sha256(folder)
     found = {path.name: json.loads(path.read_text()).get("weights_sha256") for path in folder.glob("*.json")}
     measured = {name: value for name, value in found.items() if name != "model_index.json"}
