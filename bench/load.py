@@ -67,13 +67,15 @@ class BadAnswerError(Exception):
 
 
 def body_of(ask: Ask) -> dict[str, Any]:
-    """The request as every server here takes it."""
+    """The request as every server here takes it; guidance is in every step, as the others have it."""
     return {
         "n": ask.images,
         "seed": ask.seed,
         "num_inference_steps": ask.steps,
         "class_label": ask.label,
         "guidance_scale": GUIDANCE if ask.guided else 1.0,
+        "guidance_sigma_min": 0.0,
+        "guidance_sigma_max": None,
     }
 
 

@@ -37,7 +37,14 @@ from service.errors import (
     UnauthorizedError,
 )
 from service.routes import House, edit, explore, generate, operations
-from service.schemas import DEFAULT_GUIDANCE, DEFAULT_SAMPLER, DEFAULT_STEPS, Catalogue, Problem
+from service.schemas import (
+    DEFAULT_GUIDANCE,
+    DEFAULT_SAMPLER,
+    DEFAULT_SIGMAS,
+    DEFAULT_STEPS,
+    Catalogue,
+    Problem,
+)
 from service.scores import scoring
 from service.settings import Settings
 from service.streams import Streams
@@ -220,8 +227,8 @@ def describe(catalogue: Catalogue, settings: Settings, warm: Warm) -> dict[str, 
             "steps_by_sampler": steps,
             "eta": 0.0,
             "guidance_scale": DEFAULT_GUIDANCE if catalogue.guided else 1.0,
-            "guidance_sigma_min": 0.0,
-            "guidance_sigma_max": None,
+            "guidance_sigma_min": DEFAULT_SIGMAS[0],
+            "guidance_sigma_max": DEFAULT_SIGMAS[1],
             "classifier_scale": 0.0,
             "timestep_spacing": catalogue.schedule.timestep_spacing,
         },

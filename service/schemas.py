@@ -24,6 +24,8 @@ from service.jobs import Job, PreviewKind
 
 MAX_SEED = 2**53 - 1  # what every JSON reader can hold
 DEFAULT_GUIDANCE = 2.0
+DEFAULT_SIGMAS = 0.3, 5.0
+"""The noise levels of guidance: better images at three quarters of the rows, see the model cards."""
 MAX_ENLARGED_PIXELS = 2**24
 """Of all pictures of an answer together, where they are enlarged."""
 Sampler = Literal["ddpm", "ddim", "dpmpp_2m", "sde_dpmpp_2m"]
@@ -55,9 +57,13 @@ class ChainRequest(JobRequest):
         None, ge=0, le=100, description="classifier-free guidance; 1 is none. Needs a class"
     )
     guidance_sigma_min: float = Field(
-        0.0, ge=0, description="lowest noise level σ = √((1 − ᾱ) / ᾱ) at which guidance is applied"
+        DEFAULT_SIGMAS[0],
+        ge=0,
+        description="lowest noise level σ = √((1 − ᾱ) / ᾱ) that guidance is applied at",
     )
-    guidance_sigma_max: float | None = Field(None, gt=0, description="highest such noise level; absent: any")
+    guidance_sigma_max: float | None = Field(
+        DEFAULT_SIGMAS[1], gt=0, description="highest such noise level; null: any"
+    )
     classifier_scale: float = Field(
         0.0, ge=0, le=100, description="guidance by the gradient of a classifier, where the model has one"
     )

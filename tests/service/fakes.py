@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ from service.warmup import Invariance, Warm
 
 PATIENCE_S = 60.0
 """How long a test waits for something that should happen at once, before it fails."""
+EVERYWHERE: dict[str, Any] = {"guidance_sigma_min": 0.0, "guidance_sigma_max": None}
+"""Of a request: guidance at every noise level, not at the default ones alone."""
 
 SIZE = 8
 SCHEDULE = NoiseSchedule(linear_betas(100), timestep_spacing="trailing")

@@ -17,7 +17,7 @@ from service.errors import InvalidRequestError
 from service.events import Picture
 from service.jobs import Job
 from service.schemas import MAX_SEED, Catalogue, Order
-from tests.service.fakes import SIZE, tiny_model
+from tests.service.fakes import EVERYWHERE, SIZE, tiny_model
 from tests.service.test_schemas import catalogue
 from tests.service.test_uploads import file, halves, noise
 
@@ -66,7 +66,7 @@ def test_an_edit_begins_with_the_picture_under_noise() -> None:
 
 
 def test_a_mask_alone_is_inpainted_by_repaint() -> None:
-    made = edit(mask=RIGHT, n=2, seed=4, num_inference_steps=20, class_label="dog")
+    made = edit(mask=RIGHT, n=2, seed=4, num_inference_steps=20, class_label="dog", **EVERYWHERE)
     jumps = {"jump_length": 10, "jump_n_sample": 5}
     plan = build_repaint(catalogue().schedule, "ddpm", 20, **jumps)  # type: ignore[arg-type]
     for chain in chains(made.job):

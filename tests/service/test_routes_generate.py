@@ -21,7 +21,7 @@ from PIL import Image
 from service.errors import NotAcceptableError
 from service.events import Finished, Picture
 from service.routes.answers import choose_answer, drawn
-from tests.service.fakes import SIZE, FakeDenoiser, until
+from tests.service.fakes import EVERYWHERE, SIZE, FakeDenoiser, until
 from tests.service.live import Serve, Sse, Threaded, sse
 from tests.service.test_app import problem
 
@@ -47,7 +47,7 @@ def cancelled(server: Threaded) -> float:
 
 def test_json_is_the_default(serve: Serve) -> None:
     server = serve()
-    request = {"n": 3, "seed": 5, "num_inference_steps": 4, "class_label": "dog"}
+    request = {"n": 3, "seed": 5, "num_inference_steps": 4, "class_label": "dog", **EVERYWHERE}
     response = server.client.post("/generate", json=request)
     assert response.status_code == 200
     assert response.headers["content-type"] == "application/json"

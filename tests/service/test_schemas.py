@@ -31,7 +31,7 @@ from service.schemas import (
     queued_body,
     to_job,
 )
-from tests.service.fakes import tiny_classifier, tiny_model
+from tests.service.fakes import EVERYWHERE, tiny_classifier, tiny_model
 from tests.service.live import settings
 
 
@@ -165,9 +165,17 @@ def test_an_unconditional_model_has_no_classes() -> None:
     ],
 )
 def test_guidance_of_a_guided_model(request_: dict[str, Any], scale: float, rows: int) -> None:
-    made = order(request_)
+    made = order({**EVERYWHERE, **request_})
     assert made.parameters["guidance_scale"] == scale
     assert set(made.job.samples[0].chain.plan.rows) == {rows}
+
+
+def test_guidance_keeps_to_the_middle_noise_levels_by_default() -> None:
+    plan = order({"class_label": "cat"}).job.samples[0].chain.plan
+    assert isinstance(plan, Plan)
+    sigma = np.sqrt(1 / tiny_model().schedule.alphas_cumprod[list(plan.timesteps)] - 1)
+    assert plan.rows == tuple(np.where((sigma >= 0.3) & (sigma <= 5), 2, 1))
+    assert set(plan.rows) == {1, 2}
 
 
 def test_guidance_needs_a_class() -> None:
@@ -191,13 +199,14 @@ def classified(**values: Any) -> Catalogue:
 
 
 def test_guidance_by_a_classifier_is_a_column_of_the_plan() -> None:
-    made = order({"class_label": "cat", "classifier_scale": 3.0}, classified())
+    made = order({"class_label": "cat", "classifier_scale": 3.0, **EVERYWHERE}, classified())
     plan = made.job.samples[0].chain.plan
     assert isinstance(plan, Plan)
     assert (plan.table[:, A_G] > 0).all()
     assert set(plan.rows) == {1}, "it does not need the unconditional branch"
     assert (made.parameters["classifier_scale"], made.parameters["guidance_scale"]) == (3.0, 1.0)
-    both = order({"class_label": "cat", "classifier_scale": 3.0, "guidance_scale": 2.0}, classified())
+    asked = {"class_label": "cat", "classifier_scale": 3.0, "guidance_scale": 2.0, **EVERYWHERE}
+    both = order(asked, classified())
     assert set(both.job.samples[0].chain.plan.rows) == {2}
     without = order({"class_label": "cat"}, classified()).job.samples[0].chain.plan
     assert isinstance(without, Plan)
@@ -285,8 +294,8 @@ def test_the_defaults_are_told() -> None:
         "num_inference_steps": 20,
         "eta": 0.0,
         "guidance_scale": 1.0,
-        "guidance_sigma_min": 0.0,
-        "guidance_sigma_max": None,
+        "guidance_sigma_min": 0.3,
+        "guidance_sigma_max": 5.0,
         "classifier_scale": 0.0,
         "timestep_spacing": "trailing",
         "class_label": None,
