@@ -29,12 +29,15 @@ function say(text, failed = false) {
 
 // Many events arrive between two frames of the screen; they are drawn once.
 function redraw() {
-  drawing ||= requestAnimationFrame(() => {
-    drawing = 0;
-    grid.draw(run.trajectory, player.step);
-    player.draw();
-    tell();
-  });
+  drawing ||= requestAnimationFrame(draw);
+}
+
+function draw() {
+  cancelAnimationFrame(drawing);
+  drawing = 0;
+  grid.draw(run.trajectory, player.step);
+  player.draw();
+  tell();
 }
 
 function tell() {
@@ -76,7 +79,7 @@ async function generate() {
   } finally {
     clearInterval(clock);
     setRunning(false);
-    redraw();
+    draw(); // now, not with the next frame: what says that it is done shows all of it
   }
   if (run.stopped) say("Stopped. What had arrived can be replayed.");
   else if (failures.length > 1) say(`${failures[0]} (${failures.length - 1} more failed.)`, true);

@@ -44,6 +44,15 @@ def test_images_appear_and_can_be_replayed(page):
     until(lambda: pictures(page) == final, "the last look")
 
 
+def test_done_is_not_said_before_the_images_are_there(page):
+    page.evaluate("window.requestAnimationFrame = () => 1")  # a frame that takes for ever to come
+    generate(page, n="1", steps="4", seed="5")
+    expect(page.locator("#status")).to_contain_text("Done")
+    drawn = pictures(page)
+    assert drawn
+    assert all(drawn)
+
+
 def test_a_pinned_seed_gives_the_same_images_and_another_seed_others(page):
     generate(page, n="1", steps="4", seed="5")
     first = pictures(page)
