@@ -7,16 +7,17 @@ import hmac
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from pydantic import SecretStr
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -119,7 +120,6 @@ def create_app(
         version=__version__,
         summary="A diffusion model behind an API: each network call advances every request by one step.",
         lifespan=lifespan,
-        dependencies=[Depends(authorise(settings.api_keys))],
         redoc_url=None,
     )
     app.state.house = house
@@ -133,6 +133,9 @@ def create_app(
     app.add_exception_handler(RequestValidationError, _on_invalid)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _on_http_error)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _on_bug)
+    # The last one added is the outermost: a refusal is counted too, and pages of other origins may read it.
+    if settings.api_keys:
+        app.add_middleware(Authorise, keys=settings.api_keys)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -168,20 +171,28 @@ class LimitBody:
         await self.app(scope, limited, send)
 
 
-def authorise(keys: Sequence[SecretStr]) -> Callable[[Request], Awaitable[None]]:
-    """Deny by default: where there are keys, every route but the open ones needs one as a bearer token."""
+class Authorise:
+    """Deny by default: where there are keys, all that is not open needs one as a bearer token.
 
-    async def check(request: Request) -> None:
-        # The scope's path, not the URL's, which a Host header has a say in.
-        if not keys or request.scope["path"] in operations.OPEN_ROUTES:
+    A middleware, so that nothing of a request is read before, its body included.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Sequence[SecretStr]) -> None:
+        self.app, self.keys = app, keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run one request, or answer it by 401."""
+        if scope["type"] != "http" or operations.is_open(scope["path"]) or self._knows(Headers(scope=scope)):
+            await self.app(scope, receive, send)
             return
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        # Every key is compared, so that the time taken tells nothing about which one was close.
-        matches = [hmac.compare_digest(given.encode(), key.get_secret_value().encode()) for key in keys]
-        if scheme.lower() != "bearer" or not any(matches):
-            raise UnauthorizedError("This route needs a key: Authorization: Bearer …")
+        error = UnauthorizedError("This route needs a key: Authorization: Bearer …")
+        await (await _on_service_error(Request(scope), error))(scope, receive, send)
 
-    return check
+    def _knows(self, headers: Headers) -> bool:
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        # Every key is compared, so that the time taken tells nothing about which one was close.
+        matches = [hmac.compare_digest(given.encode(), key.get_secret_value().encode()) for key in self.keys]
+        return scheme.lower() == "bearer" and any(matches)
 
 
 def describe_model(model: Checkpoint, settings: Settings) -> Catalogue:

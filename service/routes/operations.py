@@ -28,7 +28,12 @@ OPEN_ROUTES = frozenset(
         "/openapi.json",
     }
 )
-"""What needs no key where keys are set; everything else does."""
+"""What needs no key where keys are set, beside the pages' files; everything else does."""
+
+
+def is_open(path: str) -> bool:
+    """Whether a path, as routes are matched by, needs no key."""
+    return path in OPEN_ROUTES or path.startswith("/web/")
 
 
 @router.get("/livez")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from http.client import HTTPConnection
 
 import httpx
 import pytest
@@ -180,6 +181,42 @@ def test_a_key_opens_what_is_closed(serve: Serve, route: str) -> None:
     for key in ("sesame", "caraway"):
         server.client.headers = httpx.Headers({"authorization": f"bearer {key}"})
         assert ask(server.client).status_code == 200
+
+
+def test_nothing_is_read_without_a_key(serve: Serve) -> None:
+    """A body that could not be parsed, or is too large, is not what is said to somebody without a key."""
+    client = serve(**KEYS, cors_origins="https://gallery.example").client
+    for path, body in (("/generate", b"{"), ("/edit", b'{"image": 1}'), ("/generate", b" " * (2 << 20))):
+        refused = client.post(path, content=body, headers={"origin": "https://gallery.example"})
+        assert (refused.status_code, refused.json()["code"]) == (401, "unauthorized"), path
+        assert refused.headers["access-control-allow-origin"] == "https://gallery.example"
+        assert refused.headers["x-request-id"]
+    assert client.get("/nowhere").status_code == 401, "which routes there are is not told, either"
+    asking = {"origin": "https://gallery.example", "access-control-request-method": "POST"}
+    assert client.options("/generate", headers=asking).status_code == 200
+    assert 'ddpm_requests_total{outcome="4xx"' in client.get("/metrics").text
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("//info", 401),
+        ("/info/", 401),
+        ("/%69nfo", 401),
+        ("/livez/", 401),
+        ("/livez/../info", 401),
+        ("/web", 401),
+        ("/web/../info", 404),
+        ("/web/..%2finfo", 404),
+        ("/web/../../app.py", 404),
+    ],
+)
+def test_a_path_written_otherwise_opens_nothing(serve: Serve, path: str, status: int) -> None:
+    base = serve(**KEYS).client.base_url
+    connection = HTTPConnection(base.host, base.port or 80, timeout=10)  # sends a path as it is
+    connection.request("GET", path)
+    assert connection.getresponse().status == status
+    connection.close()
 
 
 def test_some_routes_are_open(serve: Serve) -> None:
