@@ -1,9 +1,10 @@
 """Training choices at equal small budgets (Ho et al. 2020, table 2): `python -m bench.ablation --data PATH`.
 
 The same small network is trained for the same number of steps on the same images in the same order, to
-predict ε, x₀ or v, by L_simple or by the variational bound itself, and with a variance that it learns
-(L_hybrid, Nichol & Dhariwal 2021). Each is sampled by DDPM with every variance that it allows, and judged as
-`model.evaluate` does, by the judge of a shipped model. Beside that stands the bound on held-out images.
+predict ε, the posterior mean μ̃, x₀ or v, by L_simple or by the variational bound itself, and with a variance
+that it learns (by the bound, or by L_hybrid, Nichol & Dhariwal 2021). Each is sampled by DDPM with every
+variance that it allows, and judged as `model.evaluate` does, by the judge of a shipped model. Beside that
+stands the bound on held-out images.
 
 What is trained is thrown away, and nothing that is served depends on it, so this is no part of model/.
 Whatever is finished is kept in --work: the same command goes on from there. The table is printed as Markdown.
@@ -33,7 +34,14 @@ from model.runtimes import keep_torch_off
 from model.samplers import build_plan
 from model.schedule import VarianceType
 
-NAMES = {"epsilon": "ε", "sample": "x₀", "v_prediction": "v", "simple": "L_simple", "vlb": "L_vlb"}
+NAMES = {
+    "epsilon": "ε",
+    "posterior_mean": "μ̃",
+    "sample": "x₀",
+    "v_prediction": "v",
+    "simple": "L_simple",
+    "vlb": "L_vlb",
+}
 
 
 @dataclass(frozen=True)
@@ -67,9 +75,14 @@ class Choice:
         return NAMES[self.prediction], "L_hybrid" if hybrid else NAMES[self.objective]
 
 
+# First the rows of the paper's table: what it calls ‖μ̃ − μ̃_θ‖² is L_simple for a network that predicts μ̃.
 CHOICES = (
-    Choice("epsilon", "simple"),
+    Choice("posterior_mean", "vlb", learned=True),
+    Choice("posterior_mean", "vlb"),
+    Choice("posterior_mean", "simple"),
+    Choice("epsilon", "vlb", learned=True),
     Choice("epsilon", "vlb"),
+    Choice("epsilon", "simple"),
     Choice("sample", "simple"),
     Choice("sample", "vlb"),
     Choice("v_prediction", "simple"),
@@ -132,6 +145,10 @@ def sampled(model: Checkpoint, variance: VarianceType, steps: int, judge: Judge)
         torch.set_num_threads(threads)  # the next training wants them
 
 
+def _choice(row: dict[str, Any]) -> Choice:
+    return Choice(row["prediction"], row["objective"], row["learned"])
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [
@@ -139,7 +156,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "|---|---|---|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
-        title = Choice(row["prediction"], row["objective"], row["learned"]).title
+        title = _choice(row).title
         agreement = "–" if row["agreement"] is None else f"{row['agreement']:.3f}"
         variance = row["variance"].replace("_range", "").replace("_", " ")
         lines.append(
@@ -181,6 +198,8 @@ def run(args: argparse.Namespace) -> int:
             rows.append(row | sampled(model, variance, args.sampling_steps, judge))
             path.write_text(json.dumps(kept, indent=2) + "\n")
             print(table(rows[-1:]), flush=True)
+    order = [(choice, variance) for choice in CHOICES for variance in choice.variances]
+    rows.sort(key=lambda row: order.index((_choice(row), row["variance"])))
     print(f"\n{table(rows)}")
     return 0
 

@@ -37,7 +37,7 @@ def q_sample(schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor) -> Ten
 
 
 def predict_x0(schedule: NoiseSchedule, x: Tensor, t: Tensor, out: Tensor) -> Tensor:
-    """The x₀ guess the network's output implies, unclipped: eq. 15 for ε; Salimans & Ho 2022 for v.
+    """The x₀ guess that the output implies, unclipped: eq. 15 for ε, 7 for μ̃; Salimans & Ho 2022 for v.
 
     x, out: [B, C, H, W]; t: [B] int64. Returns [B, C, H, W].
     """
@@ -55,10 +55,13 @@ def x0_coefficients(schedule: NoiseSchedule) -> tuple[Array, Array]:
             return ac**0.5, -((1 - ac) ** 0.5)
         case "sample":
             return 0 * ac, 1 + 0 * ac
+        case "posterior_mean":
+            c_0, c_x = schedule.posterior_weights
+            return -c_x / c_0, 1 / c_0
 
 
 def training_target(schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """What the network should output at x_t: ε, √ᾱ ε − √(1 − ᾱ) x₀, or x₀. [B, C, H, W]."""
+    """What the network should output at x_t: ε, √ᾱ ε − √(1 − ᾱ) x₀, x₀, or the mean μ̃. [B, C, H, W]."""
     ac = schedule.alphas_cumprod
     match schedule.prediction_type:
         case "epsilon":
@@ -67,6 +70,8 @@ def training_target(schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor)
             return _at(ac**0.5, t, x0) * eps - _at((1 - ac) ** 0.5, t, x0) * x0
         case "sample":
             return x0
+        case "posterior_mean":
+            return q_posterior(schedule, x0, q_sample(schedule, x0, t, eps), t)[0]
 
 
 def spread_timesteps(batch: int, timesteps: int, rng: torch.Generator) -> Tensor:
@@ -121,11 +126,8 @@ def q_posterior(schedule: NoiseSchedule, x0: Tensor, x: Tensor, t: Tensor) -> tu
 
     x0, x: [B, C, H, W]; t: [B] int64. Returns the mean [B, C, H, W] and the variance [B, 1, 1, 1].
     """
-    ac, prev = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
-    mean = (
-        _at(prev**0.5 * schedule.betas / (1 - ac), t, x) * x0
-        + _at((1 - schedule.betas) ** 0.5 * (1 - prev) / (1 - ac), t, x) * x
-    )
+    c_0, c_x = schedule.posterior_weights
+    mean = _at(c_0, t, x) * x0 + _at(c_x, t, x) * x
     return mean, _at(schedule.posterior_variance("fixed_small"), t, x)
 
 
@@ -158,8 +160,7 @@ def vlb_terms(
     `variance`, which of a learned one is the least. Returns [B] float64.
     """
     x0, guess = x0.double(), guess.double()
-    ac, prev = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
-    off = _at(prev**0.5 * schedule.betas / (1 - ac), t, x0) * (x0 - guess)  # the difference of the means
+    off = _at(schedule.posterior_weights[0], t, x0) * (x0 - guess)  # the difference of the means
     true_variance = _at(schedule.posterior_variance("fixed_small"), t, x0)
     # β̃_0 is zero; the decoder at t = 0 takes β̃_1 instead, for both variances, as the original code does.
     variances = schedule.posterior_variance(variance).copy()

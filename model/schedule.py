@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
+PredictionType = Literal["epsilon", "v_prediction", "sample", "posterior_mean"]
 VarianceType = Literal["fixed_small", "fixed_large", "learned_range"]
 Spacing = Literal["leading", "trailing", "linspace", "quadratic", "logsnr"]
 
-PREDICTION_TYPES: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample")
+PREDICTION_TYPES: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample", "posterior_mean")
 VARIANCE_TYPES: tuple[VarianceType, ...] = ("fixed_small", "fixed_large", "learned_range")
 SPACINGS: tuple[Spacing, ...] = ("leading", "trailing", "linspace", "quadratic", "logsnr")
 SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")  # others clip, space or even noise in other ways
@@ -95,6 +95,12 @@ class NoiseSchedule:
     def alphas_cumprod_prev(self) -> Array:
         """ᾱ_{t−1}: [T] float64, beginning with 1."""
         return np.concatenate(([1.0], self.alphas_cumprod[:-1]))
+
+    @cached_property
+    def posterior_weights(self) -> tuple[Array, Array]:
+        """(c_0, c_x), each [T]: the posterior mean μ̃_t is c_0 x_0 + c_x x_t (Ho et al. 2020, eq. 7)."""
+        ac, prev = self.alphas_cumprod, self.alphas_cumprod_prev
+        return prev**0.5 * self.betas / (1 - ac), (1 - self.betas) ** 0.5 * (1 - prev) / (1 - ac)
 
     def posterior_variance(self, kind: VarianceType) -> Array:
         """Variance of p(x_{t−1} | x_t): β̃_t (fixed small) or β_t (fixed large), Ho et al. 2020, §3.2. [T].

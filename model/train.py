@@ -1,10 +1,10 @@
 """Train a U-Net: `python -m model.train --data PATH --out FOLDER`.
 
-Algorithm 1 of Ho et al. 2020: the network's output is regressed on ε with L_simple (or on x₀ or v, or with
-the bound itself; and with --learned-variance by L_hybrid, Nichol & Dhariwal 2021), and an exponential moving
-average of the weights is what is kept. Every random draw of a step (images, timesteps, noise,
-dropped labels) is a function of the seed and the step's number, so the step number is the whole state of
-the data and the generators, and a run that was stopped goes on exactly where it was.
+Algorithm 1 of Ho et al. 2020: the network's output is regressed on ε with L_simple (or on x₀, v or
+the posterior mean, or with the bound itself; and with --learned-variance by L_hybrid, Nichol & Dhariwal
+2021), and an exponential moving average of the weights is what is kept. Every random draw of a step (images,
+timesteps, noise, dropped labels) is a function of the seed and the step's number, so the step number is the
+whole state of the data and the generators, and a run that was stopped goes on exactly where it was.
 
 FOLDER is a model folder the service loads. FOLDER/training holds what only training needs: the state
 to resume from, the log, the loss curve and sample sheets.

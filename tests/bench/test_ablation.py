@@ -40,7 +40,9 @@ def test_everything_is_trained_sampled_and_judged_once(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(ablation, "CHOICES", (CHOICES[1], CHOICES[5]))
+    chosen = (Choice("epsilon", "vlb"), Choice("epsilon", "simple", learned=True))
+    assert set(chosen) < set(CHOICES)
+    monkeypatch.setattr(ablation, "CHOICES", chosen)
     threads = torch.get_num_threads()
     assert command(model, data, tmp_path / "work") == 0
     assert torch.get_num_threads() == threads
@@ -66,6 +68,11 @@ def test_everything_is_trained_sampled_and_judged_once(
     monkeypatch.setattr(ablation, "sampled", None)
     assert command(model, data, tmp_path / "work") == 0
     assert capsys.readouterr().out.splitlines()[-5:] == printed.splitlines()[-5:]
+    monkeypatch.setattr(
+        ablation, "CHOICES", chosen[::-1]
+    )  # the table's order is theirs, not that of the work
+    assert command(model, data, tmp_path / "work") == 0
+    assert "L_hybrid" in capsys.readouterr().out.splitlines()[-3]
     assert command(model, data, tmp_path / "work", "--samples", "15") == 3
     assert "another budget" in capsys.readouterr().err
 
@@ -83,7 +90,7 @@ def test_a_training_that_was_stopped_is_gone_on_with(
         self.stop()
         return step(self)
 
-    folder = tmp_path / "work" / "epsilon-simple"
+    folder = tmp_path / "work" / CHOICES[0].folder
     assert steps_done(folder) == 0
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", stopped)

@@ -22,7 +22,7 @@ from model.diffusion import (
     training_target,
     vlb_terms,
 )
-from model.schedule import NoiseSchedule, PredictionType, VarianceType, linear_betas
+from model.schedule import PREDICTION_TYPES, NoiseSchedule, PredictionType, VarianceType, linear_betas
 
 SCHEDULE = NoiseSchedule(linear_betas(1000))
 AC = SCHEDULE.alphas_cumprod
@@ -82,7 +82,7 @@ def test_posterior_by_brute_force(t: int) -> None:
     assert float(variance) == pytest.approx(expected_variance, rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
 def test_target_and_guess_are_inverse(kind: PredictionType) -> None:
     schedule = NoiseSchedule(linear_betas(1000), prediction_type=kind)
     t = torch.tensor([0, 1, 400, 999])
@@ -185,7 +185,7 @@ def noisy(schedule: NoiseSchedule, t: torch.Tensor, off: float = 0.2) -> tuple[t
     return x0, q_sample(schedule, x0, t, eps), t, eps, out
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
 def test_the_simple_objective_is_l_simple(kind: PredictionType) -> None:
     schedule = NoiseSchedule(linear_betas(1000), prediction_type=kind)
     x0, x, t, eps, out = noisy(schedule, torch.tensor([0, 400, 999]))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -172,6 +173,8 @@ def test_auto_is_bfloat16_where_the_processor_has_it(
     for capabilities, dtype in ((["FP32", "BF16"], "bfloat16"), (["FP32"], "float32")):
         monkeypatch.setattr(openvino.Core, "get_property", lambda *_, found=capabilities: found)
         assert load_runtime(tiny, "openvino", "cpu").dtype == dtype
+        mean = replace(tiny, schedule=replace(tiny.schedule, prediction_type="posterior_mean"))
+        assert load_runtime(mean, "openvino", "cpu").dtype == "float32"
 
 
 def test_without_openvino_auto_is_torch_at_one_shape(

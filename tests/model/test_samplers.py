@@ -35,7 +35,7 @@ from model.samplers import (
     build_probe,
     build_repaint,
 )
-from model.schedule import NoiseSchedule, VarianceType, linear_betas
+from model.schedule import PREDICTION_TYPES, NoiseSchedule, VarianceType, linear_betas
 
 SHAPE = (2, 1, 4, 4)
 Network = Callable[[Tensor, int], Tensor]
@@ -248,7 +248,7 @@ def plans(draw: st.DrawFn) -> tuple[NoiseSchedule, Plan]:
         {
             "num_train_timesteps": draw(st.sampled_from([10, 1000])),
             "beta_schedule": draw(st.sampled_from(["linear", "scaled_linear", "squaredcos_cap_v2"])),
-            "prediction_type": draw(st.sampled_from(["epsilon", "v_prediction", "sample"])),
+            "prediction_type": draw(st.sampled_from(PREDICTION_TYPES)),
             "timestep_spacing": draw(st.sampled_from(["leading", "trailing", "linspace"])),
             "variance_type": draw(st.sampled_from(["fixed_small", "fixed_large"])),
             "steps_offset": draw(st.integers(0, 2)),
@@ -276,7 +276,7 @@ def test_what_holds_for_every_plan(drawn: tuple[NoiseSchedule, Plan]) -> None:
 @given(t=st.integers(0, 999), x0=st.floats(-1, 1), eps=st.floats(-4, 4))
 def test_the_parametrisations_agree_on_x0(t: int, x0: float, eps: float) -> None:
     guesses = []
-    for kind in ("epsilon", "v_prediction", "sample"):
+    for kind in PREDICTION_TYPES:
         schedule = NoiseSchedule(linear_betas(1000), prediction_type=kind)
         ac = schedule.alphas_cumprod[t]
         x = ac**0.5 * x0 + (1 - ac) ** 0.5 * eps
@@ -288,7 +288,7 @@ def test_the_parametrisations_agree_on_x0(t: int, x0: float, eps: float) -> None
         )
         row = build_plan(schedule, "ddim", 1, timesteps=[t]).table[0]
         guesses.append(row[A_X] * x + row[A_O] * float(out))
-    assert guesses == pytest.approx([x0] * 3, abs=1e-9)
+    assert guesses == pytest.approx([x0] * len(PREDICTION_TYPES), abs=1e-9)
 
 
 @pytest.mark.parametrize("timesteps", [[], [5, 5], [1, 2], [1000], [3, -1]])

@@ -192,7 +192,7 @@ def test_the_loss_falls() -> None:
     assert it.validate(dataset(30)) == after, "the same images, timesteps and noise each time"
 
 
-@pytest.mark.parametrize("kind", ["v_prediction", "sample"])
+@pytest.mark.parametrize("kind", ["v_prediction", "sample", "posterior_mean"])
 def test_other_parametrisations_train(kind: Any) -> None:
     it = trainer(replace(CONFIG, steps=40, learning_rate=5e-3, batch_size=8))
     it.model = replace(it.model, schedule=replace(it.model.schedule, prediction_type=kind))
