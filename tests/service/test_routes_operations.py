@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from http.client import HTTPConnection
 
 import httpx
@@ -213,10 +214,10 @@ def test_nothing_is_read_without_a_key(serve: Serve) -> None:
 )
 def test_a_path_written_otherwise_opens_nothing(serve: Serve, path: str, status: int) -> None:
     base = serve(**KEYS).client.base_url
-    connection = HTTPConnection(base.host, base.port or 80, timeout=10)  # sends a path as it is
-    connection.request("GET", path)
-    assert connection.getresponse().status == status
-    connection.close()
+    # It sends a path as it is.
+    with closing(HTTPConnection(base.host, base.port or 80, timeout=10)) as connection:
+        connection.request("GET", path)
+        assert connection.getresponse().status == status
 
 
 def test_some_routes_are_open(serve: Serve) -> None:
