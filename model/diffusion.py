@@ -41,23 +41,8 @@ def predict_x0(schedule: NoiseSchedule, x: Tensor, t: Tensor, out: Tensor) -> Te
 
     x, out: [B, C, H, W]; t: [B] int64. Returns [B, C, H, W].
     """
-    a_x, a_o = x0_coefficients(schedule)
+    a_x, a_o = schedule.x0_coefficients
     return _at(a_x, t, x) * x + _at(a_o, t, x) * out
-
-
-def x0_coefficients(schedule: NoiseSchedule) -> tuple[Array, Array]:
-    """(a_x, a_o), each [T] float64, with x₀ = a_x·x + a_o·out for the schedule's parametrisation."""
-    ac = schedule.alphas_cumprod
-    match schedule.prediction_type:
-        case "epsilon":
-            return 1 / ac**0.5, -(((1 - ac) / ac) ** 0.5)
-        case "v_prediction":
-            return ac**0.5, -((1 - ac) ** 0.5)
-        case "sample":
-            return 0 * ac, 1 + 0 * ac
-        case "posterior_mean":
-            c_0, c_x = schedule.posterior_weights
-            return -c_x / c_0, 1 / c_0
 
 
 def training_target(schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Ways from where one chain begins to where another does: weights from (1, 0) to (0, 1), and their mix."""
+"""Paths from where one chain begins to where another does: weights from (1, 0) to (0, 1), and their sums."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from model.denoiser import Image, Mix
+from model.chain import Image, InitialLatent
 
-IN_LINE = 1e-6
-"""Sine of an angle below which two vectors have no one great circle through them."""
+COLLINEAR = 1e-6
+"""Sine of an angle below which no single great circle passes through two vectors."""
 
 
 def linear(share: float) -> tuple[float, float]:
@@ -21,10 +21,10 @@ def linear(share: float) -> tuple[float, float]:
 def spherical(share: float, angle: float = math.pi / 2) -> tuple[float, float]:
     """Weights on the great circle between two vectors an angle apart (Song et al. 2021, eq. 67).
 
-    angle: in radians, from 0 to π; a right one between two independent noises, whose variance the weights'
-    cosine and sine then keep. Vectors in line are mixed on the straight line. share in [0, 1].
+    angle: in radians, from 0 to π. The default is that of two independent noises: cosine and sine keep their
+    variance. Collinear vectors are mixed on the straight line. share in [0, 1].
     """
-    if math.sin(angle) < IN_LINE:
+    if math.sin(angle) < COLLINEAR:
         return linear(share)
     return math.sin((1 - share) * angle) / math.sin(angle), math.sin(share * angle) / math.sin(angle)
 
@@ -36,10 +36,10 @@ def angle_between(a: Image, b: Image) -> float:
     return math.acos(min(1.0, max(-1.0, float(cosine))))
 
 
-def mixed(weights: Sequence[float], starts: Sequence[Mix]) -> Mix:
-    """The weighted sum of where chains begin. What weighs nothing is left out."""
-    weighed = [(weight, start) for weight, start in zip(weights, starts, strict=True) if weight]
-    return Mix(
-        tuple((weight * share, image) for weight, start in weighed for share, image in start.images),
-        tuple((weight * share, seed) for weight, start in weighed for share, seed in start.noises),
+def mixed(weights: Sequence[float], starts: Sequence[InitialLatent]) -> InitialLatent:
+    """The weighted sum of where chains begin. Terms of weight 0 are left out."""
+    weighted = [(weight, start) for weight, start in zip(weights, starts, strict=True) if weight]
+    return InitialLatent(
+        tuple((weight * share, image) for weight, start in weighted for share, image in start.images),
+        tuple((weight * share, seed) for weight, start in weighted for share, seed in start.noises),
     )

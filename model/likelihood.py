@@ -73,7 +73,7 @@ def choose_timesteps(total: int, terms: int, seed: int) -> Timesteps:
     return np.sort(np.concatenate(chosen))[::-1]
 
 
-def stretches(timesteps: ArrayLike, count: int) -> list[list[int]]:
+def chunks(timesteps: ArrayLike, count: int) -> list[list[int]]:
     """Timesteps cut into `count` stretches of one length, or one less, so that they can be asked at once."""
     return [part.tolist() for part in np.array_split(np.asarray(timesteps, np.int64), count)]
 

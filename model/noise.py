@@ -9,6 +9,7 @@ last bit, while logarithms differ between processors and would let the same seed
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import IntEnum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,8 +42,15 @@ _FAR_TAIL = (
 Floats = NDArray[np.float64]
 
 
-KNOWN = 1
-"""The stream of the noise on known pixels; what is made has stream 0."""
+class NoiseStream(IntEnum):
+    """Independent random streams of one seed. Two uses of one stream would share bits without any error."""
+
+    STEP = 0
+    """The starting noise and that of every step."""
+    KNOWN_PIXELS = 1
+    TIMESTEPS = 2
+    """Which timesteps a likelihood is estimated at (model/likelihood.py)."""
+    PROBABILITY_FLOW = 3
 
 
 def normal(seed: int, row: int, shape: Sequence[int], stream: int = 0) -> NDArray[np.float32]:

@@ -1,87 +1,92 @@
 """Samplers as tables: every sampler is one update with different coefficients.
 
-At row k of its plan a sample at x does
+At step k of its plan a sample at x does
 
-    out = unet(x, t, y)                              two rows where w ≠ 1: out = out_∅ + w (out_y − out_∅)
-    x0  = clip(a_x·x + a_o·out + a_g·∇ log p(y | x))
-    x   ← c_x·x + c_0·x0 + c_p·x0_prev + c_n·e^(c_v·v)·z        z ~ N(0, I), x0_prev = the previous row's x0
-    x   ← k_0·image + k_n·z′                          where the image's pixels are known
+    out = unet(x, t, y)                              two evaluations where w ≠ 1: out = out_∅ + w (out_y − out_∅)
+    x0  = clip(a_x·x + a_o·out + a_g·∇ log p(y | x))                                    to [−clip, clip]
+    x   ← c_x·x + c_0·x0 + c_p·x0_prev + c_n·e^(c_v·v)·z        z ~ N(0, I), x0_prev = the previous step's x0
+    x   ← k_0·image + k_n·z′                         where the image's pixels are known
 
-so a sampler is the code that fills in [rows, (t, a_x, a_o, a_g, w, c_x, c_0, c_p, c_n, c_v, k_0, k_n)], once
-per request, in float64. Samples on different samplers and step counts share a batch, because a row is all the
-network call and the update need to know. Where a paper's update is written with ε, ε is re-derived from
-the clipped x₀ (as improved-diffusion does), which is why only x and x₀ appear. Coefficients come from
-ᾱ at the chosen timesteps, never from re-spaced betas.
+so a sampler is the code that fills in the columns of this table, once per request, in float64. Samples on
+different samplers and step counts share a batch, because a row of the table is all that the network call and
+the update need to know. Where a paper's update is written with ε, ε is re-derived from the clipped x₀ (as
+improved-diffusion does), which is why only x and x₀ appear. Coefficients come from ᾱ at the chosen timesteps,
+never from re-spaced betas.
 
-What is not a generated image from noise is a table too: an edit starts midway, inversion goes up, RePaint's
-jumps fold the forward process into a row, and an image is scored by rows that forget what they made.
+Chains that do not start from noise are tables too: an edit starts midway, inversion goes up, RePaint's jumps
+fold the forward process into a row, and a measurement is made of rows whose results are not used for the next.
 
-What does not fit is left out. The state of a chain is x and one earlier x0, so a solver may look back one
-guess: second-order multistep methods, and two-stage ones like Heun's (Karras et al. 2022, algorithm 1), whose
-first stage is a row and whose second finds the old x again in x and x0_prev. Methods that combine three
-guesses (DPM-Solver++(3M), PLMS of fourth order, UniPC of third) would need another latent for every sample in
-the house, and high orders are the less stable the stronger the guidance (Lu et al. 2022, DPM-Solver++, §3).
-Solvers that choose their steps by an estimate of the error (DPM-Solver-12, RK45) have no table: their work is
-not known before it is done, and with it go the ETA and the deadlines refused at the door.
+Some solvers do not fit and are left out. The state of a chain is x and one earlier x0, so a solver may look
+back by one prediction: second-order multistep methods, and two-stage ones like Heun's (Karras et al. 2022,
+algorithm 1), whose first stage is a row and whose second finds the old x again in x and x0_prev. Methods that
+combine three predictions (DPM-Solver++(3M), PLMS of fourth order, UniPC of third) would need another latent
+for every sample in flight, and high orders are less stable under strong guidance (Lu et al. 2022,
+DPM-Solver++, §3). Solvers that choose their steps by an error estimate (DPM-Solver-12, RK45) have no table:
+their work is not known in advance, so there could be no ETA, and no deadline could be refused on admission.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from model.diffusion import x0_coefficients
 from model.schedule import Array, NoiseSchedule, Spacing, VarianceType
 
-T, A_X, A_O, A_G, W, C_X, C_0, C_P, C_N, C_V, K_0, K_N = range(12)
-COLUMNS = 12
+COLUMNS = ("t", "a_x", "a_o", "a_g", "w", "clip", "c_x", "c_0", "c_p", "c_n", "c_v", "k_0", "k_n")
+ROW = np.dtype([(name, np.float64) for name in COLUMNS])
+"""A row of a plan: one step of one sample."""
+Table = NDArray[np.void]
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A sampler's whole course for one sample.
+    """All steps of one sample.
 
-    table: [rows, COLUMNS] float64, columns T … K_N as above; clip: bound on |x₀|, infinity for none; start:
-    √ᾱ where it begins, 0 for noise; probe: its guesses are to be measured, not to become an image.
+    table: [steps] of ROW, so `table["c_x"]` is a column. start: √ᾱ of the sample's first latent, 0 for pure
+    noise.
     """
 
-    table: Array
-    clip: float
+    table: Table
     start: float = 0.0
-    probe: bool = False
 
     def __len__(self) -> int:
         return len(self.table)
 
     @cached_property
     def timesteps(self) -> tuple[int, ...]:
-        """The timestep of each row."""
-        return tuple(int(t) for t in self.table[:, T])
+        """The timestep of each step."""
+        return tuple(int(t) for t in self.table["t"])
 
     @cached_property
-    def rows(self) -> tuple[int, ...]:
-        """Rows of the network call that each row costs."""
-        return tuple(2 if w != 1 else 1 for w in self.table[:, W])
+    def evaluations(self) -> tuple[int, ...]:
+        """Network evaluations that each step costs: 2 where it is guided by a null class, else 1."""
+        return tuple(2 if w != 1 else 1 for w in self.table["w"])
 
     @cached_property
-    def work(self) -> tuple[int, ...]:
-        """Rows of network calls still to be done before each row, and 0 after the last."""
-        return (*np.cumsum(self.rows[::-1])[::-1].tolist(), 0)
+    def remaining(self) -> tuple[int, ...]:
+        """Network evaluations from each step to the end, and 0 after the last: [steps + 1]."""
+        return (*np.cumsum(self.evaluations[::-1])[::-1].tolist(), 0)
+
+    def unclipped(self) -> Plan:
+        """The same without a bound on x₀."""
+        table = self.table.copy()
+        table["clip"] = math.inf
+        return replace(self, table=table)
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """How a chain is drawn towards its class.
+    """Guidance towards a class.
 
     scale: classifier-free, out_∅ + scale (out_y − out_∅) (Ho & Salimans 2022, counted so that 1 is none).
     sigmas: the interval of noise levels σ = √((1 − ᾱ) / ᾱ) in which it is applied (Kynkäänniemi et al. 2024);
-    outside, a step costs one row. classifier_scale: of the gradient of a noise-aware classifier (Dhariwal &
-    Nichol 2021, algorithm 2), in the same interval; 0 is none.
+    outside, a step costs one evaluation. classifier_scale: weight of the gradient of a noise-aware classifier
+    (Dhariwal & Nichol 2021, algorithm 2), in the same interval; 0 is none.
     """
 
     scale: float = 1.0
@@ -91,7 +96,7 @@ class Guidance:
 
 @dataclass(frozen=True)
 class _Steps:
-    """What builders share: per row, ᾱ here and at the next row's timestep (1 after the last). Each [rows]."""
+    """Input of the builders: ᾱ at each step and at the step after it (1 after the last). Each [steps]."""
 
     here: Array
     next: Array
@@ -99,7 +104,7 @@ class _Steps:
 
 @dataclass(frozen=True)
 class _Update:
-    """What builders give: the columns C_X … C_V, each [rows]."""
+    """Output of the builders: the columns c_x … c_v, each [steps]."""
 
     c_x: Array
     c_0: Array
@@ -109,16 +114,16 @@ class _Update:
 
 
 def _ancestral(at: _Steps, variance: VarianceType) -> _Update:
-    """DDPM over any subsequence: the posterior mean with the guess for x₀ (Ho et al. 2020, eq. 7).
+    """DDPM over any subsequence: the posterior mean with the prediction of x₀ (Ho et al. 2020, eq. 7).
 
     A learned variance lies between the small and the large one, on a logarithmic scale (Nichol & Dhariwal
-    2021, eq. 15): the network says where.
+    2021, eq. 15); the network's output says where.
     """
     alpha = at.here / at.next
     beta = 1 - alpha
     small = (1 - at.next) / (1 - at.here) * beta
     noise = np.sqrt(beta if variance == "fixed_large" else small)
-    noise[-1] = 0.0  # the last row gives x₀ itself
+    noise[-1] = 0.0  # the last step gives x₀ itself
     c_x = np.sqrt(alpha) * (1 - at.next) / (1 - at.here)
     c_0 = np.sqrt(at.next) * beta / (1 - at.here)
     c_v = np.zeros_like(c_x)
@@ -130,9 +135,9 @@ def _ancestral(at: _Steps, variance: VarianceType) -> _Update:
 def _ddim(at: _Steps, eta: float) -> _Update:
     """DDIM (Song et al. 2021, eq. 12 and 16): η = 0 is deterministic, η = 1 is DDPM, fixed small."""
     sigma = np.zeros_like(at.here)
-    if eta:  # without it a row may also go up
+    if eta:  # without it a step may also go up
         sigma = eta * np.sqrt((1 - at.next) / (1 - at.here) * (1 - at.here / at.next))
-    # 1 − ᾱ' − σ² can fall below zero by a rounding error at η = 1 on the last row.
+    # 1 − ᾱ' − σ² can fall below zero by a rounding error at η = 1 on the last step.
     direction = np.sqrt(np.maximum(1 - at.next - sigma**2, 0))
     c_x = direction / np.sqrt(1 - at.here)
     c_0 = np.sqrt(at.next) - c_x * np.sqrt(at.here)
@@ -142,11 +147,11 @@ def _ddim(at: _Steps, eta: float) -> _Update:
 def _dpmpp_2m(at: _Steps, *, sde: bool) -> _Update:
     """DPM-Solver++(2M) or SDE-DPM-Solver++(2M), the midpoint forms (Lu et al. 2022, alg. 2 and eq. 18).
 
-    The first and last rows are of first order.
+    The first and last steps are of first order.
     """
     with np.errstate(divide="ignore"):
         lam, lam_next = (0.5 * np.log(ac / (1 - ac)) for ac in (at.here, at.next))
-    h = lam_next - lam  # infinite on the last row, which is the x₀ guess
+    h = lam_next - lam  # infinite on the last step, whose result is x₀
     decay = np.exp(-h) if sde else np.ones_like(h)
     c_x = np.sqrt((1 - at.next) / (1 - at.here)) * decay
     phi = -np.sqrt(at.next) * np.expm1(-2 * h if sde else -h)
@@ -164,8 +169,8 @@ SAMPLERS: dict[str, Builder] = {
     "dpmpp_2m": lambda at, _eta, _variance: _dpmpp_2m(at, sde=False),
     "sde_dpmpp_2m": lambda at, _eta, _variance: _dpmpp_2m(at, sde=True),
 }
-ONE_STEP = ("ddpm", "ddim")
-"""Samplers whose rows look at nothing but x: only they can be followed by a jump."""
+SINGLE_STEP = ("ddpm", "ddim")
+"""Samplers whose steps do not look back at x0_prev: only these can be followed by a jump."""
 
 
 def build_plan(
@@ -183,7 +188,7 @@ def build_plan(
     """Build the table for a sampler (a key of SAMPLERS) over `steps` of the schedule's timesteps.
 
     eta: DDIM's η in [0, 1]. variance and spacing default to the schedule's. timesteps: an explicit falling
-    sequence instead of `steps` spaced ones. strength: the share of the steps that is done, the last ones,
+    sequence instead of `steps` spaced ones. strength: the fraction of the steps that is run, the last ones,
     from an image with noise (SDEdit, Meng et al. 2022); at least one is.
     Raises KeyError for an unknown sampler, ScheduleError for an impossible number of steps, ValueError for an
     η outside [0, 1], a strength outside (0, 1] or timesteps not falling in [0, T).
@@ -203,20 +208,20 @@ def build_plan(
     at = _Steps(here, np.append(here[1:], 1.0))
     update = builder(at, eta, variance or schedule.variance_type)
     table = _table(schedule, chosen, guidance, update, at.next)
-    return Plan(table, schedule.clip, 0.0 if strength == 1 else math.sqrt(here[0]))
+    return Plan(table, 0.0 if strength == 1 else math.sqrt(here[0]))
 
 
 def build_inversion(schedule: NoiseSchedule, steps: int, *, spacing: Spacing | None = None) -> Plan:
-    """DDIM run upwards: from an image to the x_T that η = 0 would make it of (Song et al. 2021, §4.3).
+    """DDIM run upwards: from an image to the x_T from which η = 0 would generate it (Song et al. 2021, §4.3).
 
-    The image stands for x at the lowest timestep. Nothing is clipped: that could not be undone. Raises
+    The image stands for x at the lowest timestep. Nothing is clipped: clipping cannot be undone. Raises
     ScheduleError for an impossible number of steps, 1 included.
     """
     chosen = schedule.spaced_timesteps(steps, spacing)[::-1]
     rising = np.unique(np.concatenate(([0], chosen)))
     ac = schedule.alphas_cumprod[rising]
     update = _ddim(_Steps(ac[:-1], ac[1:]), 0.0)
-    return Plan(_table(schedule, rising[:-1], Guidance(), update, ac[1:]), math.inf, 1.0)
+    return Plan(_table(schedule, rising[:-1], Guidance(), update, ac[1:]), 1.0).unclipped()
 
 
 def build_repaint(
@@ -230,16 +235,16 @@ def build_repaint(
     spacing: Spacing | None = None,
     guidance: Guidance = Guidance(),
 ) -> Plan:
-    """RePaint's course (Lugmayr et al. 2022, algorithm 1 and appendix): down, with jumps back up.
+    """RePaint (Lugmayr et al. 2022, algorithm 1 and appendix): down, with jumps back up.
 
-    After every `jump_length` steps it goes back up by as many, until that stretch has been done
-    `jump_n_sample` times, so that what is made and what is known come to agree. Going up is the forward
-    process, folded into the row before it: x ← √r x + √(1 − r) z with r the ratio of the two ᾱ. A learned
-    variance is the small one in such a row, whose noise is a sum of two.
-    Raises ValueError for a sampler that looks back (it is not in ONE_STEP) or a jump below 1.
+    After every `jump_length` steps the chain goes back up by as many, until that segment has been done
+    `jump_n_sample` times, so that new and known pixels come to agree. Going up is the forward process, folded
+    into the step before it: x ← √r x + √(1 − r) z with r the ratio of the two ᾱ. The noise of such a step is a
+    sum of two, for which a learned variance counts as the small one.
+    Raises ValueError for a sampler that looks back (not in SINGLE_STEP) or a jump below 1.
     """
-    if sampler not in ONE_STEP:
-        raise ValueError(f"jumps need a sampler of {', '.join(ONE_STEP)}, not {sampler}")
+    if sampler not in SINGLE_STEP:
+        raise ValueError(f"jumps need a sampler of {', '.join(SINGLE_STEP)}, not {sampler}")
     if jump_length < 1 or jump_n_sample < 1:
         raise ValueError("jump_length and jump_n_sample must be at least 1")
     down = build_plan(schedule, sampler, steps, eta=eta, spacing=spacing, guidance=guidance)
@@ -252,26 +257,27 @@ def build_repaint(
         if left.get(level, 0) > 0:
             left[level] -= 1
             ratio = levels[level + jump_length] / levels[level]
-            row[[C_X, C_0, C_P]] *= math.sqrt(ratio)
-            row[C_N], row[C_V] = math.sqrt(ratio * row[C_N] ** 2 + 1 - ratio), 0.0
+            for name in ("c_x", "c_0", "c_p"):
+                row[name] *= math.sqrt(ratio)
+            row["c_n"], row["c_v"] = math.sqrt(ratio * row["c_n"] ** 2 + 1 - ratio), 0.0
             level += jump_length
-            row[[K_0, K_N]] = math.sqrt(levels[level]), math.sqrt(1 - levels[level])
+            row["k_0"], row["k_n"] = math.sqrt(levels[level]), math.sqrt(1 - levels[level])
         table.append(row)
-    return Plan(np.stack(table), schedule.clip)
+    return Plan(np.array(table, ROW))
 
 
-def repaint_rows(steps: int, jump_length: int, jump_n_sample: int) -> int:
-    """How many rows `build_repaint` makes of so many steps, without making them."""
+def repaint_steps(steps: int, jump_length: int, jump_n_sample: int) -> int:
+    """How long the plan of `build_repaint` would be, without building it."""
     jumps = len(range(0, steps - jump_length, jump_length)) * (jump_n_sample - 1)
     return steps + jumps * jump_length
 
 
-def build_probe(schedule: NoiseSchedule, timesteps: Sequence[int]) -> Plan:
-    """Rows that each ask the network about an image at another timestep and then forget the answer.
+def build_measurement(schedule: NoiseSchedule, timesteps: Sequence[int]) -> Plan:
+    """Steps that each evaluate the network on the same image at another timestep.
 
-    With every pixel known, x is after each row the forward process's at the next row's timestep, with fresh
-    noise; the guesses x₀ are what is looked at (model/likelihood.py). Raises ValueError for timesteps outside
-    [0, T).
+    All pixels are known, so after each step x is the forward process's at the next step's timestep, with
+    fresh noise. What counts is the x₀ prediction of each step (model/likelihood.py). Raises ValueError for
+    timesteps outside [0, T).
     """
     chosen = np.asarray(timesteps, np.int64)
     if not len(chosen) or chosen.min() < 0 or chosen.max() >= schedule.timesteps:
@@ -279,33 +285,26 @@ def build_probe(schedule: NoiseSchedule, timesteps: Sequence[int]) -> Plan:
     ac = schedule.alphas_cumprod[chosen]
     nothing = _Update(*np.zeros((5, len(chosen))))
     table = _table(schedule, chosen, Guidance(), nothing, np.append(ac[1:], 1.0))
-    return Plan(table, schedule.clip, math.sqrt(ac[0]), probe=True)
+    return Plan(table, math.sqrt(ac[0]))
 
 
 def _table(
     schedule: NoiseSchedule, chosen: NDArray[np.int64], guidance: Guidance, update: _Update, after: Array
-) -> Array:
-    """The rows at these timesteps. after: ᾱ at the end of each row."""
-    a_x, a_o = x0_coefficients(schedule)
+) -> Table:
+    """The rows at these timesteps. after: ᾱ at the end of each step."""
+    a_x, a_o = schedule.x0_coefficients
     ac = schedule.alphas_cumprod[chosen]
     low, high = guidance.sigmas
     sigma = np.sqrt((1 - ac) / ac)
     inside = (low <= sigma) & (sigma <= high)
+    table = np.empty(len(chosen), ROW)
+    table["t"] = chosen
+    table["a_x"], table["a_o"] = a_x[chosen], a_o[chosen]
     # x₀ = (x + (1 − ᾱ) ∇ log p(x)) / √ᾱ (Tweedie), so a term of the score moves it by (1 − ᾱ) / √ᾱ.
-    a_g = np.where(inside, guidance.classifier_scale * (1 - ac) / np.sqrt(ac), 0.0)
-    w = np.where(inside, guidance.scale, 1.0)
-    columns = (
-        chosen.astype(np.float64),
-        a_x[chosen],
-        a_o[chosen],
-        a_g,
-        w,
-        update.c_x,
-        update.c_0,
-        update.c_p,
-        update.c_n,
-        update.c_v,
-        np.sqrt(after),
-        np.sqrt(1 - after),
-    )
-    return np.stack(columns, axis=1)
+    table["a_g"] = np.where(inside, guidance.classifier_scale * (1 - ac) / np.sqrt(ac), 0.0)
+    table["w"] = np.where(inside, guidance.scale, 1.0)
+    table["clip"] = schedule.clip
+    for field in fields(update):
+        table[field.name] = getattr(update, field.name)
+    table["k_0"], table["k_n"] = np.sqrt(after), np.sqrt(1 - after)
+    return table

@@ -102,6 +102,24 @@ class NoiseSchedule:
         ac, prev = self.alphas_cumprod, self.alphas_cumprod_prev
         return prev**0.5 * self.betas / (1 - ac), (1 - self.betas) ** 0.5 * (1 - prev) / (1 - ac)
 
+    @cached_property
+    def x0_coefficients(self) -> tuple[Array, Array]:
+        """(a_x, a_o), each [T], with x₀ = a_x·x + a_o·out for what the network predicts.
+
+        Ho et al. 2020, eq. 15 for ε and eq. 7 for the posterior mean; Salimans & Ho 2022 for v.
+        """
+        ac = self.alphas_cumprod
+        match self.prediction_type:
+            case "epsilon":
+                return 1 / ac**0.5, -(((1 - ac) / ac) ** 0.5)
+            case "v_prediction":
+                return ac**0.5, -((1 - ac) ** 0.5)
+            case "sample":
+                return 0 * ac, 1 + 0 * ac
+            case "posterior_mean":
+                c_0, c_x = self.posterior_weights
+                return -c_x / c_0, 1 / c_0
+
     def posterior_variance(self, kind: VarianceType) -> Array:
         """Variance of p(x_{t−1} | x_t): β̃_t (fixed small) or β_t (fixed large), Ho et al. 2020, §3.2. [T].
 

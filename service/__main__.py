@@ -1,6 +1,6 @@
 """`python -m service`: read settings, load the model, run the server.
 
-Exit codes: 0 after an orderly stop, 1 when the worker died, 2 for a bad setting, 3 for a model or a device
+Exit codes: 0 after an orderly stop, 1 when the engine failed, 2 for a bad setting, 3 for a model or a device
 that cannot be used.
 """
 
@@ -31,8 +31,8 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 3
     app = create_app(model, settings)
-    code = serve(app, app.state.house, settings)
-    if not app.state.house.worker.join(1.0):
+    code = serve(app, app.state.ddpm, settings)
+    if not app.state.ddpm.engine.join(1.0):
         os._exit(code)  # Python aborts when it is torn down under a thread that is inside the network
     return code
 

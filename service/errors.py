@@ -1,16 +1,16 @@
-"""The error tree. Each error has a stable code; what HTTP makes of it is decided in app.py alone.
+"""The error tree. Each error has a stable code; service/http/problems.py alone turns it into a status.
 
 ServiceError
 ├── InvalidRequestError        the request asks for something impossible; `field` says where
-├── UnauthorizedError          no key, or not one of ours
-├── NotAcceptableError         no answer in a form the client takes
-├── RefusedError               not now: `retry_after_s` says when it may be worth trying again
+├── UnauthorizedError          no key, or an unknown one
+├── NotAcceptableError         the client accepts none of our media types
+├── RefusedError               not accepted now: `retry_after_s` says when to try again
 │   ├── QueueFullError
 │   ├── LoadingError
 │   ├── DrainingError
-│   └── WorkerDeadError
+│   └── EngineDeadError
 ├── DeadlineError              the deadline passed, or cannot be met
-├── CancelledError             somebody stopped the job
+├── CancelledError             the job was stopped on request
 └── ComputeError               the step failed for this job
     └── NonFiniteError         the network gave a NaN or an infinity for it
 """
@@ -45,13 +45,13 @@ class UnauthorizedError(ServiceError):
 
 
 class NotAcceptableError(ServiceError):
-    """The Accept header leaves no form we can answer in."""
+    """The Accept header names none of our media types."""
 
     code = "not_acceptable"
 
 
 class RefusedError(ServiceError):
-    """Not taken in; nothing was started."""
+    """Not accepted; nothing was started."""
 
     code = "refused"
 
@@ -61,7 +61,7 @@ class RefusedError(ServiceError):
 
 
 class QueueFullError(RefusedError):
-    """As many samples are in the house as it holds."""
+    """All slots are taken."""
 
     code = "queue_full"
 
@@ -73,15 +73,15 @@ class LoadingError(RefusedError):
 
 
 class DrainingError(RefusedError):
-    """The process is about to stop and takes nothing new."""
+    """The process is about to stop and accepts nothing new."""
 
     code = "draining"
 
 
-class WorkerDeadError(RefusedError):
-    """The worker is gone; the process is about to be replaced."""
+class EngineDeadError(RefusedError):
+    """The engine has failed; the process is about to be replaced."""
 
-    code = "worker_dead"
+    code = "worker_dead"  # older than the class's name, and part of the wire interface
 
 
 class DeadlineError(ServiceError):

@@ -11,12 +11,12 @@ import time
 from types import FrameType
 
 import uvicorn
+from starlette.types import ASGIApp
 
+from service.engine.client import Phase
 from service.errors import DrainingError
-from service.routes import House
+from service.http.state import AppState
 from service.settings import Settings
-from service.telemetry import App
-from service.worker import Phase
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +27,9 @@ FLUSH_S = 2.0
 class DrainingServer(uvicorn.Server):
     """A uvicorn server that finishes what it has begun. A second signal leaves at once."""
 
-    def __init__(self, config: uvicorn.Config, house: House, drain_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, state: AppState, drain_s: float) -> None:
         super().__init__(config)
-        self.house, self.drain_s = house, drain_s
+        self.state, self.drain_s = state, drain_s
         self._signals = 0
         self._deadline: float | None = None
         self._flush_until: float | None = None
@@ -44,25 +44,25 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
     def _drain(self) -> None:
-        worker, now = self.house.worker, time.monotonic()
+        engine, now = self.state.engine, time.monotonic()
         if self._signals > 1:
             self.force_exit = self.should_exit = True
         elif self._flush_until is not None:
-            if self.house.streams.unread == 0 or now > self._flush_until:
+            if self.state.streams.followed == 0 or now > self._flush_until:
                 self.should_exit = True
-        elif worker.phase is Phase.DEAD or (self._deadline is not None and worker.idle):
+        elif engine.phase is Phase.DEAD or (self._deadline is not None and engine.idle):
             self._flush_until = now + FLUSH_S
         elif self._signals and self._deadline is None:
-            logger.info("draining: nothing new is taken, running work has %.0f s", self.drain_s)
-            worker.drain()
+            logger.info("draining: new work is refused, running work has %.0f s", self.drain_s)
+            engine.drain()
             self._deadline = now + self.drain_s
         elif self._deadline is not None and now > self._deadline:
-            worker.abort(DrainingError("The service stopped before this was finished.", 5.0))
+            engine.abort(DrainingError("The service stopped before this was finished.", 5.0))
             self._flush_until = now + FLUSH_S
 
 
-def serve(app: App, house: House, settings: Settings) -> int:
-    """Run until told to stop. Returns the exit code: 0 after a drain, 1 when the worker died."""
+def serve(app: ASGIApp, state: AppState, settings: Settings) -> int:
+    """Run until told to stop. Returns the exit code: 0 after a drain, 1 when the engine failed."""
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -71,9 +71,9 @@ def serve(app: App, house: House, settings: Settings) -> int:
         access_log=False,
         timeout_graceful_shutdown=int(FLUSH_S) + 1,
     )
-    server = DrainingServer(config, house, settings.drain_s)
+    server = DrainingServer(config, state, settings.drain_s)
     server.run()
     # Nothing is left to stop unless the exit was forced; then the thread leaves after its step.
-    house.worker.drain()
-    house.worker.abort(DrainingError("The service was stopped.", 5.0))
-    return 1 if house.worker.phase is Phase.DEAD else 0
+    state.engine.drain()
+    state.engine.abort(DrainingError("The service was stopped.", 5.0))
+    return 1 if state.engine.phase is Phase.DEAD else 0

@@ -39,7 +39,7 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     max_batch: int = Field(0, ge=0, le=4096, description="rows per network call; 0 follows the step times")
-    max_queue: int = Field(256, ge=1, description="images in the house at once; more are refused with 429")
+    max_queue: int = Field(256, ge=1, description="images in flight at once; more are refused with 429")
     max_images: int = Field(64, ge=1, description="images per request")
     policy: Literal["remaining", "fifo", "sharing"] = Field(
         "remaining", description="who goes next: least remaining work, order of arrival, or everybody in turn"

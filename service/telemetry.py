@@ -1,15 +1,11 @@
-"""Prometheus instruments, the log format, and the middleware that counts requests. A leaf."""
+"""Prometheus metrics, the log format, and the id of the request in hand. Imports nothing of ours."""
 
 from __future__ import annotations
 
 import json
 import logging
-import secrets
 import sys
-import time
-from collections.abc import Awaitable, Callable, MutableMapping
 from contextvars import ContextVar
-from typing import Any
 
 from prometheus_client import (
     CollectorRegistry,
@@ -22,7 +18,7 @@ from prometheus_client import (
 
 disable_created_metrics()
 
-# From a step of one row on a fast GPU to one of a wide batch on a slow CPU.
+# From a step of one row on a fast GPU to one of a large batch on a slow CPU.
 STEP_BUCKETS = (0.002, 0.004, 0.008, 0.012, 0.016, 0.024, 0.032, 0.048, 0.064, 0.096, 0.128, 0.256, 0.5, 1, 2)
 REQUEST_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600)
 ROW_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128)
@@ -70,9 +66,7 @@ class Telemetry:
         )
         self.running = Gauge("ddpm_samples_running", "Images in the latest step.", registry=registry)
         self.waiting = Gauge("ddpm_samples_waiting", "Unfinished images not in it.", registry=registry)
-        self.rejected = Counter(
-            "ddpm_rejected_total", "Jobs refused at the door.", ["reason"], registry=registry
-        )
+        self.rejected = Counter("ddpm_rejected_total", "Jobs refused.", ["reason"], registry=registry)
         self.cancelled = Counter("ddpm_cancelled_total", "Jobs stopped before their end.", registry=registry)
         self.nonfinite = Counter(
             "ddpm_nonfinite_total", "Images that came out not finite.", registry=registry
@@ -122,52 +116,3 @@ def configure_logging(style: str) -> None:
     text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     handler.setFormatter(JsonFormatter() if style == "json" else text)
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-
-class Observe:
-    """Counts and times every request by route, and passes `X-Request-ID` through or makes one up.
-
-    Plain ASGI: a middleware that wraps the response would hide disconnects from the routes.
-    """
-
-    def __init__(self, app: App, telemetry: Telemetry) -> None:
-        self.app, self.telemetry = app, telemetry
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run one request."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        given = dict(scope["headers"]).get(b"x-request-id", b"")
-        # Only what is safe to log and to send back; anything else is replaced.
-        safe = 0 < len(given) <= 128 and all(33 <= byte <= 126 for byte in given)
-        identity = given if safe else secrets.token_hex(8).encode()
-        request_id.set(identity.decode())  # the server runs each request in a context of its own
-        status = 499  # what proxies log when the client has gone before the answer
-
-        async def observed(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", identity)]
-            await send(message)
-
-        begun = time.perf_counter()
-        try:
-            await self.app(scope, receive, observed)
-        except Exception:
-            if status == 499:
-                status = 500  # the answer to a bug is given further out
-            raise
-        finally:
-            # The route's template, not the path: paths are an open set.
-            route = getattr(scope.get("route"), "path", "unmatched")
-            self.telemetry.requests.labels(route, f"{status // 100}xx").inc()
-            self.telemetry.request_duration.labels(route).observe(time.perf_counter() - begun)

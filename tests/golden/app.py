@@ -67,10 +67,12 @@ def build_app(name: str) -> Any:
     from model.typicality import Typicality
     from model.unet import UNet, UNetConfig
     from service.app import create_app
-    from service.engine import Engine
-    from service.scheduler import Scheduler, StepTimes
+    from service.engine.engine import Engine
+    from service.engine.estimates import StepTimes
+    from service.engine.messages import EngineInfo, Invariance
+    from service.engine.scheduler import Scheduler
+    from service.engine.warmup import Warm
     from service.settings import Settings
-    from service.warmup import Invariance, Warm
 
     made = MODELS[name]
     scheduler = {"num_train_timesteps": 100, "timestep_spacing": "trailing", **made.scheduler}
@@ -128,6 +130,7 @@ def build_app(name: str) -> Any:
         )
         times = ((1, 0.001), (8, 0.002))
         engine = Engine(denoiser, Scheduler(8, StepTimes(times), settings.policy))
-        return Warm(engine, "golden", "cpu", "float32", times, Invariance((2,), 0.0))
+        info = EngineInfo(model.name, "golden", "cpu", "float32", 8, times, Invariance((2,), 0.0))
+        return Warm(engine, info)
 
     return create_app(checkpoint, Settings(_env_file=None, port=0, **made.settings), warm)

@@ -5,26 +5,29 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 
 from model import noise
+from model.chain import Chain, Image
 from model.checkpoint import Checkpoint
-from model.denoiser import Chain, Latent
+from model.denoiser import Latent
 from model.encoder import EncoderConfig, NoiseClassifier
-from model.samplers import Guidance, build_plan
+from model.samplers import ROW, Guidance, Plan, build_plan
 from model.schedule import NoiseSchedule, linear_betas
 from model.unet import UNet, UNetConfig
-from service.engine import Engine
-from service.events import Picture
-from service.jobs import Job, PreviewKind, Sample
-from service.scheduler import Scheduler, StepTimes
+from service.engine.engine import Engine
+from service.engine.estimates import StepTimes
+from service.engine.jobs import JobSpec, PreviewKind, Stage
+from service.engine.messages import EngineInfo, Invariance
+from service.engine.scheduler import Scheduler
+from service.engine.warmup import Warm
 from service.settings import Settings
-from service.warmup import Invariance, Warm
 
 PATIENCE_S = 60.0
 """How long a test waits for something that should happen at once, before it fails."""
@@ -46,57 +49,31 @@ def until(condition: Callable[[], object], what: str = "the condition") -> None:
 # ── Jobs for the scheduler, which only looks at lengths and costs ──────────────────────────────
 
 
-@dataclass(frozen=True)
-class Steps:
-    """A plan of so many rows, each of which costs as many rows of a network call."""
-
-    count: int
-    cost: int = 1
-    probe = False
-
-    def __len__(self) -> int:
-        return self.count
-
-    @property
-    def timesteps(self) -> Sequence[int]:
-        return range(self.count - 1, -1, -1)
-
-    @property
-    def rows(self) -> Sequence[int]:
-        return (self.cost,) * self.count
-
-    @property
-    def work(self) -> Sequence[int]:
-        return range(self.count * self.cost, -1, -self.cost)
+@cache
+def plan_of(steps: int, evaluations: int = 1) -> Plan:
+    """A plan of so many steps, each of which costs 1 or 2 network evaluations; it computes nothing."""
+    table = np.zeros(steps, ROW)
+    table["t"] = np.arange(steps)[::-1]
+    table["w"] = evaluations
+    return Plan(table)
 
 
-@dataclass(frozen=True)
-class Counting:
-    """A chain that cannot be computed."""
-
-    plan: Steps
-    seed: int = 0
+def counting_stage(n: int = 1, steps: int = 10, evaluations: int = 1) -> Stage:
+    return Stage("denoise", tuple(Chain(plan_of(steps, evaluations), i) for i in range(n)))
 
 
 def counting_job(
     job_id: str,
     n: int = 1,
     steps: int = 10,
-    rows: int = 1,
+    evaluations: int = 1,
     deadline: float | None = None,
     preview: PreviewKind = "none",
     preview_every: int = 1,
-) -> Job:
-    job = Job(job_id, "ddim", deadline, preview, preview_every)
-    for i in range(n):
-        job.add(Counting(Steps(steps, rows), i))
-    return job
-
-
-def blank(looks: Iterable[tuple[Sample, str]]) -> list[Picture]:
-    """Draws nothing."""
-    nothing = np.zeros((1, 1, 1), np.uint8)
-    return [Picture(sample.index, sample.chain.seed, kind, nothing) for sample, kind in looks]
+) -> JobSpec:
+    """A job for the scheduler alone."""
+    stages = (counting_stage(n, steps, evaluations),)
+    return JobSpec(job_id, "ddim", stages, deadline, preview=preview, preview_every=preview_every)
 
 
 # ── Jobs for the engine ────────────────────────────────────────────────────────────────────────
@@ -109,17 +86,16 @@ def job_of(
     guidance_scale: float = 1.0,
     preview: PreviewKind = "none",
     deadline: float | None = None,
-) -> Job:
+) -> JobSpec:
     """A job that the engine can run."""
-    job = Job(job_id, "ddim", deadline, preview, created=time.monotonic())
     label = None if guidance_scale == 1.0 else 0
-    for seed in seeds:
-        job.add(Chain(build_plan(SCHEDULE, "ddim", steps, guidance=Guidance(guidance_scale)), seed, label))
-    return job
+    plan = build_plan(SCHEDULE, "ddim", steps, guidance=Guidance(guidance_scale))
+    stage = Stage("denoise", tuple(Chain(plan, seed, label) for seed in seeds))
+    return JobSpec(job_id, "ddim", (stage,), deadline, created=time.monotonic(), preview=preview)
 
 
 class Gate:
-    """What the fake denoiser waits at before every step: open, or shut but for a number of steps."""
+    """What the fake denoiser waits at before every step: open, or shut except for a number of steps."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -153,10 +129,10 @@ class Gate:
 
 @dataclass
 class FakeDenoiser:
-    """Computes each sample by itself, so that mates change nothing.
+    """Computes each sample by itself, so that batch neighbours change nothing.
 
-    raises, gives_nan: seeds whose samples do so in every step. rows_that_fit: a wider call
-    runs out of memory.
+    raises, gives_nan: seeds whose samples do so in every step. rows_that_fit: a larger call runs out of
+    memory. carried: what chains were started with, by seed.
     """
 
     gate: Gate = field(default_factory=Gate)
@@ -166,39 +142,43 @@ class FakeDenoiser:
     widths: list[int] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     seen: dict[tuple[int, int], bytes] = field(default_factory=dict)
+    carried: dict[int, Sequence[Image]] = field(default_factory=dict)
 
-    def start(self, chain: Chain) -> Latent:
+    def start(self, chain: Chain, carried: Sequence[Image] = ()) -> Latent:
         self.starts.append(chain.seed)
+        if carried:
+            self.carried[chain.seed] = carried
         x = torch.from_numpy(noise.normal(chain.seed, noise.START, (1, SIZE, SIZE)))
         return Latent(x, torch.zeros_like(x))
 
     def step(
-        self, chains: Sequence[Chain], latents: Sequence[Latent], rows: Sequence[int]
+        self, chains: Sequence[Chain], latents: Sequence[Latent], steps: Sequence[int]
     ) -> Sequence[Latent]:
         self.gate.come_through()
-        width = sum(chain.plan.rows[row] for chain, row in zip(chains, rows, strict=True))
+        width = sum(chain.plan.evaluations[step] for chain, step in zip(chains, steps, strict=True))
         self.widths.append(width)
         if width > self.rows_that_fit:
             raise torch.OutOfMemoryError(f"{width} rows do not fit")
         for chain in chains:
             if chain.seed in self.raises:
                 raise self.raises[chain.seed](f"seed {chain.seed}")
-        return [self._one(*each) for each in zip(chains, latents, rows, strict=True)]
+        return [self._one(*each) for each in zip(chains, latents, steps, strict=True)]
 
     def measure(
-        self, chains: Sequence[Chain], latents: Sequence[Latent], rows: Sequence[int]
+        self, chains: Sequence[Chain], latents: Sequence[Latent], steps: Sequence[int]
     ) -> Sequence[tuple[float, float]]:
-        """The row, and how far the guess is from grey."""
+        """The step, and how far the x₀ prediction is from grey."""
         return [
-            (float(row), float(latent.x0.square().mean())) for latent, row in zip(latents, rows, strict=True)
+            (float(step), float(latent.x0.square().mean()))
+            for latent, step in zip(latents, steps, strict=True)
         ]
 
-    def _one(self, chain: Chain, latent: Latent, row: int) -> Latent:
-        x = 0.9 * latent.x + 0.1 * torch.from_numpy(noise.normal(chain.seed, row, (1, SIZE, SIZE)))
+    def _one(self, chain: Chain, latent: Latent, step: int) -> Latent:
+        x = 0.9 * latent.x + 0.1 * torch.from_numpy(noise.normal(chain.seed, step, (1, SIZE, SIZE)))
         if chain.seed in self.gives_nan:
             x[0, 0, 0] = float("nan")
-        self.seen[chain.seed, row] = x.numpy().tobytes()
-        return Latent(x, x.clamp(-1, 1), latent.x)
+        self.seen[chain.seed, step] = x.numpy().tobytes()
+        return Latent(x, x.clamp(-1, 1))
 
 
 # ── A model and an app ─────────────────────────────────────────────────────────────────────────
@@ -207,7 +187,7 @@ class FakeDenoiser:
 def tiny_model(guided: bool = True, classes: int = 3, learned: bool = False) -> Checkpoint:
     """A network of a few random weights: three classes and a null class, 8×8 pixels.
 
-    learned: it says how large its variance is.
+    learned: it predicts its variance.
     """
     torch.manual_seed(0)
     config = UNetConfig(
@@ -245,15 +225,20 @@ def tiny_classifier() -> NoiseClassifier:
     return classifier.eval().requires_grad_(False)
 
 
-def fake_engine(denoiser: FakeDenoiser, max_rows: int = 8) -> Engine:
-    return Engine(denoiser, Scheduler(max_rows, StepTimes([(1, 0.001), (max_rows, 0.002)])))
+def fake_engine(denoiser: FakeDenoiser, max_batch_size: int = 8) -> Engine:
+    times = StepTimes([(1, 0.001), (max_batch_size, 0.002)])
+    return Engine(denoiser, Scheduler(max_batch_size, times))
 
 
-def fake_warm(denoiser: FakeDenoiser, max_rows: int = 8) -> Callable[[Checkpoint, Settings], Warm]:
+def fake_info(max_batch_size: int = 8) -> EngineInfo:
+    times = ((1, 0.001), (max_batch_size, 0.002))
+    return EngineInfo("tiny", "fake", "cpu", "float32", max_batch_size, times, Invariance((2,), 0.0))
+
+
+def fake_warm(denoiser: FakeDenoiser, max_batch_size: int = 8) -> Callable[[Checkpoint, Settings], Warm]:
     """A `warm` for create_app that has nothing to load."""
 
     def warm(_model: Checkpoint, _settings: Settings) -> Warm:
-        engine = fake_engine(denoiser, max_rows)
-        return Warm(engine, "fake", "cpu", "float32", ((1, 0.001), (max_rows, 0.002)), Invariance((2,), 0.0))
+        return Warm(fake_engine(denoiser, max_batch_size), fake_info(max_batch_size))
 
     return warm

@@ -18,7 +18,7 @@ import uvicorn
 
 from service.app import create_app
 from service.errors import DrainingError
-from service.routes import House
+from service.http.state import AppState
 from service.server import DrainingServer
 from service.settings import Settings
 from tests.service.fakes import PATIENCE_S, FakeDenoiser, fake_warm, tiny_model, until
@@ -37,11 +37,11 @@ class Threaded:
     def __init__(self, denoiser: FakeDenoiser, warm: Any, chosen: Settings) -> None:
         self.denoiser, self.gate = denoiser, denoiser.gate
         self.app = create_app(tiny_model(), chosen, warm)
-        self.house: House = self.app.state.house
+        self.state: AppState = self.app.state.ddpm
         config = uvicorn.Config(
             self.app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=2
         )
-        self.server = DrainingServer(config, self.house, chosen.drain_s)
+        self.server = DrainingServer(config, self.state, chosen.drain_s)
         self._thread = threading.Thread(target=self.server.run, daemon=True)
         self._thread.start()
         until(lambda: self.server.started, "the start")
@@ -57,20 +57,20 @@ class Threaded:
         return self
 
     def metric(self, name: str, **labels: str) -> float:
-        return self.house.telemetry.registry.get_sample_value(name, labels) or 0.0
+        return self.state.telemetry.registry.get_sample_value(name, labels) or 0.0
 
     def wait_for_exit(self) -> None:
         self._thread.join(PATIENCE_S)
         assert not self._thread.is_alive()
 
     def stop(self) -> None:
-        self.house.worker.abort(DrainingError("the test is over", 1.0))
-        self.house.worker.drain()
+        self.state.engine.abort(DrainingError("the test is over", 1.0))
+        self.state.engine.drain()
         self.gate.open()
         self.server.should_exit = True
         self.client.close()
         self.wait_for_exit()
-        self.house.worker.join(PATIENCE_S)
+        self.state.engine.join(PATIENCE_S)
 
 
 Serve = Callable[..., Threaded]
@@ -81,10 +81,10 @@ def serving() -> Iterator[Serve]:
     running: list[Threaded] = []
 
     def serve(
-        denoiser: FakeDenoiser | None = None, warm: Any = None, max_rows: int = 8, **values: Any
+        denoiser: FakeDenoiser | None = None, warm: Any = None, max_batch_size: int = 8, **values: Any
     ) -> Threaded:
         denoiser = denoiser or FakeDenoiser()
-        started = Threaded(denoiser, warm or fake_warm(denoiser, max_rows), settings(**values))
+        started = Threaded(denoiser, warm or fake_warm(denoiser, max_batch_size), settings(**values))
         running.append(started)
         return started if warm is not None else started.ready()
 

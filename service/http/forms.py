@@ -1,4 +1,4 @@
-"""Bodies that may carry pictures: JSON with base64, or a form with files. One model for both."""
+"""Request bodies that may carry pictures: JSON with base64, or a form with files. One model for both."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class _InMemory(MultiPartParser):
-    """Keeps files out of the temporary folder: a whole body is small enough (app.py)."""
+    """Keeps files out of the temporary folder: a whole body is small enough (middleware.py)."""
 
     spool_max_size = 1 << 30
 
 
-async def read(request: Request, model: type[Model]) -> Model:
-    """Read a request's body into a model: strictly from JSON, from text and files of a form.
+async def read_body(request: Request, model: type[Model]) -> Model:
+    """Read a request's body into a model: strictly from JSON, or from the text and files of a form.
 
-    A part that comes several times is a list. Raises RequestValidationError for what does not fit, and
-    CancelledError when the client has gone.
+    A part that comes several times is a list. Raises RequestValidationError for an invalid body, and
+    CancelledError when the client disconnects.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     try:
@@ -41,13 +41,13 @@ async def read(request: Request, model: type[Model]) -> Model:
         if kind == "multipart/form-data":
             return model.model_validate(await _form(request), strict=False)
     except ClientDisconnect:
-        raise CancelledError("The client has gone.") from None
+        raise CancelledError("The client disconnected.") from None
     except MultiPartException as error:
         raise _invalid(error.message) from None
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False, include_input=False)
         raise RequestValidationError([{**each, "loc": ("body", *each["loc"])} for each in found]) from None
-    raise _invalid("A body is application/json or multipart/form-data.")
+    raise _invalid("The body must be application/json or multipart/form-data.")
 
 
 def _invalid(reason: str) -> RequestValidationError:
@@ -64,8 +64,8 @@ async def _form(request: Request) -> dict[str, object]:
     return {name: found[0] if len(found) == 1 else found for name, found in values.items()}
 
 
-def described(model: type[BaseModel], examples: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What OpenAPI says of a body that `read` reads: `openapi_extra` of its route."""
+def body_schema(model: type[BaseModel], examples: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The OpenAPI description of a body that `read_body` reads: `openapi_extra` of its route."""
     schema = model.model_json_schema()
     named = {name: {"summary": name, "value": value} for name, value in examples.items()}
     return {
@@ -80,7 +80,7 @@ def described(model: type[BaseModel], examples: Mapping[str, Mapping[str, Any]])
 
 
 def _with_files(schema: Any) -> Any:
-    """The same, with files in the place of base64."""
+    """The same, with files instead of base64."""
     if isinstance(schema, list):
         return [_with_files(part) for part in schema]
     if not isinstance(schema, dict):

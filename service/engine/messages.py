@@ -1,0 +1,180 @@
+"""What goes into the engine and what comes out, as frozen data.
+
+Commands change what is in flight; events say what happened to a job. Pictures are uint8 [H, W, C] arrays,
+whole and independent.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
+
+from service.engine.jobs import JobSpec, SnapshotKind
+from service.errors import ServiceError
+
+Pixels = NDArray[np.uint8]
+
+# ── Commands ───────────────────────────────────────────────────────────────────────────────────
+
+
+class AddJob(Struct, frozen=True):
+    """Run this job, whose slots are reserved."""
+
+    spec: JobSpec
+
+
+class CancelJob(Struct, frozen=True):
+    """Stop a job; nothing happens when it is already over."""
+
+    job_id: str
+
+
+class AbortAll(Struct, frozen=True):
+    """End every job in flight with this error."""
+
+    error: ServiceError
+
+
+class Drain(Struct, frozen=True):
+    """Stop the engine as soon as nothing is in flight."""
+
+
+Command = AddJob | CancelJob | AbortAll | Drain
+
+# ── Events ─────────────────────────────────────────────────────────────────────────────────────
+
+
+class Measurement(Struct, frozen=True):
+    """What a measuring step found: L_t in bits per dimension, mean squared error of x₀ in [-1, 1]."""
+
+    timestep: int
+    bits: float
+    mse: float
+
+
+class Picture(Struct, frozen=True, eq=False):
+    """A finished sample, or a snapshot of one in progress. measurement: of the step that it shows."""
+
+    index: int
+    seed: int
+    kind: SnapshotKind
+    pixels: Pixels
+    measurement: Measurement | None = None
+
+
+class Queued(Struct, frozen=True):
+    """Accepted. position: jobs that go before it; eta_s: seconds until it is expected to be finished."""
+
+    job_id: str
+    position: int
+    eta_s: float
+
+
+class Preview(Struct, frozen=True):
+    """Some of a job's samples have just done step `step` of `steps` (from 1), at `timestep`."""
+
+    job_id: str
+    step: int
+    steps: int
+    timestep: int
+    eta_s: float
+    pictures: tuple[Picture, ...]
+
+
+class Finished(Struct, frozen=True):
+    """All samples are done. Durations in seconds. measurements: by sample and step, of a measuring stage."""
+
+    job_id: str
+    pictures: tuple[Picture, ...]
+    queue_s: float
+    run_s: float
+    measurements: tuple[tuple[Measurement, ...], ...] = ()
+
+
+class Failed(Struct, frozen=True):
+    """It ended without a result; the error says why. started: whether it had had a step."""
+
+    job_id: str
+    error: ServiceError
+    started: bool = False
+
+
+class Cancelled(Struct, frozen=True):
+    """It was stopped on request."""
+
+    job_id: str
+
+
+Terminal = Finished | Failed | Cancelled
+Event = Queued | Preview | Terminal
+
+# ── Reports ────────────────────────────────────────────────────────────────────────────────────
+
+
+class Invariance(Struct, frozen=True):
+    """How far batch neighbours changed a result when it was tried: largest difference over the batch sizes."""
+
+    batch_sizes: tuple[int, ...]
+    max_abs_difference: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether every result was the same to the last bit."""
+        return self.max_abs_difference == 0.0
+
+
+class EngineInfo(Struct, frozen=True):
+    """What runs, and what was measured at its start. step_times: (batch size, seconds)."""
+
+    model: str
+    runtime: str
+    device: str
+    dtype: str
+    max_batch_size: int
+    step_times: tuple[tuple[int, float], ...]
+    invariance: Invariance
+
+
+class Load(Struct, frozen=True):
+    """What is in flight. running: samples of the latest step; backlog_s: seconds of work left."""
+
+    running: int = 0
+    waiting: int = 0
+    backlog_s: float = 0.0
+
+
+class StepReport(Struct, frozen=True):
+    """One step, or no step where batch_size is 0.
+
+    batch_size: rows of the network call. samples: how many were advanced. seconds: of the denoiser's work, to
+    its end on the device. nonfinite: samples that came out with a NaN or an infinity.
+    """
+
+    events: list[Event]
+    batch_size: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    nonfinite: int = 0
+
+
+class Ready(Struct, frozen=True):
+    """The engine is loaded and warm."""
+
+    info: EngineInfo
+
+
+class Progress(Struct, frozen=True):
+    """What has happened since the last report, and what is in flight now."""
+
+    step: StepReport
+    load: Load
+
+
+class Stopped(Struct, frozen=True):
+    """The engine has ended: after a drain, or because it cannot continue."""
+
+    failed: bool
+
+
+Report = Ready | Progress | Stopped

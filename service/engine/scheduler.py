@@ -1,0 +1,277 @@
+"""Who runs in the next step. Pure: no tensors, no threads, no clock; the simulation drives the same code.
+
+Samples, not requests, are scheduled: a step takes any samples whose evaluations fit into `max_batch_size`
+rows of one network call, whatever their samplers, step counts and timesteps. Policies:
+
+remaining  the job with the least remaining work first, so that a request for one image overtakes a request
+           for 64; but before all others those that have had no step yet, so that every request shows
+           something at once. Every `fifo_interval`-th step goes in order of arrival instead, which bounds
+           starvation: whatever comes later, a job is finished within `fifo_interval` times the full-width
+           steps, plus one, that serving everybody in order of arrival could take (docs/scheduling.md has
+           the proof).
+fifo       in order of arrival.
+sharing    whoever has waited longest for a step.
+
+Within a job the least advanced sample goes first, so that all its images sharpen together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice, takewhile
+from typing import Literal
+
+from sortedcontainers import SortedList
+
+from service.engine import estimates
+from service.engine.estimates import PrefixSums, StepTimes
+from service.engine.jobs import Job, JobSpec, Sample, State
+from service.engine.messages import Cancelled, Event, Failed, Queued
+from service.errors import CancelledError, DeadlineError, ServiceError
+
+Policy = Literal["remaining", "fifo", "sharing"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The samples of one step, and the rows of its network call."""
+
+    samples: tuple[Sample, ...]
+    size: int
+
+
+@dataclass
+class Scheduler:
+    """Holds every job from arrival to end. `max_batch_size` may be lowered while running (out of memory)."""
+
+    max_batch_size: int
+    times: StepTimes
+    policy: Policy = "remaining"
+    fifo_interval: int = 8
+    _jobs: dict[str, Job] = field(default_factory=dict)  # in order of arrival
+    _arrivals: int = 0
+    _steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_batch_size < 1 or self.fifo_interval < 2:
+            raise ValueError("max_batch_size must be at least 1 and fifo_interval at least 2")
+        # (key, arrival, job), smallest first; a job's entries are taken out before its remaining work changes.
+        self._order: SortedList[tuple[int, int, str]] = SortedList()
+        self._entries: dict[str, tuple[int, int, str]] = {}
+        self._active: dict[str, list[Sample]] = {}  # unfinished ones, the least advanced first
+        self._new: SortedList[tuple[int, int, str]] = SortedList()  # entries without a committed step
+        self._first: dict[str, int] = {}  # evaluations of their first steps
+        # Under a job's remaining work: that work, and if it has had no step yet, that of the first.
+        self._work, self._first_work = PrefixSums(), PrefixSums()
+        self._deadlines: SortedList[tuple[float, str]] = SortedList()
+        self._backlog = self._running = self._unfinished = 0
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    @property
+    def backlog(self) -> int:
+        """Network evaluations still to be done for all jobs."""
+        return self._backlog
+
+    @property
+    def backlog_s(self) -> float:
+        """Seconds that they take at the full batch's rate."""
+        return self._backlog * self.times.at(self.max_batch_size) / self.max_batch_size
+
+    @property
+    def running(self) -> int:
+        """Samples of the step that was scheduled last, as far as they can still be among the unfinished."""
+        return min(self._running, self._unfinished)
+
+    @property
+    def waiting(self) -> int:
+        """Unfinished samples that are not running."""
+        return self._unfinished - self.running
+
+    def add(self, spec: JobSpec, now: float) -> list[Event]:
+        """Accept a job, or fail it at once when its deadline is certain to pass."""
+        job = Job(spec)
+        queued = Queued(job.id, self._ahead(job)[0], self.eta(job))
+        alone = estimates.shortest(job, self.times, self.max_batch_size)
+        if spec.deadline is not None and now + alone > spec.deadline:
+            reason = f"The deadline cannot be met: the request takes {alone:.1f} s even when alone."
+            return [Failed(job.id, DeadlineError(reason))]
+        self._arrivals += 1
+        self._jobs[job.id] = job
+        if spec.deadline is not None:
+            self._deadlines.add((spec.deadline, job.id))
+        self._backlog += job.remaining
+        self._begin_stage(job)
+        self._enter(job, self._arrivals)
+        self._new.add(self._entries[job.id])
+        # Evaluations of its first step, should it have the batch to itself.
+        self._first[job.id] = min(self.max_batch_size, sum(sample.evaluations for sample in job.samples))
+        self._first_work.add(job.remaining, self._first[job.id])
+        return [queued]
+
+    def cancel(self, job_id: str) -> list[Event]:
+        """Drop a job; nothing when it is already over."""
+        job = self._jobs.get(job_id)
+        if job is None:
+            return []
+        self._leave(job, State.CANCELLED)
+        return [Cancelled(job_id)]
+
+    def fail(self, job_id: str, error: ServiceError) -> list[Event]:
+        """End a job with an error; nothing when it is already over."""
+        job = self._jobs.get(job_id)
+        if job is None:
+            return []
+        self._leave(job, State.CANCELLED if isinstance(error, CancelledError) else State.FAILED)
+        return [Failed(job_id, error, started=job.started is not None)]
+
+    def fail_all(self, error: ServiceError) -> list[Event]:
+        """End every job with an error."""
+        return [event for job_id in list(self._jobs) for event in self.fail(job_id, error)]
+
+    def expire(self, now: float) -> list[Event]:
+        """Fail the jobs whose deadline has passed, before more is computed for them."""
+        events: list[Event] = []
+        while self._deadlines and self._deadlines[0][0] < now:
+            events += self.fail(self._deadlines[0][1], DeadlineError("The deadline has passed."))
+        return events
+
+    def schedule(self, now: float) -> Batch:
+        """Choose the samples of the step that begins now. Empty when there is nothing to do."""
+        free = self.max_batch_size
+        chosen: list[Sample] = []
+        # A bounded look ahead: a last odd row is not worth walking a long queue for.
+        for job in islice(self._by_priority(), 4 * self.max_batch_size):
+            for sample in islice(self._active[job.id], 4 * self.max_batch_size):
+                # A guided sample takes two rows, and has to run even where only one fits.
+                if sample.evaluations <= free or not chosen:
+                    self._start(job, now)
+                    chosen.append(sample)
+                    free -= sample.evaluations
+                if free <= 0:
+                    break
+            if free <= 0:
+                break
+        self._running = len(chosen)
+        return Batch(tuple(chosen), self.max_batch_size - free)
+
+    def commit(self, samples: Sequence[Sample]) -> dict[Job, list[Sample]]:
+        """Advance samples by the step just done, but for those whose jobs have ended since.
+
+        Returns the jobs that were advanced and which of their samples. One whose stage is done is to be
+        finished, failed or given its next stage before anything else is scheduled.
+        """
+        self._steps += 1
+        advanced: dict[Job, list[Sample]] = {}
+        for sample in samples:
+            if sample.job.id in self._jobs:
+                advanced.setdefault(sample.job, []).append(sample)
+        for job, its in advanced.items():
+            arrival = self._exit(job)
+            for sample in its:
+                self._advance(sample)
+            self._enter(job, arrival)
+        return advanced
+
+    def stage_done(self, job: Job) -> bool:
+        """Whether every sample of the job's current stage is finished."""
+        return not self._active[job.id]
+
+    def next_stage(self, job: Job) -> None:
+        """Begin the stage after one that is done."""
+        job.next_stage()
+        self._begin_stage(job)
+
+    def finish(self, job: Job) -> None:
+        """End a job whose last stage is done."""
+        self._leave(job, State.FINISHED)
+
+    def eta(self, job: Job) -> float:
+        """Seconds until `job` is expected to be finished, should no other job come."""
+        backlog = self._backlog + (0 if job.id in self._jobs else job.remaining)
+        ahead = self._ahead(job)[1]
+        return estimates.until_finished(job, ahead, backlog, self.times, self.max_batch_size)
+
+    def _ahead(self, job: Job) -> tuple[int, int]:
+        """(jobs, network evaluations) that go before a job; when sharing, all others do.
+
+        Does not look at every job.
+        """
+        entry = self._entries.get(job.id)
+        if self.policy == "sharing":
+            return len(self) - (entry is not None), self._backlog - (job.remaining if entry else 0)
+        if self.policy == "fifo":
+            earlier = takewhile(lambda other: other is not job, self._jobs.values())
+            return (
+                self._order.bisect_left(entry) if entry else len(self),
+                sum(other.remaining for other in earlier) if entry else self._backlog,
+            )
+        entry = entry or (job.remaining, self._arrivals + 1, job.id)
+        key = entry[0]
+        before = self._order.bisect_left(entry)
+        equal_before = before - self._order.bisect_left((key, 0, ""))
+        work = self._work.below(key) + equal_before * key
+        # Those behind it have their first step before its last.
+        behind = self._first_work.total - self._first_work.below(key)
+        equal_new = self._new.bisect_left((key + 1, 0, "")) - self._new.bisect_left((key, 0, ""))
+        if equal_new:  # of those with as much to do, the part that did not come before it
+            not_behind = self._new.bisect_right(entry) - self._new.bisect_left((key, 0, ""))
+            behind -= self._first_work.at(key) * not_behind // equal_new
+        return before, work + behind
+
+    def _by_priority(self) -> Iterator[Job]:
+        in_order_of_arrival = self._steps % self.fifo_interval == self.fifo_interval - 1
+        if self.policy == "fifo" or (self.policy == "remaining" and in_order_of_arrival):
+            return iter(self._jobs.values())
+        ordered = iter(self._order)
+        if self.policy == "remaining" and self._new:
+            ordered = chain(self._new, (entry for entry in self._order if entry[2] not in self._first))
+        return (self._jobs[job_id] for _, _, job_id in ordered)
+
+    def _start(self, job: Job, now: float) -> None:
+        if job.state is State.WAITING:
+            job.move_to(State.RUNNING)
+            job.started = now
+
+    def _begin_stage(self, job: Job) -> None:
+        self._active[job.id] = list(job.samples)
+        self._unfinished += len(job.samples)
+
+    def _advance(self, sample: Sample) -> None:
+        active = self._active[sample.job.id]
+        active.remove(sample)
+        sample.job.remaining -= sample.evaluations
+        self._backlog -= sample.evaluations
+        sample.step += 1
+        if sample.step < sample.steps:
+            active.append(sample)
+        else:
+            self._unfinished -= 1
+
+    def _enter(self, job: Job, arrival: int) -> None:
+        key = {"remaining": job.remaining, "fifo": 0, "sharing": self._steps}[self.policy]
+        self._entries[job.id] = (key, arrival, job.id)
+        self._order.add(self._entries[job.id])
+        self._work.add(job.remaining, job.remaining)
+
+    def _exit(self, job: Job) -> int:
+        """Take a job's entries out, before it changes. Returns its arrival, for the next entry."""
+        entry = self._entries.pop(job.id)
+        self._order.remove(entry)
+        self._work.add(job.remaining, -job.remaining)
+        first = self._first.pop(job.id, None)
+        if first is not None:
+            self._new.remove(entry)
+            self._first_work.add(job.remaining, -first)
+        return entry[1]
+
+    def _leave(self, job: Job, state: State) -> None:
+        self._exit(job)
+        if job.spec.deadline is not None:
+            self._deadlines.remove((job.spec.deadline, job.id))
+        job.move_to(state)
+        self._unfinished -= len(self._active[job.id])
+        self._backlog -= job.remaining
+        del self._jobs[job.id], self._active[job.id]

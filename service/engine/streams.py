@@ -1,0 +1,245 @@
+"""From the engine to asyncio: one stream of events per job.
+
+The engine publishes and never waits. Previews that nobody has read yet are replaced by newer ones of the same
+image; the first and the last event are never dropped. There is one way to read a stream:
+
+    async with streams.subscribe(job_id, context, grace_s=10) as events:
+        async for item in events: …
+
+A new subscriber takes over from the one before it. When a subscriber leaves and none comes within its grace
+period, the stream is forgotten, and a job that is still running is cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from msgspec.structs import replace
+
+from service.engine.messages import Event, Picture, Preview, Queued, Terminal
+from service.errors import ServiceError
+
+Context = TypeVar("Context")
+"""What a later subscriber needs to know about a job, kept beside its stream."""
+
+
+@dataclass(frozen=True)
+class SequencedEvent:
+    """An event as a reader gets it. Numbers rise by one within a job."""
+
+    number: int
+    event: Event
+
+
+class Stream(Generic[Context]):
+    """The events of one job, for one reader at a time."""
+
+    def __init__(self, job_id: str, context: Context, loop: asyncio.AbstractEventLoop) -> None:
+        self.job_id, self.context = job_id, context
+        self._loop, self._wake = loop, asyncio.Event()
+        self._lock = threading.Lock()
+        self._queued: Queued | None = None
+        self._previews: dict[tuple[int, str], Preview] = {}  # (image, kind) → its latest snapshot
+        self._last: Terminal | None = None
+        self._taken: deque[SequencedEvent] = deque()
+        self._number = 0
+        self._last_number: int | None = None
+        self._reader = 0
+        self.removal: asyncio.TimerHandle | None = None  # pending while there is no reader
+
+    def publish(self, event: Event) -> None:
+        """Hand over an event. Called from any thread; never blocks for a reader."""
+        with self._lock:
+            match event:
+                case Queued():
+                    self._queued = event
+                case Preview():
+                    for picture in event.pictures:
+                        key = (picture.index, picture.kind)
+                        self._previews.pop(key, None)  # re-inserted at the end: order is order of arrival
+                        self._previews[key] = replace(event, pictures=(picture,))
+                case _:
+                    self._last = event
+        try:
+            self._loop.call_soon_threadsafe(self._wake.set)
+        except RuntimeError:  # the loop is closed: nobody is left to wake
+            return
+
+    @property
+    def over(self) -> bool:
+        """Whether the last event has been published."""
+        return self._last is not None
+
+    def delivered(self, number: int) -> bool:
+        """Whether a reader who has seen event `number` has seen the last one."""
+        return self._last_number is not None and number >= self._last_number
+
+    def attach(self) -> Subscription[Context]:
+        """A new reader; it takes over from one that is still there."""
+        self._reader += 1
+        self._wake.set()  # lets the former reader notice
+        return Subscription(self, self._reader)
+
+    def is_current(self, reader: int) -> bool:
+        """Whether no other reader has taken over."""
+        return reader == self._reader
+
+    async def read(self, reader: int, idle_s: float | None) -> AsyncIterator[SequencedEvent | None]:
+        """Every event until the last, or until another reader takes over; None after `idle_s` without one."""
+        if self._last_number is not None and self._last is not None and not self._taken:
+            yield SequencedEvent(self._last_number, self._last)  # it was sent, but did not arrive
+            return
+        while self.is_current(reader):
+            if not self._taken:
+                self._take()
+            if not self._taken:
+                try:
+                    async with asyncio.timeout(idle_s):
+                        await self._wake.wait()
+                except TimeoutError:
+                    yield None
+                continue
+            item = self._taken.popleft()
+            yield item
+            if item.number == self._last_number:
+                return
+
+    def _take(self) -> None:
+        """Number what has been published since the last time."""
+        with self._lock:
+            self._wake.clear()
+            events: list[Event] = [] if self._queued is None else [self._queued]
+            events += _merged(list(self._previews.values()))
+            self._queued = None
+            self._previews.clear()
+            if self._last is not None:
+                events.append(self._last)
+        for event in events:
+            self._number += 1
+            self._taken.append(SequencedEvent(self._number, event))
+        if events and isinstance(events[-1], Terminal):
+            self._last_number = self._number
+
+
+class Subscription(Generic[Context]):
+    """A reader's view of a stream; iterate over it, once or again from where it was left."""
+
+    def __init__(self, stream: Stream[Context], reader: int) -> None:
+        self._stream, self._reader = stream, reader
+
+    @property
+    def current(self) -> bool:
+        """Whether no other reader has taken over."""
+        return self._stream.is_current(self._reader)
+
+    async def __aiter__(self) -> AsyncIterator[SequencedEvent]:
+        async for item in self._stream.read(self._reader, None):
+            assert item is not None  # which only comes where a time was given
+            yield item
+
+    def with_idle(self, idle_s: float) -> AsyncIterator[SequencedEvent | None]:
+        """The same events, and None whenever there has been none for `idle_s` seconds."""
+        return self._stream.read(self._reader, idle_s)
+
+    async def first(self) -> SequencedEvent:
+        """The next event, whatever it is."""
+        async for item in self:
+            return item
+        raise asyncio.CancelledError  # another reader took over
+
+    async def last(self) -> Terminal:
+        """The last event; those before it are skipped."""
+        async for item in self:
+            if isinstance(item.event, Terminal):
+                return item.event
+        raise asyncio.CancelledError  # another reader took over
+
+
+def _merged(previews: list[Preview]) -> list[Preview]:
+    """Previews of one step as one event, as the engine published them."""
+    by_step: dict[int, Preview] = {}
+    for preview in previews:
+        known = by_step.get(preview.step)
+        pictures: tuple[Picture, ...] = known.pictures if known is not None else ()
+        by_step[preview.step] = replace(preview, pictures=pictures + preview.pictures)
+    return list(by_step.values())
+
+
+@dataclass
+class Streams(Generic[Context]):
+    """Every job's stream, from its first subscriber until the grace period after its last one.
+
+    abandon: called with the id of a job that nobody came back to while it was still running.
+    """
+
+    abandon: Callable[[str], None]
+    _streams: dict[str, Stream[Context]] = field(default_factory=dict)
+
+    @asynccontextmanager
+    async def subscribe(
+        self, job_id: str, context: Context, grace_s: float = 0.0
+    ) -> AsyncIterator[Subscription[Context]]:
+        """Read a job's events, from the start or from where the reader before this one stopped.
+
+        grace_s: how long the stream and a running job outlive this reader. A job that turns out to be refused
+        (a ServiceError in the body) is forgotten at once.
+        """
+        stream = self._streams.get(job_id)
+        if stream is None:
+            stream = self._streams[job_id] = Stream(job_id, context, asyncio.get_running_loop())
+        subscription = stream.attach()
+        self._keep(stream)
+        try:
+            yield subscription
+        except ServiceError:
+            grace_s = 0.0
+            raise
+        finally:
+            if subscription.current:
+                self._leave(stream, grace_s)
+
+    def publish(self, event: Event) -> None:
+        """Hand an event to its job's stream, if it still has one. Called from the engine's thread."""
+        stream = self._streams.get(event.job_id)
+        if stream is not None:
+            stream.publish(event)
+
+    def find(self, job_id: str) -> Stream[Context] | None:
+        """The stream of a job, as long as a reader may come back to it."""
+        return self._streams.get(job_id)
+
+    def _keep(self, stream: Stream[Context]) -> None:
+        if stream.removal is not None:
+            stream.removal.cancel()
+            stream.removal = None
+
+    def _leave(self, stream: Stream[Context], grace_s: float) -> None:
+        if grace_s <= 0:
+            self._forget(stream)
+        else:
+            loop = asyncio.get_running_loop()
+            stream.removal = loop.call_later(grace_s, self._forget, stream)
+
+    def _forget(self, stream: Stream[Context]) -> None:
+        self._keep(stream)
+        if self._streams.get(stream.job_id) is stream:
+            del self._streams[stream.job_id]
+        if not stream.over:
+            self.abandon(stream.job_id)
+
+    @property
+    def followed(self) -> int:
+        """Streams that have a reader."""
+        return sum(stream.removal is None for stream in list(self._streams.values()))
+
+    def close(self) -> None:
+        """Forget everything; nothing is abandoned."""
+        for stream in self._streams.values():
+            self._keep(stream)
+        self._streams.clear()

@@ -1,0 +1,182 @@
+"""From a loaded checkpoint to a warm engine: build the runtime, time its steps, measure batch invariance."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+
+from model.chain import Chain
+from model.checkpoint import Checkpoint
+from model.denoiser import Denoiser, Latent
+from model.runtimes import Runtime, keep_torch_off, load_runtime
+from model.samplers import Guidance, build_plan
+from service.engine.engine import Engine
+from service.engine.estimates import StepTimes
+from service.engine.jobs import JobSpec, Stage
+from service.engine.messages import AddJob, EngineInfo, Failed, Finished, Invariance
+from service.engine.scheduler import Scheduler
+from service.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
+ROWS_PER_CORE = 4
+"""Beyond these a CPU's rows per second have not been seen to grow; a GPU's go on for longer."""
+TIMING_S = 0.4
+"""How long batch sizes are timed, after the first time."""
+COMPILED_ROWS = 8
+"""The one batch size of torch-compile, where none is set: each takes a minute to compile."""
+
+
+@dataclass(frozen=True)
+class Warm:
+    """A warm engine and what is known about it."""
+
+    engine: Engine
+    info: EngineInfo
+
+
+def warm_up(model: Checkpoint, settings: Settings) -> Warm:
+    """Build, time and check. Raises RuntimeUnavailableError when the machine cannot do what is asked for."""
+    # Not padded yet: the times of small batches decide how large a batch pays.
+    runtime = load_runtime(model, settings.runtime, settings.device, settings.dtype, batch_invariant=False)
+    keep_torch_off(runtime)
+    denoiser = Denoiser.of(model, runtime)
+    sizes: Sequence[int] = cpu_batch_sizes() if runtime.device.type == "cpu" else BATCH_SIZES
+    if settings.runtime == "torch-compile":
+        sizes = (settings.max_batch or COMPILED_ROWS,)
+    elif settings.max_batch:
+        sizes = sorted({size for size in sizes if size < settings.max_batch} | {settings.max_batch})
+    steps = min(4, model.schedule.timesteps)
+    plan = build_plan(model.schedule, "ddim", steps)
+    label = 0 if denoiser.conditional else None
+    chains = [Chain(plan, seed, label) for seed in range(max(sizes))]
+
+    runtime.prepare(sizes)
+    points = _time_batch_sizes(denoiser, chains, sizes)
+    if settings.max_batch > points[-1][0]:
+        points.append((settings.max_batch, _time_step(denoiser, chains)))
+    max_batch_size = settings.max_batch or StepTimes(points).knee()
+    if runtime.name != "openvino":
+        runtime.batch_sizes = _shapes(runtime, sizes, max_batch_size, invariant=settings.batch_invariant)
+        if runtime.batch_sizes:
+            points = [(rows, _time_step(denoiser, chains[:rows])) for rows in runtime.batch_sizes]
+    if denoiser.classifier is not None:  # what it adds to a result is tried too
+        guided = build_plan(model.schedule, "ddim", steps, guidance=Guidance(classifier_scale=1.0))
+        chains = [Chain(guided, chain.seed, label) for chain in chains]
+    invariance = measure_invariance(denoiser, chains[: max(2, max_batch_size)], max_batch_size)
+    logger.info(
+        "%s %s on %s: %d rows per step, %.0f rows/s, results %s of batch neighbours",
+        runtime.name, runtime.dtype, runtime.device, max_batch_size, max_batch_size / dict(points)[max_batch_size],
+        "independent" if invariance.holds else f"within {invariance.max_abs_difference:.1e}",
+    )  # fmt: skip
+
+    def on_batch_limit(size: int) -> None:
+        if runtime.batch_sizes:  # or a smaller batch would be padded to what did not fit
+            runtime.batch_sizes = (size,)
+
+    scheduler = Scheduler(max_batch_size, StepTimes(points), settings.policy)
+    engine = Engine(denoiser, scheduler, on_batch_limit)
+    info = EngineInfo(
+        model.name,
+        runtime.name,
+        str(runtime.device),
+        runtime.dtype,
+        max_batch_size,
+        tuple(points),
+        invariance,
+    )
+    return Warm(engine, info)
+
+
+def cpu_batch_sizes() -> tuple[int, ...]:
+    """Batch sizes that are worth a try on this machine's processor."""
+    most = max(8, ROWS_PER_CORE * (os.cpu_count() or 1))
+    return tuple(size for size in BATCH_SIZES if size <= most)
+
+
+def _shapes(
+    runtime: Runtime, sizes: Sequence[int], max_batch_size: int, *, invariant: bool
+) -> tuple[int, ...]:
+    """What torch's batches are padded to.
+
+    Torch gives a row the same bits only at the same shape, so every call gets the largest one. Where that is
+    not asked for, CUDA still gets a few shapes, which can be recorded.
+    """
+    if invariant or runtime.name == "torch-compile":
+        return (max_batch_size,)
+    if runtime.device.type == "cuda":
+        return (*(size for size in sizes if size < max_batch_size), max_batch_size)
+    return ()
+
+
+def _time_batch_sizes(
+    denoiser: Denoiser, chains: Sequence[Chain], sizes: Sequence[int]
+) -> list[tuple[int, float]]:
+    """(batch size, seconds) of ever larger steps, until two sizes in a row bring no more rows per second.
+
+    Then all of them again and again, in turn: the least of each counts, so that a disturbance at start-up
+    does not decide how large the batches are.
+    """
+    times: dict[int, float] = {}
+    best, without_gain = 0.0, 0
+    for size in sizes:
+        times[size] = _time_step(denoiser, chains[:size])
+        rate = size / times[size]
+        without_gain = 0 if rate > best * 1.05 else without_gain + 1
+        best = max(best, rate)
+        if without_gain == 2:
+            break
+    begun = perf_counter()
+    while perf_counter() - begun < TIMING_S:
+        for size in times:
+            times[size] = min(times[size], _time_step(denoiser, chains[:size], repeats=0))
+    return list(times.items())
+
+
+def _time_step(denoiser: Denoiser, chains: Sequence[Chain], repeats: int = 2) -> float:
+    """Seconds of an engine's step of these chains, a preview of each included.
+
+    The best of `repeats` after a first, which counts if it is alone. Raises RuntimeError when it fails.
+    """
+    batch_size = sum(chain.plan.evaluations[0] for chain in chains)
+    engine = Engine(denoiser, Scheduler(batch_size, StepTimes([(1, 1.0)])))
+    engine.handle(AddJob(JobSpec("warm-up", "ddim", (Stage("denoise", tuple(chains)),), preview="x0")))
+    times: list[float] = []
+    while len(times) <= repeats:
+        begun = perf_counter()
+        report = engine.step()
+        times.append(perf_counter() - begun)
+        events = report.events if report is not None else []
+        if any(isinstance(event, Failed) for event in events):
+            raise RuntimeError(f"the network fails on {len(chains)} rows")
+        if any(isinstance(event, Finished) for event in events):
+            break
+    return min(times[1:] or times)
+
+
+def measure_invariance(denoiser: Denoiser, chains: Sequence[Chain], max_batch_size: int) -> Invariance:
+    """Run the first step of the first chain alone and among others, first and last, and compare the bits."""
+    latents = [denoiser.start(chain) for chain in chains]
+
+    def first_among(count: int, place: int) -> Latent:
+        order = [*range(1, count)]
+        order.insert(place, 0)
+        stepped = denoiser.step([chains[i] for i in order], [latents[i] for i in order], [0] * count)
+        return stepped[place]
+
+    alone = first_among(1, 0).x
+    sizes = sorted(
+        {size for size in (2, 3, max_batch_size // 2, max_batch_size) if 2 <= size <= max_batch_size}
+    )
+    worst = 0.0
+    for size in sizes:
+        for place in (0, size - 1):
+            difference = (first_among(size, place).x - alone).abs().max().item()
+            worst = float(np.maximum(worst, difference))
+    return Invariance(tuple(sizes), worst)

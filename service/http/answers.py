@@ -1,0 +1,157 @@
+"""One presenter per wire format: JSON, a picture, server-sent events. Each turns results into bytes.
+
+Another wire format is another presenter with routes of its own; it shares a job's results with these and
+nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse
+from fastapi.sse import format_sse_event
+
+from service.engine.messages import Cancelled, Failed, Finished, Picture, Preview, Queued
+from service.engine.streams import SequencedEvent
+from service.errors import CancelledError, NotAcceptableError
+from service.http.bodies import bodies_of, queued_body
+from service.http.problems import to_problem
+from service.tasks.images import MEDIA_TYPES, encode
+from service.tasks.sampling import PreparedRequest
+
+JSON = "application/json"
+EVENTS = "text/event-stream"
+MEDIA = (JSON, *MEDIA_TYPES.values(), EVENTS)
+"""What answers come as, in our order of preference."""
+INLINE_VALUES = 10_000
+"""Of pixels: fewer are encoded sooner than another thread is woken twice, in less than a millisecond."""
+
+
+class Presenter(Protocol):
+    """Answers a request once its job is finished."""
+
+    async def respond(self, result: Finished) -> Response:
+        """The answer."""
+
+
+class JsonPresenter:
+    """Everything about the results as one JSON object, pictures in base64."""
+
+    def __init__(self, prepared: PreparedRequest, model: str) -> None:
+        self.prepared, self.model = prepared, model
+
+    async def respond(self, result: Finished) -> Response:
+        """`application/json`."""
+        bodies = bodies_of(self.prepared)
+
+        def body() -> bytes:
+            return bytes(JSONResponse(bodies.completed(result, self.model)).body)
+
+        content = await encoded(body, result.pictures, self.prepared.scale, work=bool(result.measurements))
+        return Response(content, media_type=JSON, headers=_headers(result))
+
+
+class PicturePresenter:
+    """The results as one picture, with its parameters inside."""
+
+    def __init__(self, prepared: PreparedRequest, model: str, media_type: str) -> None:
+        self.prepared, self.model, self.media_type = prepared, model, media_type
+
+    async def respond(self, result: Finished) -> Response:
+        """PNG, JPEG or WebP: the image, or a contact sheet of several."""
+        image_format = next(name for name, known in MEDIA_TYPES.items() if known == self.media_type)
+        bodies, scale = bodies_of(self.prepared), self.prepared.scale
+
+        def picture() -> bytes:
+            sheet, parameters = bodies.sheet(result)
+            return encode(sheet, image_format, {**parameters, "model": self.model}, scale)
+
+        content = await encoded(picture, result.pictures, scale, work=bool(result.measurements))
+        return Response(content, media_type=self.media_type, headers=_headers(result))
+
+
+class EventPresenter:
+    """A job's events as server-sent events: `queued`, `preview` …, then `completed` or `error`."""
+
+    def __init__(self, prepared: PreparedRequest, model: str) -> None:
+        self.prepared, self.model = prepared, model
+
+    async def chunk(self, item: SequencedEvent) -> bytes:
+        """One event with its id, `<job>:<number>`."""
+        event, scale = item.event, self.prepared.scale
+        pictures = event.pictures if isinstance(event, Preview | Finished) else ()
+        work = isinstance(event, Finished) and bool(event.measurements)
+        return await encoded(lambda: self._chunk(item), pictures, scale, work=work)
+
+    def _chunk(self, item: SequencedEvent) -> bytes:
+        name, data = self._named(item)
+        identity = f"{self.prepared.spec.id}:{item.number}"
+        return format_sse_event(event=name, data_str=json.dumps(data), id=identity)
+
+    def _named(self, item: SequencedEvent) -> tuple[str, dict[str, Any]]:
+        match item.event:
+            case Queued():
+                return "queued", queued_body(item.event, self.prepared)
+            case Preview():
+                return "preview", bodies_of(self.prepared).preview(item.event)
+            case Finished():
+                return "completed", bodies_of(self.prepared).completed(item.event, self.model)
+            case Failed(_, error):
+                return "error", to_problem(error).model_dump(exclude_none=True)
+            case Cancelled():
+                cancelled = CancelledError("The job was cancelled.")
+                return "error", to_problem(cancelled).model_dump(exclude_none=True)
+
+
+async def encoded(
+    make: Callable[[], bytes], pictures: Sequence[Picture], scale: int, *, work: bool = False
+) -> bytes:
+    """Bytes made inline if that is quick, else in a thread, so that other connections are not held up.
+
+    work: there is more to do than to encode these pictures.
+    """
+    values = sum(picture.pixels.size for picture in pictures) * scale**2
+    return make() if values <= INLINE_VALUES and not work else await asyncio.to_thread(make)
+
+
+def _headers(result: Finished) -> dict[str, str]:
+    return {"Vary": "Accept", "X-Job-ID": result.job_id}
+
+
+def negotiate(request: Request) -> str:
+    """The media type of a request's answer. Raises NotAcceptableError when it accepts none of ours."""
+    return choose_media_type(", ".join(request.headers.getlist("accept")))
+
+
+def choose_media_type(accept: str) -> str:
+    """The media type for an Accept header (RFC 9110, §12.5.1); our first when it is empty.
+
+    Raises NotAcceptableError when there is none.
+    """
+    best, quality = "", 0.0
+    for offered in MEDIA:
+        found = max(_quality(part, offered) for part in (accept or "*/*").split(","))
+        if found[1] > quality:
+            best, quality = offered, found[1]
+    if not best:
+        raise NotAcceptableError(f"Answers come as {', '.join(MEDIA)}.")
+    return best
+
+
+def _quality(part: str, offered: str) -> tuple[int, float]:
+    """(specificity, quality) that one part of an Accept header gives a media type; specific parts win."""
+    pattern, *options = (piece.strip().lower() for piece in part.split(";"))
+    specificity = {"*/*": 1, f"{offered.split('/')[0]}/*": 2, offered: 3}.get(pattern, 0)
+    if not specificity:
+        return 0, 0.0
+    for option in options:
+        if option.startswith("q="):
+            try:
+                return specificity, min(1.0, max(0.0, float(option[2:])))
+            except ValueError:
+                return specificity, 0.0
+    return specificity, 1.0

@@ -1,0 +1,121 @@
+"""Middleware: API keys, the limit on bodies, and what is counted of every request.
+
+Plain ASGI: a middleware that wraps the response would hide disconnects from the routes.
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, ClassVar
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from pydantic import SecretStr
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import UnauthorizedError
+from service.http.problems import on_service_error
+from service.telemetry import Telemetry, request_id
+
+MAX_BODY_BYTES = 1 << 20
+MAX_UPLOAD_BYTES = 8 << 20
+"""Of a body that may carry pictures: a photograph or two, in base64."""
+
+
+class LimitedRoute(APIRoute):
+    """A route whose body is limited. FastAPI's own limit would answer in plain text."""
+
+    max_body_bytes: ClassVar[int] = MAX_BODY_BYTES
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Handle a request; reading too much of its body raises an HTTPException."""
+        handle = super().get_route_handler()
+
+        async def limited(request: Request) -> Response:
+            size = 0
+
+            async def receive() -> Message:
+                nonlocal size
+                message = await request.receive()
+                size += len(message.get("body", b""))
+                if size > self.max_body_bytes:
+                    raise HTTPException(413, f"A body has at most {self.max_body_bytes} bytes.")
+                return message
+
+            return await handle(Request(request.scope, receive))
+
+        return limited
+
+
+class UploadRoute(LimitedRoute):
+    """A route whose body may carry pictures."""
+
+    max_body_bytes = MAX_UPLOAD_BYTES
+
+
+class Authorise:
+    """Deny by default: where keys are set, every path that is not open needs one as a bearer token.
+
+    A middleware, so that nothing of a request is read first, not even its body.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Sequence[SecretStr], is_open: Callable[[str], bool]) -> None:
+        self.app, self.keys, self.is_open = app, keys, is_open
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run one request, or answer it by 401."""
+        if scope["type"] != "http" or self.is_open(scope["path"]) or self._knows(Headers(scope=scope)):
+            await self.app(scope, receive, send)
+            return
+        error = UnauthorizedError("This route needs a key: Authorization: Bearer …")
+        await (await on_service_error(Request(scope), error))(scope, receive, send)
+
+    def _knows(self, headers: Headers) -> bool:
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        # Every key is compared, so that the time taken does not show which one was close.
+        matches = [hmac.compare_digest(given.encode(), key.get_secret_value().encode()) for key in self.keys]
+        return scheme.lower() == "bearer" and any(matches)
+
+
+class Observe:
+    """Counts and times every request by route, and passes `X-Request-ID` through or makes one up."""
+
+    def __init__(self, app: ASGIApp, telemetry: Telemetry) -> None:
+        self.app, self.telemetry = app, telemetry
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"x-request-id", b"")
+        # Only what is safe to log and to send back; anything else is replaced.
+        safe = 0 < len(given) <= 128 and all(33 <= byte <= 126 for byte in given)
+        identity = given if safe else secrets.token_hex(8).encode()
+        request_id.set(identity.decode())  # the server runs each request in a context of its own
+        status = 499  # what proxies log when the client has gone before the answer
+
+        async def observed(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", identity)]
+            await send(message)
+
+        begun = time.perf_counter()
+        try:
+            await self.app(scope, receive, observed)
+        except Exception:
+            if status == 499:
+                status = 500  # the answer to a bug is given further out
+            raise
+        finally:
+            # The route's template, not the path: paths are an open set.
+            route = getattr(scope.get("route"), "path", "unmatched")
+            self.telemetry.requests.labels(route, f"{status // 100}xx").inc()
+            self.telemetry.request_duration.labels(route).observe(time.perf_counter() - begun)

@@ -1,0 +1,48 @@
+"""Health, readiness, metrics, and what is served."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Response
+
+from service.engine.client import Phase
+from service.errors import EngineDeadError, LoadingError
+from service.http.info import describe
+from service.http.state import State
+
+router = APIRouter(tags=["operations"])
+
+
+@router.get("/livez")
+@router.get("/v2/health/live", include_in_schema=False)
+async def livez(state: State) -> dict[str, str]:
+    """Alive: the engine makes progress whenever it has work."""
+    if not state.engine.alive():
+        raise EngineDeadError("The engine makes no progress.", 10.0)
+    return {"status": "alive"}
+
+
+@router.get("/readyz")
+@router.get("/v2/health/ready", include_in_schema=False)
+async def readyz(state: State) -> dict[str, str]:
+    """Ready: loaded, warm, and not draining."""
+    refusal = state.engine.refusal()
+    if refusal is not None:
+        raise refusal
+    return {"status": Phase.READY.value}
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(state: State) -> Response:
+    """All metrics in Prometheus' text format."""
+    return Response(state.telemetry.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+@router.get("/info")
+async def info(state: State) -> dict[str, Any]:
+    """The model, the samplers, defaults, limits, the device, and how far batch neighbours change a result."""
+    engine = state.engine.info
+    if engine is None:
+        raise state.engine.refusal() or LoadingError("The network is being loaded.", 2.0)
+    return describe(state.capabilities, state.settings, engine)

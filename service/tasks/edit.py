@@ -1,0 +1,120 @@
+"""`/edit`: images from a picture, all of it or where a mask says so.
+
+Decoding pictures takes time: call `prepare_edit` away from the event loop.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from model.chain import Chain, Image, KnownPixels, from_pixels, noised
+from model.samplers import SINGLE_STEP, build_repaint, repaint_steps
+from service.engine.jobs import Stage
+from service.errors import InvalidRequestError
+from service.tasks.sampling import (
+    ImageCount,
+    ModelCapabilities,
+    PreparedRequest,
+    Sampler,
+    SamplingParams,
+    SamplingRequest,
+    check_count,
+    refuse_fields,
+    resolve,
+    sampling_request,
+)
+from service.tasks.uploads import Upload, decode, decode_masked, unpack
+
+DEFAULT_STRENGTH = 0.6
+DEFAULT_JUMP_LENGTH = 10
+DEFAULT_JUMP_N_SAMPLE = 5
+"""With which inpainting costs less than five plain chains, whatever the number of steps."""
+MAX_STEPS = 10_000
+"""Of one image, jumps included: enough for a thousand with RePaint's own jumps."""
+
+
+class EditRequest(SamplingRequest):
+    """The fields of `POST /edit`: a picture, and how much of it (strength) or what (mask) is to change."""
+
+    image: Upload = Field(description="PNG, JPEG or WebP; cropped and resized to the model's size")
+    mask: Upload | None = Field(
+        None, description="a picture of the same size: white is regenerated, black is kept"
+    )
+    strength: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="fraction of the steps that is run, from the picture under noise (SDEdit)",
+    )
+    n: ImageCount = 1
+    sampler: Sampler | None = Field(
+        None, description="absent: ddpm with a mask, else ddim. A mask without strength takes no other"
+    )
+    jump_length: int | None = Field(
+        None, ge=1, description="RePaint, for a mask without strength: steps that a jump goes back up"
+    )
+    jump_n_sample: int | None = Field(
+        None, ge=1, description="RePaint: how often each segment between jumps is run; 1 is no jumps"
+    )
+
+
+def prepare_edit(request: EditRequest, capabilities: ModelCapabilities) -> PreparedRequest:
+    """A job that changes a picture, all of it or where a mask says so.
+
+    Without a mask, SDEdit (Meng et al. 2022): from the picture under noise, the last `strength` of the steps.
+    With a mask alone, RePaint (Lugmayr et al. 2022): from pure noise, with jumps. With both, SDEdit whose
+    known pixels are restored after every step; no jumps are needed, since the regenerated part began as the
+    picture. Known pixels come back exactly. Raises InvalidRequestError.
+    """
+    check_count("n", request.n, capabilities)
+    inpainting = request.mask is not None and request.strength is None
+    if not inpainting:
+        reason = "It applies only to a mask without strength."
+        refuse_fields(reason, jump_length=request.jump_length, jump_n_sample=request.jump_n_sample)
+    # The regenerated part has to come to agree with the known pixels: fresh noise in every step allows it.
+    sampler = request.sampler or ("ddim" if request.mask is None else "ddpm")
+    params = resolve(request, capabilities, sampler, request.n)
+    reported: dict[str, Any] = {"n": request.n, "masked": request.mask is not None}
+    if inpainting:
+        jumps = _jumps(request, params)
+        reported |= jumps
+        plan = build_repaint(
+            capabilities.schedule,
+            params.sampler,
+            params.steps,
+            eta=params.eta,
+            spacing=params.spacing,
+            guidance=params.guidance,
+            **jumps,
+        )
+    else:
+        reported["strength"] = request.strength or DEFAULT_STRENGTH
+        plan = params.plan(capabilities.schedule, reported["strength"])
+    image, known = _decoded(request, capabilities)
+    chains = tuple(
+        Chain(plan, seed, params.label, None if inpainting else noised(plan, image, seed), known)
+        for seed in range(params.seed, params.seed + request.n)
+    )
+    return sampling_request(request, params, [Stage("denoise", chains)], capabilities, reported=reported)
+
+
+def _decoded(request: EditRequest, capabilities: ModelCapabilities) -> tuple[Image, KnownPixels | None]:
+    data = unpack(request.image, "image")
+    if request.mask is None:
+        return from_pixels(decode(data, capabilities.shape)), None
+    pixels, kept = decode_masked(data, unpack(request.mask, "mask"), capabilities.shape)
+    image = from_pixels(pixels)
+    return image, KnownPixels(image, kept)
+
+
+def _jumps(request: EditRequest, params: SamplingParams) -> dict[str, int]:
+    """RePaint's parameters, checked before a table of any length is built from them."""
+    if params.sampler not in SINGLE_STEP:
+        raise InvalidRequestError("sampler", f"Inpainting needs the sampler {' or '.join(SINGLE_STEP)}.")
+    length = request.jump_length or DEFAULT_JUMP_LENGTH
+    n_sample = request.jump_n_sample or DEFAULT_JUMP_N_SAMPLE
+    if repaint_steps(params.steps, length, n_sample) > MAX_STEPS:
+        raise InvalidRequestError("jump_n_sample", f"A chain has at most {MAX_STEPS} steps, jumps included.")
+    return {"jump_length": length, "jump_n_sample": n_sample}

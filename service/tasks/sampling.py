@@ -1,0 +1,288 @@
+"""Sampling parameters: the fields that requests share, checked against a model and filled in."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from model.samplers import Guidance, Plan, build_plan
+from model.schedule import NoiseSchedule, Spacing
+from model.typicality import Typicality
+from service.engine.jobs import JobSpec, PreviewKind, Stage
+from service.errors import InvalidRequestError
+from service.tasks.images import ImageFormat
+
+MAX_SEED = 2**53 - 1  # what every JSON reader can hold
+DEFAULT_GUIDANCE = 2.0
+DEFAULT_SIGMAS = 0.3, 5.0
+"""The noise levels of guidance: better images at three quarters of the evaluations, see the model cards."""
+MAX_ENLARGED_PIXELS = 2**24
+"""Of all pictures of an answer together, where they are enlarged."""
+Sampler = Literal["ddpm", "ddim", "dpmpp_2m", "sde_dpmpp_2m"]
+DEFAULT_SAMPLER: Sampler = "dpmpp_2m"
+DEFAULT_STEPS: dict[Sampler, int] = {"ddpm": 50, "ddim": 50, "dpmpp_2m": 20, "sde_dpmpp_2m": 20}
+"""Beyond which each gains little on the shipped model (its evaluation.md)."""
+ImageCount = Annotated[int, Field(ge=1, description="images; image i has seed + i")]
+
+
+class JobRequest(BaseModel):
+    """Fields of every request. Those left out get the defaults that `/info` reports."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="seed of the first image; random if absent")
+    class_label: int | str | None = Field(None, description="class index or name; absent: unconditional")
+    deadline_s: float | None = Field(None, gt=0, description="give up (504) after this many seconds")
+    output_format: ImageFormat = Field("png", description="of pictures inside JSON and events")
+    preview: PreviewKind = Field(
+        "x0", description="what a stream shows: the x₀ prediction, x_t, both or none"
+    )
+    preview_every: int | None = Field(None, ge=1, description="steps between a stream's previews")
+
+
+class SamplingRequest(JobRequest):
+    """Fields of every request for images."""
+
+    num_inference_steps: int | None = Field(None, ge=1, description="denoising steps, at most the model's T")
+    eta: float = Field(0.0, ge=0, le=1, description="DDIM's η: 0 deterministic, 1 as random as DDPM")
+    guidance_scale: float | None = Field(
+        None, ge=0, le=100, description="classifier-free guidance; 1 is none. Needs a class"
+    )
+    guidance_sigma_min: float = Field(
+        DEFAULT_SIGMAS[0],
+        ge=0,
+        description="lowest noise level σ = √((1 − ᾱ) / ᾱ) that guidance is applied at",
+    )
+    guidance_sigma_max: float | None = Field(
+        DEFAULT_SIGMAS[1], gt=0, description="highest such noise level; null: any"
+    )
+    classifier_scale: float = Field(
+        0.0, ge=0, le=100, description="guidance by the gradient of a classifier, where the model has one"
+    )
+    timestep_spacing: Spacing | None = Field(None, description="which timesteps; absent: the model's own")
+    scale: int = Field(1, ge=1, le=16, description="enlarge pictures so many times, without smoothing")
+
+
+@dataclass(frozen=True)
+class ModelCapabilities:
+    """What can be asked of the loaded model under the service's limits."""
+
+    name: str
+    schedule: NoiseSchedule
+    shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    conditional: bool
+    guided: bool
+    classified: bool
+    typicality: Typicality | None
+    parameters: int
+    max_images: int
+    deadline_s: float
+
+    def label(self, wanted: int | str) -> int:
+        """Index of a class given by name (any case) or index. Raises InvalidRequestError for others."""
+        names = [name.lower() for name in self.class_names]
+        indices = [str(index) for index in range(len(names))]
+        for known_as in (names, indices):
+            if str(wanted).strip().lower() in known_as:
+                return known_as.index(str(wanted).strip().lower())
+        if not names:
+            raise InvalidRequestError("class_label", "This model is unconditional and has no classes.")
+        known = ", ".join(self.class_names)
+        raise InvalidRequestError(
+            "class_label", f"Unknown class. The classes are {known} (0 to {len(names) - 1})."
+        )
+
+    def label_or_none(self, wanted: int | str | None) -> int | None:
+        """The same, or None for the unconditional branch. Raises InvalidRequestError where there is none."""
+        if wanted is not None:
+            return self.label(wanted)
+        if self.conditional and not self.guided:
+            raise InvalidRequestError(
+                "class_label", "This model has no unconditional branch: a class is needed."
+            )
+        return None
+
+
+@dataclass(frozen=True)
+class PreparedRequest:
+    """A job, and what its answer needs besides the results.
+
+    parameters: the request with every default filled in. per_image: extra fields of each image. columns: of
+    the contact sheet. scale: pixels of a picture per pixel of the model and side.
+    """
+
+    spec: JobSpec
+    parameters: dict[str, Any]
+    output_format: ImageFormat
+    per_image: tuple[dict[str, Any], ...] = ()
+    columns: int | None = None
+    scale: int = 1
+
+    def extra(self, index: int) -> dict[str, Any]:
+        """The extra fields of one image."""
+        return self.per_image[index] if self.per_image else {}
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """What all requests for images share, with every default filled in."""
+
+    seed: int
+    label: int | None
+    sampler: Sampler
+    steps: int
+    eta: float
+    spacing: Spacing | None
+    guidance: Guidance
+    reported: dict[str, Any] = field(hash=False)
+    """The same by the names of the request's fields, for the answer."""
+
+    def plan(self, schedule: NoiseSchedule, strength: float = 1.0) -> Plan:
+        """The sampler's table. strength: the fraction of its steps that is run."""
+        return _plan(schedule, self.sampler, self.steps, self.eta, self.spacing, self.guidance, strength)
+
+
+@lru_cache(maxsize=64)
+def _plan(
+    schedule: NoiseSchedule,
+    sampler: str,
+    steps: int,
+    eta: float,
+    spacing: Spacing | None,
+    guidance: Guidance,
+    strength: float,
+) -> Plan:
+    return build_plan(
+        schedule, sampler, steps, eta=eta, spacing=spacing, guidance=guidance, strength=strength
+    )
+
+
+def check_count(name: str, images: int, capabilities: ModelCapabilities) -> None:
+    """Raises InvalidRequestError for more images than a request may ask for."""
+    if images > capabilities.max_images:
+        raise InvalidRequestError(name, f"At most {capabilities.max_images} images per request.")
+
+
+def refuse_fields(reason: str, **fields: object) -> None:
+    """Raises InvalidRequestError, for this reason, at the first of the fields that is given."""
+    for name, value in fields.items():
+        if value is not None:
+            raise InvalidRequestError(name, reason)
+
+
+def first_seed(request: JobRequest, seeds: int) -> int:
+    """The request's seed, or a random one. Raises InvalidRequestError unless `seeds` fit, counting from it."""
+    seed = secrets.randbits(32) if request.seed is None else request.seed
+    if seed + seeds - 1 > MAX_SEED:
+        raise InvalidRequestError("seed", f"Image i has seed + i, and the largest seed is {MAX_SEED}.")
+    return seed
+
+
+def resolve(
+    request: SamplingRequest, capabilities: ModelCapabilities, sampler: Sampler, seeds: int = 1
+) -> SamplingParams:
+    """Fill in the defaults. seeds: how many the request needs, counting from its own.
+
+    Raises InvalidRequestError for what this model does not allow.
+    """
+    schedule = capabilities.schedule
+    steps = request.num_inference_steps or min(DEFAULT_STEPS[sampler], schedule.timesteps)
+    if steps > schedule.timesteps:
+        raise InvalidRequestError("num_inference_steps", f"This model has {schedule.timesteps} timesteps.")
+    if request.eta and sampler != "ddim":
+        raise InvalidRequestError("eta", "Only ddim has an η; the other samplers fix their own noise.")
+    label = capabilities.label_or_none(request.class_label)
+    guidance = _guidance(request, capabilities, label)
+    seed = first_seed(request, seeds)
+    spacing = request.timestep_spacing
+    reported = {
+        "seed": seed,
+        "sampler": sampler,
+        "num_inference_steps": steps,
+        "eta": request.eta,
+        "guidance_scale": guidance.scale,
+        "guidance_sigma_min": request.guidance_sigma_min,
+        "guidance_sigma_max": request.guidance_sigma_max,
+        "classifier_scale": request.classifier_scale,
+        "timestep_spacing": spacing or schedule.timestep_spacing,
+        "class_label": None if label is None else capabilities.class_names[label],
+        "output_format": request.output_format,
+        "scale": request.scale,
+    }
+    return SamplingParams(seed, label, sampler, steps, request.eta, spacing, guidance, reported)
+
+
+def _guidance(request: SamplingRequest, capabilities: ModelCapabilities, label: int | None) -> Guidance:
+    low, high = request.guidance_sigma_min, request.guidance_sigma_max
+    if high is not None and high <= low:
+        raise InvalidRequestError("guidance_sigma_max", "It must be greater than guidance_sigma_min.")
+    if request.classifier_scale and not capabilities.classified:
+        raise InvalidRequestError("classifier_scale", "This model has no classifier.")
+    if request.classifier_scale and label is None:
+        raise InvalidRequestError("classifier_scale", "A classifier needs a class_label to guide towards.")
+    scale = request.guidance_scale
+    if scale is None:
+        by_default = capabilities.guided and label is not None and not request.classifier_scale
+        scale = DEFAULT_GUIDANCE if by_default else 1.0
+    elif scale != 1.0 and not capabilities.guided:
+        raise InvalidRequestError("guidance_scale", "This model was trained without a null class.")
+    elif scale != 1.0 and label is None:
+        raise InvalidRequestError("guidance_scale", "Guidance needs a class_label to guide towards.")
+    return Guidance(scale, (low, math.inf if high is None else high), request.classifier_scale)
+
+
+def sampling_request(
+    request: SamplingRequest,
+    params: SamplingParams,
+    stages: Sequence[Stage],
+    capabilities: ModelCapabilities,
+    *,
+    reported: Mapping[str, Any],
+    per_image: Sequence[dict[str, Any]] = (),
+    columns: int | None = None,
+) -> PreparedRequest:
+    """A prepared request for images. reported: the parameters that only some requests have."""
+    _check_scale(request.scale, len(stages[-1].chains), capabilities)
+    return PreparedRequest(
+        job_spec(request, stages, capabilities, params.sampler),
+        {**reported, **params.reported},
+        request.output_format,
+        tuple(per_image),
+        columns,
+        request.scale,
+    )
+
+
+def job_spec(
+    request: JobRequest, stages: Sequence[Stage], capabilities: ModelCapabilities, sampler: str
+) -> JobSpec:
+    """A job of these stages, under a new id. sampler: what its images are counted by."""
+    now = time.monotonic()
+    allowed = min(request.deadline_s or capabilities.deadline_s, capabilities.deadline_s)
+    steps = len(stages[-1].chains[0].plan)
+    return JobSpec(
+        id=secrets.token_hex(8),
+        sampler=sampler,
+        stages=tuple(stages),
+        deadline=now + allowed,
+        created=now,
+        preview=request.preview,
+        # About two dozen previews of a chain of any length, unless asked otherwise.
+        preview_every=request.preview_every or max(1, steps // 25),
+    )
+
+
+def _check_scale(scale: int, images: int, capabilities: ModelCapabilities) -> None:
+    _, height, width = capabilities.shape
+    if scale > 1 and images * height * width * scale**2 > MAX_ENLARGED_PIXELS:
+        raise InvalidRequestError(
+            "scale", f"Enlarged pictures have at most {MAX_ENLARGED_PIXELS} pixels together."
+        )
