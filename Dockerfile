@@ -1,14 +1,13 @@
 # The service with its weights.
 #
-# Which torch? By default the one that pip's own index holds for the platform. On x86-64 Linux that is the CUDA
-# build: several gigabytes, but it runs everywhere, with and without a GPU, and one image then serves both. For
-# a far smaller image that only ever uses the CPU, name PyTorch's index of CPU wheels (the "CPU" choice of its
-# installation page gives the address):
+# Which torch? By default the one in pip's own index for the platform. On x86-64 Linux that is the CUDA build: several
+# gigabytes, but it runs everywhere, with and without a GPU. For a much smaller CPU-only image, give the address of
+# PyTorch's index of CPU wheels (the "CPU" choice on its installation page has it):
 #
 #     TORCH_VARIANT=cpu TORCH_INDEX_URL=<address> docker compose build
 #
-# TORCH_VARIANT (any, cpu, cuda) picks nothing: it says what must have come out, and a build that got another
-# fails here, instead of in production.
+# TORCH_VARIANT (any, cpu, cuda) selects nothing: it says which build is expected, so that a wrong one fails here and
+# not in production.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 
 FROM ${BASE_IMAGE} AS packages
@@ -18,7 +17,7 @@ WORKDIR /build
 RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 COPY requirements-serve.txt ./
-# torch first and alone, so that its index answers for nothing else; the lock then finds it there.
+# torch first and alone, so that its index is used for nothing else; the lock then finds it installed.
 RUN --mount=type=cache,target=/root/.cache/pip \
     if [ -n "$TORCH_INDEX_URL" ]; then \
         pip install --no-deps --index-url "$TORCH_INDEX_URL" "$(grep '^torch==' requirements-serve.txt)"; \
@@ -30,10 +29,10 @@ RUN python -c "import sys, torch; got = 'cuda' if torch.version.cuda else 'cpu';
 FROM ${BASE_IMAGE}
 LABEL org.opencontainers.image.title="ddpm-service" \
       org.opencontainers.image.description="Diffusion models over HTTP, with continuous batching of denoising steps" \
-      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.version="0.2.0" \
       org.opencontainers.image.licenses="Apache-2.0"
 
-# OpenVINO's converter reports its use unless this file says no.
+# OpenVINO's converter sends telemetry unless this file opts out.
 RUN useradd --uid 10001 --create-home --shell /usr/sbin/nologin ddpm \
     && mkdir /home/ddpm/intel \
     && printf 0 > /home/ddpm/intel/openvino_telemetry
@@ -44,7 +43,7 @@ COPY LICENSE docker/healthcheck.py ./
 COPY model model
 COPY service service
 COPY weights weights
-# Nothing is written at run time but below /tmp: compile here. And weights fresh from training may be its owner's alone.
+# Only /tmp is writable at run time, so compile here. Freshly trained weights may be readable by their owner only.
 RUN /opt/venv/bin/python -m compileall -q model service \
     && chmod -R a+rX /app
 
@@ -59,5 +58,5 @@ USER 10001:10001
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 CMD ["python", "/app/healthcheck.py"]
-# The exec form: python is process 1 and gets SIGTERM itself. Flags of the service may follow `docker run IMAGE`.
+# The exec form: Python is process 1 and receives SIGTERM. Flags of the service may follow `docker run IMAGE`.
 ENTRYPOINT ["python", "-m", "service"]

@@ -4,7 +4,7 @@ import http.client
 import os
 import sys
 
-# http.client rather than urllib, which would send even this through a proxy named in the environment.
+# http.client, because urllib would use a proxy from the environment even for this.
 connection = http.client.HTTPConnection("127.0.0.1", int(os.environ.get("DDPM_PORT", "8000")), timeout=4)
 try:
     connection.request("GET", "/readyz")

@@ -1,17 +1,14 @@
-"""The conventions as tests: who may import whom, what the documents must name, how big a file gets."""
+"""The conventions as tests: who may import whom, how big a file gets, what the lock files hold."""
 
 from __future__ import annotations
 
 import ast
-import re
 import sys
-import tomllib
 from fnmatch import fnmatch
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
-import yaml
 from packaging.utils import canonicalize_name
 
 from tests import locks
@@ -237,92 +234,6 @@ def test_no_file_is_a_junk_room():
     junk = {"utils", "util", "helpers", "helper", "manager", "common", "misc"}
     ours = [path for package in (*OURS, "tests", "bench", "docker") for path in (ROOT / package).rglob("*")]
     assert not [path for path in ours if path.stem.lower() in junk]
-
-
-# ----------------------------------------------------------------------------------------------------
-# The version is one.
-
-
-def project() -> dict[str, object]:
-    table: dict[str, object] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return table
-
-
-def test_the_changelog_opens_with_this_version():
-    newest = re.search(r"^## \[?([^\]\s]+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
-    assert newest is not None
-    assert newest[1] == project()["version"]
-
-
-def test_the_service_has_this_version():
-    tree = ast.parse((ROOT / "service" / "__init__.py").read_text())
-    versions = [
-        node.value.value
-        for node in tree.body
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
-        if [getattr(target, "id", None) for target in node.targets] == ["__version__"]
-    ]
-    assert versions == [project()["version"]]
-
-
-def test_the_image_has_this_version():
-    version = project()["version"]
-    assert f'org.opencontainers.image.version="{version}"' in (ROOT / "Dockerfile").read_text()
-    compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
-    assert compose["services"]["ddpm"]["image"] == f"ddpm-service:{version}"
-
-
-# ----------------------------------------------------------------------------------------------------
-# The documents name what there is, and nothing else.
-
-# Read by docker-compose.yml itself, for the port on the host.
-COMPOSE_ONLY = {"DDPM_PUBLISH"}
-
-
-def settings() -> set[str]:
-    """The environment variables that the service reads."""
-    from service.settings import Settings
-
-    prefix = Settings.model_config["env_prefix"]
-    return {f"{prefix}{name}".upper() for name in Settings.model_fields}
-
-
-def metrics() -> set[str]:
-    """The names of the metrics as PromQL knows them."""
-    from service.telemetry import Telemetry
-
-    families = list(Telemetry().registry.collect())
-    return {f"{family.name}_total" if family.type == "counter" else family.name for family in families}
-
-
-def named(file: str, prefix: str) -> set[str]:
-    """Every name with this prefix in a file."""
-    return set(re.findall(rf"\b{prefix}\w*[a-zA-Z0-9]\b", (ROOT / file).read_text()))
-
-
-def test_every_setting_is_in_the_readme():
-    assert settings() - named("README.md", "DDPM_") == set()
-
-
-def test_every_metric_is_in_the_readme():
-    assert metrics() - named("README.md", "ddpm_") == set()
-
-
-@pytest.mark.parametrize(
-    "file", ["README.md", "CONTRIBUTING.md", "Dockerfile", "docker-compose.yml", "docker/compose.gpu.yml"]
-)
-def test_no_file_names_a_setting_that_is_not(file):
-    assert named(file, "DDPM_") - settings() - COMPOSE_ONLY == set()
-
-
-@pytest.mark.parametrize("file", ["README.md", "docker/alerts.yml", "docker/alerts_test.yml"])
-def test_no_file_names_a_metric_that_is_not(file):
-    found = {re.sub(r"_(bucket|sum|count)$", "", name) for name in named(file, "ddpm_")}
-    assert found - metrics() == set()
-
-
-def test_a_name_must_be_whole():
-    assert "ddpm_ready" not in set(re.findall(r"\bddpm_\w*[a-zA-Z0-9]\b", "ddpm_ready_or_not"))
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
+import { connect, summarize } from "./connect.js";
 import { copy, curl } from "./curl.js";
-import { enter, facts } from "./door.js";
 import { Form } from "./form.js";
 import { Grid } from "./grid.js";
 import { Player } from "./player.js";
@@ -11,11 +11,11 @@ let info = null;
 let form = null;
 let run = null;
 let running = false;
-let drawing = 0;
+let scheduled = 0;
 
 const grid = new Grid($("grid"), (seed) => {
   form.pin(seed);
-  say(`Seed ${seed} is pinned.`);
+  say(`Seed ${seed} pinned.`);
 });
 const player = new Player(
   { bar: $("player"), button: $("play"), range: $("scrubber"), label: $("step") },
@@ -29,23 +29,23 @@ function say(text, failed = false) {
 
 // Many events arrive between two frames of the screen; they are drawn once.
 function redraw() {
-  drawing ||= requestAnimationFrame(draw);
+  scheduled ||= requestAnimationFrame(draw);
 }
 
 function draw() {
-  cancelAnimationFrame(drawing);
-  drawing = 0;
+  cancelAnimationFrame(scheduled);
+  scheduled = 0;
   grid.draw(run.trajectory, player.step);
   player.draw();
-  tell();
+  drawProgress();
 }
 
-function tell() {
-  const { left, position } = run;
+function drawProgress() {
+  const { remaining, position } = run;
   $("progress").value = running || !run.stopped ? run.trajectory.fraction : 0;
-  if (!running) $("left").textContent = "";
-  else if (position !== null) $("left").textContent = `place ${position} in the queue`;
-  else $("left").textContent = left === null ? "" : duration(left);
+  if (!running) $("eta-text").textContent = "";
+  else if (position !== null) $("eta-text").textContent = `position ${position} in the queue`;
+  else $("eta-text").textContent = remaining === null ? "" : duration(remaining);
 }
 
 function duration(seconds) {
@@ -55,8 +55,8 @@ function duration(seconds) {
 
 async function generate() {
   const failures = [];
-  const order = form.read();
-  run = new Run(order, info.model, {
+  const request = form.read();
+  run = new Run(request, info.model, {
     onData: redraw,
     onFailure: (text) => {
       failures.push(text);
@@ -65,28 +65,28 @@ async function generate() {
   });
   const count = run.trajectory.images.length;
   setRunning(true);
-  say(`Making ${count} image${count === 1 ? "" : "s"}.`);
-  form.setUsed(order.fields.seed);
+  say(`Generating ${count} image${count === 1 ? "" : "s"}.`);
+  form.setUsed(request.fields.seed);
   grid.reset(run.trajectory.images);
   player.load(run.trajectory);
-  $("curl").textContent = curl(new URL("generate", document.baseURI).href, order);
-  $("again").hidden = false;
-  reveal();
+  $("curl").textContent = curl(new URL("generate", document.baseURI).href, request);
+  $("reproduce").hidden = false;
+  scrollToImages();
   redraw();
-  const clock = setInterval(tell, 500);
+  const clock = setInterval(drawProgress, 500);
   try {
     await run.drain();
   } finally {
     clearInterval(clock);
     setRunning(false);
-    draw(); // now, not with the next frame: what says that it is done shows all of it
+    draw(); // now, not in the next frame: the page must not say "Done" before the last image is shown
   }
-  if (run.stopped) say("Stopped. What had arrived can be replayed.");
+  if (run.stopped) say("Stopped. The previews received so far can be replayed.");
   else if (failures.length > 1) say(`${failures[0]} (${failures.length - 1} more failed.)`, true);
-  else if (!failures.length) say(`Done in ${run.seconds.toFixed(1)} s, seed ${order.fields.seed}.`);
+  else if (!failures.length) say(`Done in ${run.seconds.toFixed(1)} s, seed ${request.fields.seed}.`);
 }
 
-// Not `disabled`: that would drop the keyboard's focus on the floor.
+// Not `disabled`: that would lose the keyboard focus.
 function setRunning(now) {
   running = now;
   $("generate").setAttribute("aria-disabled", now);
@@ -96,25 +96,25 @@ function setRunning(now) {
 }
 
 // On a phone the images are below the form.
-function reveal() {
+function scrollToImages() {
   if ($("stage").getBoundingClientRect().top < window.innerHeight / 2) return;
-  const gentle = matchMedia("(prefers-reduced-motion: reduce)").matches;
-  $("stage").scrollIntoView({ behavior: gentle ? "auto" : "smooth" });
+  const reducedMotion = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  $("stage").scrollIntoView({ behavior: reducedMotion ? "auto" : "smooth" });
 }
 
 function describe({ version, model, batch_invariance: invariance }) {
   $("name").textContent = document.title = model.name;
-  $("facts").textContent = facts(info);
+  $("summary").textContent = summarize(info);
   const difference = invariance.max_abs_difference;
   $("invariance").textContent =
     (invariance.invariant
-      ? "Measured: an image does not depend on what else is in its batch."
-      : `Measured: batch mates change a result by at most ${difference.toExponential(1)}.`) + ` Version ${version}.`;
+      ? "Measured at start-up: results do not depend on the batch."
+      : `Measured at start-up: batch neighbours change a result by at most ${difference.toExponential(1)}.`) + ` Version ${version}.`;
 }
 
 async function start() {
   try {
-    info = await enter($("form"), say);
+    info = await connect($("form"), say);
   } catch (error) {
     say(error.message, true);
     return;
@@ -123,10 +123,10 @@ async function start() {
   form = new Form(info);
   grid.setShape(info.model);
   grid.show("x0");
-  grid.reset(form.places());
-  say("Noise, waiting.");
+  grid.reset(form.placeholders());
+  say("Ready.");
   $("generate").setAttribute("aria-disabled", "false");
-  $("form").addEventListener("input", () => run || grid.reset(form.places()));
+  $("form").addEventListener("input", () => run || grid.reset(form.placeholders()));
 }
 
 $("form").addEventListener("submit", (event) => {
@@ -138,7 +138,7 @@ $("view").addEventListener("change", (event) => grid.show(event.target.value));
 $("copy").addEventListener("click", () =>
   copy($("curl")).then(
     () => say("Copied."),
-    () => say("The browser refused to copy. The command is selected: copy it by hand.", true),
+    () => say("The browser refused to copy. The command is selected; copy it manually.", true),
   ),
 );
 start();

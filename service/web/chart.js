@@ -1,10 +1,10 @@
-// A curve in SVG, drawn by hand: axes from zero with round ticks, its points, and a mark on one of them.
+// A curve in SVG: axes from zero with round ticks, the points, and a marker on one of them.
 
 const SVG = "http://www.w3.org/2000/svg";
 const MARGIN = { left: 46, right: 14, top: 12, bottom: 42 };
 
 export class Chart {
-  // x, y: {title, name, unit}: the axis says the title, the description the other two.
+  // x, y: {title, name, unit}. The axis shows the title; the accessible description uses name and unit.
   constructor(svg, { x, y, onPick }) {
     Object.assign(this, { svg, x, y, onPick });
     this.points = []; // {x, y, id}, in the order they are joined
@@ -64,18 +64,18 @@ export class Chart {
   }
 
   describe() {
-    const say = ({ x, y }) => `${short(y)} ${this.y.unit} at ${this.x.name} ${short(x)} ${this.x.unit}`.trim();
+    const format = ({ x, y }) => `${short(y)} ${this.y.unit} at ${this.x.name} ${short(x)} ${this.x.unit}`.trim();
     const marked = this.points.find(({ id }) => id === this.marked);
-    const ends = `${this.y.name}: ${say(this.points[0])}, ${say(this.points.at(-1))}.`;
-    return marked ? `${ends} Marked: ${say(marked)}.` : ends;
+    const ends = `${this.y.name}: ${format(this.points[0])}, ${format(this.points.at(-1))}.`;
+    return marked ? `${ends} Marked: ${format(marked)}.` : ends;
   }
 
   pick(event) {
     if (!this.points.length) return;
     const box = this.svg.getBoundingClientRect();
     const [x, y] = [event.clientX - box.left, event.clientY - box.top];
-    const far = (point) => Math.hypot(this.toX(point.x) - x, this.toY(point.y) - y);
-    this.onPick(this.points.reduce((best, point) => (far(point) < far(best) ? point : best)).id);
+    const distance = (point) => Math.hypot(this.toX(point.x) - x, this.toY(point.y) - y);
+    this.onPick(this.points.reduce((best, point) => (distance(point) < distance(best) ? point : best)).id);
   }
 
   add(name, attributes, text) {
@@ -86,12 +86,12 @@ export class Chart {
   }
 }
 
-// Round numbers from 0 to at least `most`, about `count` steps of 1, 2 or 5 times a power of ten.
-export function ticks(most, count) {
-  const rough = (most || 1) / Math.max(1, count);
+// Round numbers from 0 to at least `max`, about `count` steps of 1, 2 or 5 times a power of ten.
+export function ticks(max, count) {
+  const rough = (max || 1) / Math.max(1, count);
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map((factor) => factor * power).find((size) => size >= rough * 0.999);
-  const steps = Math.max(1, Math.ceil((most || 1) / step - 1e-9));
+  const steps = Math.max(1, Math.ceil((max || 1) / step - 1e-9));
   return Array.from({ length: steps + 1 }, (_, i) => Number((i * step).toPrecision(6)));
 }
 

@@ -1,4 +1,4 @@
-// The command that makes the same images again.
+// The command that reproduces the images.
 
 import * as key from "./key.js";
 
@@ -25,7 +25,7 @@ export function curl(url, { fields, labels, each }) {
   return call(quote(JSON.stringify(body)), `${name}-seed-${fields.seed}.png`).join("\n");
 }
 
-// navigator.clipboard is missing on plain http from another machine, where selecting still works.
+// navigator.clipboard is missing on plain HTTP from another machine, where selecting still works.
 export async function copy(element) {
   if (navigator.clipboard) return navigator.clipboard.writeText(element.textContent);
   getSelection().selectAllChildren(element);

@@ -1,14 +1,14 @@
-import { Contest, Guided } from "./contest.js";
-import { enter, facts } from "./door.js";
-import { snapped } from "./picture.js";
-import { Walkthrough } from "./walkthrough.js";
+import { GuidanceComparison, SamplerComparison } from "./comparison.js";
+import { connect, summarize } from "./connect.js";
+import { DenoisePanel } from "./denoise.js";
+import { snappedSize } from "./picture.js";
 
 const FIRST_SEED = 7;
-const SETTLE_MS = 150; // a slider on its way passes values that nobody wants to see
-// The pictures of a study: how many abreast, what is left of them, and how large they get, in screen pixels.
-const CELLS = {
-  contest: { columns: 4, gap: 8, aside: 104, most: 160 },
-  guided: { columns: 6, gap: 8, aside: 0, most: 160 },
+const DEBOUNCE_MS = 150; // a moving slider passes values that nobody waits for
+// The images of a panel: how many in a row, the width taken by row labels, and their maximum size, in CSS pixels.
+const LAYOUT = {
+  comparison: { columns: 4, gap: 8, labels: 104, maxSize: 160 },
+  guided: { columns: 6, gap: 8, labels: 0, maxSize: 160 },
 };
 
 const $ = (id) => document.getElementById(id);
@@ -18,33 +18,33 @@ function say(element, text, failed = false) {
   element.classList.toggle("failed", failed);
 }
 
-// Runs `work(signal)` and tells how it goes; a newer run takes the place of an older one.
-function latest(status, work) {
+// Runs `work(signal)` and reports its state; a new run cancels the one before it.
+function latestOnly(status, work) {
   let controller = new AbortController();
   return async () => {
     controller.abort();
     const { signal } = (controller = new AbortController());
     const started = performance.now();
-    say(status, "Drawing.");
+    say(status, "Generating…");
     try {
       await work(signal);
-      say(status, `Drawn in ${((performance.now() - started) / 1000).toFixed(1)} s.`);
+      say(status, `Done in ${((performance.now() - started) / 1000).toFixed(1)} s.`);
     } catch (error) {
       if (!signal.aborted) say(status, error.message, true);
     }
   };
 }
 
-function later(work) {
+function debounced(work) {
   let timer;
   return () => {
     clearTimeout(timer);
-    timer = setTimeout(work, SETTLE_MS);
+    timer = setTimeout(work, DEBOUNCE_MS);
   };
 }
 
-// Not before somebody looks: every picture costs the service work.
-function onceSeen(element, work) {
+// Images cost the service work, so nothing is generated before it scrolls into view.
+function onceVisible(element, work) {
   const observer = new IntersectionObserver(([{ isIntersecting }]) => {
     if (!isIntersecting) return;
     observer.disconnect();
@@ -54,13 +54,13 @@ function onceSeen(element, work) {
 }
 
 function layout({ model }) {
-  for (const [id, { columns, gap, aside, most }] of Object.entries(CELLS)) {
-    const board = $(id).querySelector(".board");
-    const narrow = board.clientWidth < 560;
+  for (const [id, { columns, gap, labels, maxSize }] of Object.entries(LAYOUT)) {
+    const results = $(id).querySelector(".results");
+    const narrow = results.clientWidth < 560;
     const across = id === "guided" && narrow ? columns / 2 : columns;
-    const room = board.clientWidth - (narrow ? 0 : aside);
-    board.style.setProperty("--columns", across);
-    board.style.setProperty("--size", `${snapped(room, across, gap, model.width, most)}px`);
+    const available = results.clientWidth - (narrow ? 0 : labels);
+    results.style.setProperty("--columns", across);
+    results.style.setProperty("--size", `${snappedSize(available, across, gap, model.width, maxSize)}px`);
   }
 }
 
@@ -75,49 +75,51 @@ function compare(info) {
     const seed = $("seed").validity.valid ? $("seed").valueAsNumber : FIRST_SEED;
     return model.classes.length ? { seed, class_label: Number($("class").value) } : { seed };
   };
-  const contest = new Contest(info);
-  const guided = new Guided(info);
-  const drawContest = latest($("contest-status"), (signal) => contest.run(fields(), signal));
-  const drawGuided = latest($("guided-status"), (signal) => guided.run(fields(), $("guidance").valueAsNumber, signal));
-  const seen = new Set();
-  const look = (id, work) =>
-    onceSeen($(id), () => {
-      seen.add(id);
+  const samplers = new SamplerComparison(info);
+  const guided = new GuidanceComparison(info);
+  const drawSamplers = latestOnly($("comparison-status"), (signal) => samplers.run(fields(), signal));
+  const drawGuided = latestOnly($("guided-status"), (signal) =>
+    guided.run(fields(), $("guidance").valueAsNumber, signal),
+  );
+  const visible = new Set();
+  const whenVisible = (id, work) =>
+    onceVisible($(id), () => {
+      visible.add(id);
       work();
     });
-  look("contest", drawContest);
-  if (model.guidance) look("guided", drawGuided);
+  whenVisible("comparison", drawSamplers);
+  if (model.guidance) whenVisible("guided", drawGuided);
 
-  const name = () => ($("guidance-value").textContent = $("guidance").valueAsNumber.toFixed(1));
-  const redrawGuided = later(drawGuided);
-  const redrawBoth = later(() => {
-    if (seen.has("contest")) drawContest();
-    if (seen.has("guided")) drawGuided();
+  const showScale = () => ($("guidance-value").textContent = $("guidance").valueAsNumber.toFixed(1));
+  const redrawGuided = debounced(drawGuided);
+  const redrawBoth = debounced(() => {
+    if (visible.has("comparison")) drawSamplers();
+    if (visible.has("guided")) drawGuided();
   });
-  $("guidance").addEventListener("input", name);
+  $("guidance").addEventListener("input", showScale);
   $("guidance").addEventListener("input", redrawGuided);
   $("class").addEventListener("change", redrawBoth);
   $("seed").addEventListener("input", redrawBoth);
-  name();
+  showScale();
 }
 
 async function start() {
-  const tell = (text, failed) => say($("status"), text, failed);
+  const setStatus = (text, failed) => say($("status"), text, failed);
   let info;
   try {
-    info = await enter($("studies"), tell);
+    info = await connect($("panels"), setStatus);
   } catch (error) {
-    tell(error.message, true);
+    setStatus(error.message, true);
     return;
   }
   document.title = `Explore ${info.model.name}`;
   $("name").textContent = info.model.name;
-  $("facts").textContent = facts(info);
-  const walkthrough = new Walkthrough(info, tell);
-  new ResizeObserver(() => layout(info)).observe($("studies"));
+  $("summary").textContent = summarize(info);
+  const denoise = new DenoisePanel(info, setStatus);
+  new ResizeObserver(() => layout(info)).observe($("panels"));
   layout(info);
   compare(info);
-  walkthrough.sample(FIRST_SEED);
+  denoise.sample(FIRST_SEED);
 }
 
 start();

@@ -1,4 +1,4 @@
-// The settings: filled from /info, read as the fields of a request.
+// The form: filled from /info, read as the fields of a request.
 
 const $ = (id) => document.getElementById(id);
 
@@ -23,50 +23,50 @@ export class Form {
     $("guidance").max = Math.max(8, defaults.guidance_scale);
     $("guidance").value = defaults.guidance_scale;
     $("n").max = limits.max_images;
-    // "Per class" and "in all" want different numbers, so each keeps its own.
+    // "Per class" and "in total" have different sensible numbers, so each keeps its own.
     this.counts = { [EACH]: 1, other: Math.min(8, limits.max_images) };
     $("n").addEventListener("input", () => (this.counts[this.kind] = $("n").value));
-    $("class").addEventListener("change", () => this.adapt());
+    $("class").addEventListener("change", () => this.update());
     $("sampler").addEventListener("change", () => {
       $("steps").value = defaults.steps_by_sampler[$("sampler").value];
-      this.adapt();
+      this.update();
     });
-    for (const id of ["guidance", "eta"]) $(id).addEventListener("input", () => this.adapt());
-    $("seed").addEventListener("input", () => this.adapt());
+    for (const id of ["guidance", "eta"]) $(id).addEventListener("input", () => this.update());
+    $("seed").addEventListener("input", () => this.update());
     $("pin").addEventListener("click", () => this.pin($("seed").value === "" ? this.used : ""));
-    this.adapt();
+    this.update();
   }
 
   get kind() {
     return $("class").value === EACH ? EACH : "other";
   }
 
-  adapt() {
+  update() {
     const each = this.kind === EACH;
-    const uncond = $("class").value === NONE;
+    const unconditional = $("class").value === NONE;
     $("n").value = this.counts[this.kind];
     $("n-label").textContent = each ? "Images per class" : "Images";
-    $("guidance-field").hidden = !this.info.model.guidance || uncond;
+    $("guidance-field").hidden = !this.info.model.guidance || unconditional;
     $("guidance-value").textContent = Number($("guidance").value).toFixed(1);
     $("eta-field").hidden = $("sampler").value !== "ddim";
     $("eta-value").textContent = Number($("eta").value).toFixed(2);
     const pinned = $("seed").value !== "";
     $("pin").textContent = pinned ? "Unpin" : "Pin";
-    $("seed-text").textContent = pinned ? "pinned" : `used ${this.used}`;
+    $("seed-text").textContent = pinned ? "pinned" : `last: ${this.used}`;
     $("seed-used").hidden = !pinned && this.used === undefined;
   }
 
   pin(seed) {
     $("seed").value = seed;
-    this.adapt();
+    this.update();
   }
 
   setUsed(seed) {
     this.used = seed;
-    this.adapt();
+    this.update();
   }
 
-  // What is asked of the service, and for which classes: one request for each of `labels`.
+  // The fields of the requests, and their classes: one request for each of `labels`.
   read() {
     const { model } = this.info;
     const fields = { n: $("n").valueAsNumber, seed: $("seed").value === "" ? randomSeed() : $("seed").valueAsNumber };
@@ -80,8 +80,8 @@ export class Form {
     return { fields, labels: [named ? model.classes[chosen] : null], each: false };
   }
 
-  // The tiles a request will fill, without seeds, for the empty wall.
-  places() {
+  // The tiles that a request would fill, without seeds, for the empty grid.
+  placeholders() {
     const n = Math.min($("n").valueAsNumber || 1, this.info.limits.max_images);
     const labels = this.kind === EACH ? this.info.model.classes : [""];
     return labels.flatMap((label) => Array.from({ length: n }, () => ({ label })));

@@ -1,11 +1,11 @@
-// The wall of images: one tile each, every pixel of it a whole number of screen pixels where there is room.
+// The grid of images. Each image pixel covers a whole number of screen pixels where the window is wide enough.
 
 const GAP = 14;
-const WIDEST_GAP = 36;
+const MAX_GAP = 36;
 const PAIR_GAP = 4;
-const CAPTION = 26;
-const SMALLEST = 76;
-const LARGEST = 448;
+const CAPTION_HEIGHT = 26;
+const MIN_SIZE = 76;
+const MAX_SIZE = 448;
 
 export class Grid {
   constructor(list, onSeed) {
@@ -23,7 +23,7 @@ export class Grid {
     this.list.style.setProperty("--aspect", `${shape.width} / ${shape.height}`);
   }
 
-  // images: [{label, seed}], seed absent on a tile that only holds a place.
+  // images: [{label, seed}], without a seed for a placeholder.
   reset(images) {
     this.tiles = images.map((image) => this.tile(image));
     this.list.replaceChildren(...this.tiles.map((tile) => tile.item));
@@ -57,7 +57,7 @@ export class Grid {
     caption.append(name, button);
     item.append(pictures, caption);
     const tile = { item, x0, xt, button, label };
-    if (seed !== undefined) nameSeed(tile, seed);
+    if (seed !== undefined) setSeed(tile, seed);
     return tile;
   }
 
@@ -71,52 +71,52 @@ export class Grid {
     trajectory.images.forEach(({ seed }, index) => {
       const tile = this.tiles[index];
       const frame = trajectory.frame(index, step);
-      nameSeed(tile, seed);
+      setSeed(tile, seed);
       for (const kind of ["x0", "xt"]) {
         const image = tile[kind];
         const url = frame?.[kind];
         image.hidden = !url;
         if (url && image.src !== url) image.src = url;
-        const what = kind === "x0" ? "prediction" : "latent";
+        const what = kind === "x0" ? "x₀ prediction" : "noisy sample";
         image.alt = `${tile.label || "image"}, seed ${seed}, ${what} at step ${frame?.step} of ${trajectory.steps}`;
       }
       tile.item.classList.toggle("done", frame?.step === trajectory.steps);
     });
   }
 
-  // The fewest columns, so the largest tiles, whose rows still fit the window; else small tiles that scroll.
+  // The fewest columns, and so the largest tiles, whose rows fit the window; otherwise small tiles that scroll.
   layout() {
     const count = this.tiles.length;
-    const room = this.list.parentElement.clientWidth;
-    if (!count || !room) return;
+    const available = this.list.parentElement.clientWidth;
+    if (!count || !available) return;
     const { width, height } = this.shape;
-    const abreast = this.view === "both" ? 2 : 1;
-    const tall = Math.max(260, window.innerHeight - 300);
+    const perTile = this.view === "both" ? 2 : 1;
+    const maxHeight = Math.max(260, window.innerHeight - 300);
     let columns = 0;
     let size;
     do {
       columns += 1;
-      size = this.size(room, columns, abreast, width);
-      const tile = (size * height) / width + CAPTION;
-      if (Math.ceil(count / columns) * (tile + GAP) <= tall) break;
-    } while (columns < count && this.size(room, columns + 1, abreast, width) >= SMALLEST);
+      size = this.size(available, columns, perTile, width);
+      const tile = (size * height) / width + CAPTION_HEIGHT;
+      if (Math.ceil(count / columns) * (tile + GAP) <= maxHeight) break;
+    } while (columns < count && this.size(available, columns + 1, perTile, width) >= MIN_SIZE);
     this.list.style.setProperty("--size", `${size}px`);
     columns = Math.ceil(count / Math.ceil(count / columns));
-    const tile = abreast * size + (abreast - 1) * PAIR_GAP;
-    const gap = Math.min(WIDEST_GAP, (room - columns * tile) / Math.max(1, columns - 1));
+    const tile = perTile * size + (perTile - 1) * PAIR_GAP;
+    const gap = Math.min(MAX_GAP, (available - columns * tile) / Math.max(1, columns - 1));
     this.list.style.setProperty("--columns", columns);
     this.list.style.setProperty("--gap", `${Math.floor(gap)}px`);
   }
 
-  size(room, columns, abreast, width) {
-    const free = (room - (columns - 1) * GAP) / columns;
-    const size = Math.min(LARGEST, Math.floor((free - (abreast - 1) * PAIR_GAP) / abreast));
+  size(available, columns, perTile, width) {
+    const share = (available - (columns - 1) * GAP) / columns;
+    const size = Math.min(MAX_SIZE, Math.floor((share - (perTile - 1) * PAIR_GAP) / perTile));
     const unit = width / Math.max(1, Math.floor(window.devicePixelRatio));
     return size < width ? size : size - (size % unit);
   }
 }
 
-function nameSeed({ button, label }, seed) {
+function setSeed({ button, label }, seed) {
   if (button.value === String(seed)) return;
   button.value = seed;
   button.textContent = seed;
@@ -124,7 +124,7 @@ function nameSeed({ button, label }, seed) {
   button.hidden = false;
 }
 
-// What an empty frame shows. It stands for the starting noise; it is not the noise of any seed.
+// The background of an empty frame: random pixels, not the noise of any seed.
 function noise({ width, height, channels }) {
   const canvas = document.createElement("canvas");
   Object.assign(canvas, { width, height });

@@ -1,4 +1,4 @@
-// The key of a service that asks for one. This tab keeps it, and nothing else does.
+// The API key. Only this tab keeps it.
 
 const NAME = "ddpm-key";
 

@@ -1,12 +1,12 @@
 // Between files, data: URLs and pixels.
 
-// An image file as the network would have it: its middle square, as small as the network's images, grey where they
-// are. A PNG as a data: URL. Throws where the browser cannot read the file.
+// An image file cropped around its centre and resized to the model's size and channels, as a PNG data: URL. Throws if
+// the browser cannot read the file.
 export async function fit(file, { width, height, channels }) {
   const bitmap = await createImageBitmap(file);
   const canvas = Object.assign(document.createElement("canvas"), { width, height });
   const context = canvas.getContext("2d", { willReadFrequently: true });
-  context.fillRect(0, 0, width, height); // black, which transparent pixels let through
+  context.fillRect(0, 0, width, height); // black shows through transparent pixels
   context.imageSmoothingQuality = "high";
   const scale = Math.max(width / bitmap.width, height / bitmap.height);
   const [w, h] = [bitmap.width * scale, bitmap.height * scale];
@@ -37,14 +37,15 @@ export async function difference(canvas, a, b, gain) {
     return context.getImageData(0, 0, width, height);
   });
   for (let i = 0; i < first.data.length; i += 1) {
-    if (i % 4 < 3) first.data[i] = gain * Math.abs(first.data[i] - second.data[i]); // clamped by its type
+    if (i % 4 < 3) first.data[i] = gain * Math.abs(first.data[i] - second.data[i]); // the array type clamps to 0 … 255
   }
   context.putImageData(first, 0, 0);
 }
 
-// How wide a picture of `width` pixels gets where `columns` share a room: each pixel as many whole ones of the screen.
-export function snapped(room, columns, gap, width, most) {
-  const size = Math.min(most, Math.floor((room - (columns - 1) * gap) / columns));
+// The displayed width of an image of `width` pixels, `columns` of them side by side: a whole number of screen pixels
+// per image pixel.
+export function snappedSize(available, columns, gap, width, maxSize) {
+  const size = Math.min(maxSize, Math.floor((available - (columns - 1) * gap) / columns));
   const unit = width / Math.max(1, Math.floor(window.devicePixelRatio));
   return size < width ? size : size - (size % unit);
 }

@@ -1,8 +1,8 @@
-// The scrubber. While it stands at its right end it follows the run; anywhere else it stays where it was put.
+// The scrubber. At its right end it follows the run; anywhere else it stays where the user put it.
 
 const PLAY_MS = 4000;
-const FASTEST_MS = 40;
-const GENTLE_MS = 400;
+const MIN_INTERVAL_MS = 40;
+const REDUCED_MOTION_INTERVAL_MS = 400;
 
 export class Player {
   constructor({ bar, button, range, label }, onMove) {
@@ -26,7 +26,7 @@ export class Player {
     this.bar.hidden = false;
   }
 
-  // The step to show; past the end means "the newest there is".
+  // The step to show; past the end means the latest one available.
   get step() {
     return this.following ? Infinity : this.trajectory.stops[this.range.valueAsNumber];
   }
@@ -41,12 +41,15 @@ export class Player {
   }
 
   play() {
-    const gentle = matchMedia("(prefers-reduced-motion: reduce)").matches;
-    const interval = Math.max(gentle ? GENTLE_MS : FASTEST_MS, PLAY_MS / this.trajectory.stops.length);
+    const reducedMotion = matchMedia("(prefers-reduced-motion: reduce)").matches;
+    const interval = Math.max(
+      reducedMotion ? REDUCED_MOTION_INTERVAL_MS : MIN_INTERVAL_MS,
+      PLAY_MS / this.trajectory.stops.length,
+    );
     if (this.range.value === this.range.max || this.following) this.range.value = 0;
     this.following = false;
     this.timer = setInterval(() => this.advance(), interval);
-    this.dress("Pause");
+    this.setAction("Pause");
     this.onMove();
   }
 
@@ -63,10 +66,10 @@ export class Player {
   pause() {
     clearInterval(this.timer);
     this.timer = null;
-    this.dress("Play");
+    this.setAction("Play");
   }
 
-  dress(action) {
+  setAction(action) {
     this.button.setAttribute("aria-label", action);
     this.bar.classList.toggle("playing", action === "Pause");
   }

@@ -1,18 +1,18 @@
-// One press of Generate: a request per class, their streams, and how far they are.
+// One press of Generate: a request per class, their streams, and their progress.
 
 import { Problem, follow } from "./stream.js";
 import { Trajectory } from "./trajectory.js";
 
 // A browser opens six connections to one HTTP/1.1 host; one stays free for the rest of the page.
-const LANES = 5;
-const MOST_FRAMES = 100;
-const FEWEST_FRAMES = 10;
-const MEMORY = 96e6; // characters of base64 kept for replay, all images together
+const CONCURRENCY = 5;
+const MAX_FRAMES = 100;
+const MIN_FRAMES = 10;
+const MEMORY = 96e6; // base64 characters kept for replay, over all images
 
 export class Run {
-  constructor(order, shape, { onData, onFailure }) {
-    const { fields, labels, each } = order;
-    Object.assign(this, { order, onData, onFailure });
+  constructor(request, shape, { onData, onFailure }) {
+    const { fields, labels, each } = request;
+    Object.assign(this, { request, onData, onFailure });
     const images = labels.flatMap((label) =>
       Array.from({ length: fields.n }, (_, i) => ({ label: each ? label : "", seed: fields.seed + i })),
     );
@@ -32,40 +32,40 @@ export class Run {
   }
 
   async drain() {
-    const waiting = this.order.labels.keys();
-    const lane = async () => {
-      for (const part of waiting) {
+    const queue = this.request.labels.keys();
+    const consume = async () => {
+      for (const part of queue) {
         if (this.stopped) return;
-        await this.part(part);
+        await this.runPart(part);
       }
     };
-    await Promise.all(Array.from({ length: LANES }, lane));
+    await Promise.all(Array.from({ length: CONCURRENCY }, consume));
     this.seconds = (performance.now() - this.started) / 1000;
   }
 
-  async part(part) {
-    const label = this.order.labels[part];
-    const query = new URLSearchParams({ ...this.order.fields, preview: "both", preview_every: this.every });
+  async runPart(part) {
+    const label = this.request.labels[part];
+    const query = new URLSearchParams({ ...this.request.fields, preview: "both", preview_every: this.every });
     if (label !== null) query.set("class_label", label);
     try {
       for await (const { type, data } of follow(`stream?${query}`, this.controller.signal)) {
         if (type === "error") throw new Problem(data);
-        this.take(part, type, data);
+        this.apply(part, type, data);
         this.onData();
       }
     } catch (error) {
       if (this.stopped) return;
-      const named = this.order.each ? `${label}: ` : "";
-      this.onFailure(named + (error instanceof Problem ? error.message : `This page failed. ${error.message}`));
+      const prefix = this.request.each ? `${label}: ` : "";
+      this.onFailure(prefix + (error instanceof Problem ? error.message : `Error in the page: ${error.message}`));
     } finally {
       this.parts[part].due = 0;
       this.parts[part].position = null;
     }
   }
 
-  take(part, type, data) {
+  apply(part, type, data) {
     const state = this.parts[part];
-    const first = part * this.order.fields.n;
+    const first = part * this.request.fields.n;
     if (data.eta_s != null) state.due = performance.now() + data.eta_s * 1000;
     state.position = type === "queued" ? data.position : null;
     for (const { index, seed, kind, b64_json, media_type } of data.images ?? []) {
@@ -76,8 +76,8 @@ export class Run {
     }
   }
 
-  // In seconds; null while nothing is known. The service's word where it has given it for every part, else our own.
-  get left() {
+  // Seconds remaining; null while unknown. The service's estimate once every part has one, else an extrapolation.
+  get remaining() {
     const now = performance.now();
     if (this.parts.every(({ due }) => due !== null)) {
       return Math.max(0, ...this.parts.map(({ due }) => due - now)) / 1000;
@@ -87,14 +87,14 @@ export class Run {
   }
 
   get position() {
-    const places = this.parts.map(({ position }) => position).filter(Boolean);
-    return this.trajectory.fraction === 0 && places.length ? Math.min(...places) : null;
+    const positions = this.parts.map(({ position }) => position).filter(Boolean);
+    return this.trajectory.fraction === 0 && positions.length ? Math.min(...positions) : null;
   }
 }
 
-// Both pictures of every frame stay in memory, so large images get fewer frames.
+// Both images of every frame stay in memory, so large images get fewer frames.
 function previewEvery(steps, images, { width, height, channels }) {
   const frame = 2 * images * width * height * channels * 1.4;
-  const frames = Math.min(MOST_FRAMES, Math.max(FEWEST_FRAMES, Math.floor(MEMORY / frame)));
+  const frames = Math.min(MAX_FRAMES, Math.max(MIN_FRAMES, Math.floor(MEMORY / frame)));
   return Math.ceil(steps / frames);
 }

@@ -1,4 +1,4 @@
-// Server-sent events over fetch: EventSource hides the body of a 422 or 429, which is where the reason is.
+// Server-sent events over fetch. EventSource hides the body of a 422 or 429, which says what is wrong.
 
 import * as key from "./key.js";
 
@@ -16,9 +16,9 @@ export class Problem extends Error {
   }
 }
 
-// Yields {type, id, data} until `completed` or `error`. A dropped connection is taken up again where it broke, but
-// only once an event has been seen: without its id the server would start a second job. A stream that was asked
-// for by a body has no such way back.
+// Yields {type, id, data} until `completed` or `error`. A dropped connection is resumed after the last event received,
+// but not before the first: without an event's id the service would start a second job. A stream requested by POST is
+// not resumed.
 export async function* follow(url, signal, body = null) {
   const posted = body && { method: "POST", body: JSON.stringify(body) };
   let lastId = "";
@@ -29,7 +29,7 @@ export async function* follow(url, signal, body = null) {
       if (posted) headers["Content-Type"] = "application/json";
       if (lastId) headers["Last-Event-ID"] = lastId;
       const response = await fetch(url, { headers, signal, cache: "no-store", ...posted });
-      if (response.status === 204) throw new Problem({ title: "The connection was lost, and the job with it" });
+      if (response.status === 204) throw new Problem({ title: "The connection was lost, and the job can no longer be resumed" });
       if (!response.ok) throw await Problem.from(response);
       for await (const event of parse(response.body)) {
         lastId = event.id || lastId;
@@ -46,7 +46,7 @@ export async function* follow(url, signal, body = null) {
   }
 }
 
-// The event-stream format of the HTML standard; an event cut off by the end of the stream is discarded, as it says.
+// The event-stream format of the HTML standard; it discards an event that the end of the stream cuts off.
 export async function* parse(body) {
   const reader = body.getReader();
   const decoder = new TextDecoder();
@@ -75,7 +75,7 @@ export async function* parse(body) {
       }
     }
   } finally {
-    reader.cancel().catch(() => {}); // it may be broken already, and that has been reported
+    reader.cancel().catch(() => {}); // it may have failed already, which has been reported
   }
 }
 

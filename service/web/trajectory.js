@@ -1,7 +1,7 @@
-// Every preview received, per image, so that a run can be replayed. No DOM in here.
+// Every preview received, by image, for replay. No DOM in here.
 
 export class Trajectory {
-  // images: [{label, seed}]; stops: the steps a preview is expected at, which the scrubber moves over.
+  // images: [{label, seed}]; stops: the steps that a preview is expected at, which the scrubber moves over.
   constructor(images, steps, every) {
     this.images = images.map((image) => ({ ...image, frames: [], done: 0 }));
     this.steps = steps;
@@ -13,7 +13,7 @@ export class Trajectory {
 
   record(index, { step, timestep, kind, url }) {
     const { frames } = this.images[index];
-    // A re-attached stream may repeat a step; x0 and x_t of one step arrive as two pictures.
+    // A resumed stream may repeat a step; x0 and x_t of one step arrive as two images.
     let at = frames.findLastIndex((frame) => frame.step <= step);
     if (frames[at]?.step !== step) frames.splice(++at, 0, { step });
     frames[at][kind] = url;
@@ -21,13 +21,13 @@ export class Trajectory {
     this.images[index].done = Math.max(this.images[index].done, step);
   }
 
-  // After the last step the latent and the prediction are one and the same picture.
+  // After the last step x_t and the x₀ prediction are the same image.
   finish(index, url) {
     this.record(index, { step: this.steps, kind: "x0", url });
     this.record(index, { step: this.steps, kind: "xt", url });
   }
 
-  // The newest frame of an image at or before a step, if it has got that far.
+  // The latest frame of an image at or before a step, or undefined.
   frame(index, step) {
     return this.images[index].frames.findLast((frame) => frame.step <= step);
   }

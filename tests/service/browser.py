@@ -17,7 +17,7 @@ IN_A_BROWSER = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine"),
 ]
-# Without these a browser in a closed network keeps trying to reach its maker.
+# Without these the browser keeps trying to reach its vendor, in a closed network too.
 QUIET = [
     "--no-sandbox",
     "--disable-gpu",
@@ -32,7 +32,7 @@ Visit = Callable[..., Page]
 
 
 def visiting(launch: Callable[..., Process], folder: Path) -> Iterator[Visit]:
-    """Body of the fixture: opens a page of a service with these flags, its console clean to the end."""
+    """Body of the fixture: opens a page of a service with these flags; the console must stay clean."""
     with ExitStack() as stack:
         complaints: list[str] = []
         browser = stack.enter_context(sync_playwright()).chromium.launch(executable_path=CHROMIUM, args=QUIET)

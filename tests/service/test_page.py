@@ -1,4 +1,4 @@
-"""The page in a real browser, against the real service with a tiny model: it must do what it shows."""
+"""The page in a real browser, against the real service with a tiny model."""
 
 import pytest
 from playwright.sync_api import Page, expect
@@ -18,7 +18,7 @@ def page(visit):
 
 
 def pictures(page: Page) -> list[str]:
-    """What the tiles show of x₀ now."""
+    """The x₀ images that the tiles show now."""
     sources: list[str] = page.locator("#grid .frame.x0 img").evaluate_all("all => all.map(one => one.src)")
     return sources
 
@@ -39,18 +39,18 @@ def test_images_appear_and_can_be_replayed(page):
     scrubber = page.locator("#scrubber")
     scrubber.focus()
     scrubber.press("Home")
-    until(lambda: pictures(page) not in ([], final), "an early look")
+    until(lambda: pictures(page) not in ([], final), "an early preview")
     scrubber.press("End")
-    until(lambda: pictures(page) == final, "the last look")
+    until(lambda: pictures(page) == final, "the final images")
 
 
-def test_done_is_not_said_before_the_images_are_there(page):
-    page.evaluate("window.requestAnimationFrame = () => 1")  # a frame that takes for ever to come
+def test_done_is_not_shown_before_the_images_are(page):
+    page.evaluate("window.requestAnimationFrame = () => 1")  # a frame that never comes
     generate(page, n="1", steps="4", seed="5")
     expect(page.locator("#status")).to_contain_text("Done")
-    drawn = pictures(page)
-    assert drawn
-    assert all(drawn)
+    shown = pictures(page)
+    assert shown
+    assert all(shown)
 
 
 def test_a_pinned_seed_gives_the_same_images_and_another_seed_others(page):
@@ -68,7 +68,7 @@ def test_the_curl_line_names_the_seed(page):
 
 
 def test_stop_ends_the_run(page):
-    page.locator("#steps").fill("100")  # all the steps the tiny model has, for long enough
+    page.locator("#steps").fill("100")  # all of the tiny model's steps, so that it takes long enough
     page.locator("#n").fill("40")
     page.locator("#generate").click()
     page.locator("#stop").click()
@@ -76,13 +76,13 @@ def test_stop_ends_the_run(page):
     expect(page.locator("#status")).to_contain_text("topped")
 
 
-def test_a_service_with_keys_is_opened_by_one(visit):
+def test_a_service_with_keys_asks_for_one(visit):
     page = visit("--api-keys", "the-right-key")
-    for key, told in (("a-wrong-key", "does not know"), ("the-right-key", "waiting")):
+    for key, status in (("a-wrong-key", "was not accepted"), ("the-right-key", "Ready")):
         page.locator("#key").fill(key)
-        page.locator("#door button").click()
-        expect(page.locator("#status")).to_contain_text(told)
-    expect(page.locator("#door")).to_be_hidden()
+        page.locator("#key-form button").click()
+        expect(page.locator("#status")).to_contain_text(status)
+    expect(page.locator("#key-form")).to_be_hidden()
     generate(page, n="1", steps="4", seed="5")
     assert pictures(page)
     expect(page.locator("#curl")).to_contain_text("$KEY")

@@ -1,19 +1,20 @@
-// One image under noise at many timesteps, and what the network makes of each. No DOM in here.
+// One image noised at many timesteps, and the network's x₀ prediction at each. No DOM in here.
 
 import { follow } from "./stream.js";
 
-const LEVELS = 127.5; // grey levels of 255 in a distance of 1 between pixels in [-1, 1]
+const GREY_LEVELS = 127.5; // of 255, in a distance of 1 between pixels in [-1, 1]
 
-export const rmse = (mse) => Math.sqrt(mse) * LEVELS;
+export const rmse = (mse) => Math.sqrt(mse) * GREY_LEVELS;
 
-export class Walk {
+export class ScoreRun {
   constructor(image) {
     this.image = image; // {url, label}
     this.frames = []; // {timestep, x0, xt, bits, mse}, by timestep
     this.score = null;
   }
 
-  // Asks for `terms` timesteps; onFrame is called whenever there is more to see. Throws Problem.
+  // Evaluates `terms` timesteps and calls onFrame after every event. Returns the problem of an `error` event, else
+  // null. Throws Problem.
   async run({ terms, label }, signal, onFrame) {
     const body = { images: [this.image.url.split(",")[1]], terms, seed: 0, preview: "both" };
     if (label !== null) body.class_label = label;
@@ -26,8 +27,8 @@ export class Walk {
     return null;
   }
 
-  record({ kind, media_type, b64_json, measure }, seen) {
-    const timestep = measure?.timestep ?? seen;
+  record({ kind, media_type, b64_json, measure }, eventTimestep) {
+    const timestep = measure?.timestep ?? eventTimestep;
     let at = this.frames.findIndex((frame) => frame.timestep >= timestep);
     if (at < 0) at = this.frames.length;
     if (this.frames[at]?.timestep !== timestep) this.frames.splice(at, 0, { timestep });

@@ -1,35 +1,35 @@
-// The first study: one image, the slider over t, and the curves.
+// One image: the slider over t, the x₀ prediction at each timestep, and the curves.
 
-import { draw } from "./ask.js";
 import { Chart, short } from "./chart.js";
-import { difference, fit, snapped } from "./picture.js";
-import { Walk, nearest, rmse } from "./walk.js";
+import { generate } from "./generate.js";
+import { difference, fit, snappedSize } from "./picture.js";
+import { ScoreRun, nearest, rmse } from "./score.js";
 
 const TERMS = 50;
 const SAMPLES = 3;
 const SAMPLE_STEPS = 20;
-const GAIN = 3; // of the difference: as the page says
-const NOTHING = "nothing";
-const WIDEST = 256;
+const GAIN = 3; // of the difference, as the page's caption says
+const UNCONDITIONAL = "none";
+const MAX_SIZE = 256;
 const GAP = 12;
 
 const $ = (id) => document.getElementById(id);
 
-export class Walkthrough {
+export class DenoisePanel {
   constructor(info, say) {
-    Object.assign(this, { info, say, images: [], walk: null, wanted: info.model.timesteps / 2 });
+    Object.assign(this, { info, say, images: [], scoreRun: null, selected: info.model.timesteps / 2 });
     const onPick = (timestep) => this.goTo(timestep);
-    this.rate = new Chart($("rate-chart"), {
+    this.rateChart = new Chart($("rate-chart"), {
       x: { title: "rate, bits per dimension", name: "a rate of", unit: "bits per dimension" },
       y: { title: "distortion, RMSE of 255", name: "Root mean square error", unit: "of 255" },
       onPick,
     });
-    this.error = new Chart($("guess-chart"), {
+    this.errorChart = new Chart($("error-chart"), {
       x: { title: "timestep t", name: "timestep", unit: "" },
-      y: { title: "RMSE of 255", name: "Root mean square error of the guess", unit: "of 255" },
+      y: { title: "RMSE of 255", name: "Root mean square error of the x₀ prediction", unit: "of 255" },
       onPick,
     });
-    this.offer();
+    this.fillClasses();
     this.listen();
   }
 
@@ -38,40 +38,39 @@ export class Walkthrough {
     return width * height * channels;
   }
 
-  // What the network can be told an image shows.
-  offer() {
+  fillClasses() {
     const { classes, guidance } = this.info.model;
     const options = classes.map((name, index) => new Option(name, index));
-    if (guidance) options.unshift(new Option("nothing", NOTHING));
-    $("told").replaceChildren(...options);
-    $("told-field").hidden = !classes.length;
+    if (guidance) options.unshift(new Option("None (unconditional)", UNCONDITIONAL));
+    $("condition").replaceChildren(...options);
+    $("condition-field").hidden = !classes.length;
   }
 
   listen() {
     $("t").addEventListener("input", () => {
-      const frame = this.walk.frames[$("t").valueAsNumber];
-      if (frame) this.goTo(frame.timestep); // a walk that has just begun has none
+      const frame = this.scoreRun.frames[$("t").valueAsNumber];
+      if (frame) this.goTo(frame.timestep); // a run that has just started has none
     });
-    $("told").addEventListener("change", () => this.score());
+    $("condition").addEventListener("change", () => this.score());
     $("choices").addEventListener("change", (event) => this.choose(Number(event.target.value)));
     $("others").addEventListener("click", () => this.sample(Math.floor(Math.random() * 1e6)));
-    $("file").addEventListener("change", () => this.take($("file").files));
+    $("file").addEventListener("change", () => this.upload($("file").files));
     document.addEventListener("dragover", (event) => event.preventDefault());
     document.addEventListener("drop", (event) => {
       event.preventDefault();
-      this.take(event.dataTransfer.files);
+      this.upload(event.dataTransfer.files);
     });
-    new ResizeObserver(() => this.layout()).observe($("four").parentElement);
+    new ResizeObserver(() => this.layout()).observe($("images").parentElement);
   }
 
   layout() {
-    const room = $("four").parentElement.clientWidth;
-    const columns = room < 560 ? 2 : 4;
-    $("four").style.setProperty("--columns", columns);
-    $("four").style.setProperty("--size", `${snapped(room, columns, GAP, this.info.model.width, WIDEST)}px`);
+    const available = $("images").parentElement.clientWidth;
+    const columns = available < 560 ? 2 : 4;
+    $("images").style.setProperty("--columns", columns);
+    $("images").style.setProperty("--size", `${snappedSize(available, columns, GAP, this.info.model.width, MAX_SIZE)}px`);
   }
 
-  // Images of the model's own to begin with, of classes far apart.
+  // The model's own samples to begin with, of classes far apart.
   async sample(seed) {
     this.sampling?.abort();
     const { signal } = (this.sampling = new AbortController());
@@ -80,12 +79,12 @@ export class Walkthrough {
       classes.length ? Math.round((i * (classes.length - 1)) / (SAMPLES - 1)) : null,
     );
     const steps = Math.min(SAMPLE_STEPS, this.info.model.timesteps);
-    const drawn = labels.map((label, i) => {
+    const requests = labels.map((label, i) => {
       const fields = { seed: seed + i, num_inference_steps: steps, sampler: this.info.samplers.at(-1) };
-      return draw(label === null ? fields : { ...fields, class_label: label }, signal);
+      return generate(label === null ? fields : { ...fields, class_label: label }, signal);
     });
     try {
-      const urls = (await Promise.all(drawn)).flat();
+      const urls = (await Promise.all(requests)).flat();
       this.images = urls.map((url, i) => ({ url, label: labels[i], name: classes[labels[i]] ?? `image ${i + 1}` }));
     } catch (error) {
       if (!signal.aborted) this.say(error.message, true);
@@ -94,13 +93,16 @@ export class Walkthrough {
     this.choose(0);
   }
 
-  async take([file]) {
+  async upload([file]) {
     if (!file) return;
     try {
       const url = await fit(file, this.info.model);
-      this.images = [...this.images.filter(({ own }) => !own), { url, label: null, name: file.name, own: true }];
+      this.images = [
+        ...this.images.filter(({ uploaded }) => !uploaded),
+        { url, label: null, name: file.name, uploaded: true },
+      ];
     } catch {
-      this.say(`${file.name} is no image that this browser can read.`, true);
+      this.say(`${file.name} is not an image this browser can read.`, true);
       return;
     } finally {
       $("file").value = ""; // so that the same file can be chosen again
@@ -114,55 +116,55 @@ export class Walkthrough {
     $("clean").src = chosen.url;
     $("clean").alt = `The image: ${chosen.name}`;
     $("clean").hidden = false;
-    $("told").value = chosen.label ?? (this.info.model.guidance ? NOTHING : 0);
+    $("condition").value = chosen.label ?? (this.info.model.guidance ? UNCONDITIONAL : 0);
     this.image = chosen;
     return this.score();
   }
 
-  // One request shows every timestep; the slider then asks for nothing more. The newest choice wins.
+  // One request covers every timestep; the slider sends no more. The latest choice wins.
   async score() {
     this.controller?.abort();
     const { signal } = (this.controller = new AbortController());
-    const told = $("told").value;
-    const order = {
+    const condition = $("condition").value;
+    const request = {
       terms: Math.min(TERMS, this.info.model.timesteps),
-      label: told === "" || told === NOTHING ? null : Number(told),
+      label: condition === "" || condition === UNCONDITIONAL ? null : Number(condition),
     };
-    this.walk = new Walk(this.image);
-    this.say("Looking at every noise level.");
+    this.scoreRun = new ScoreRun(this.image);
+    this.say("Evaluating the network at every noise level.");
     try {
-      const problem = await this.walk.run(order, signal, () => this.draw());
+      const problem = await this.scoreRun.run(request, signal, () => this.draw());
       if (problem) this.say([problem.title, problem.detail].filter(Boolean).join(": "), true);
-      else this.say(`${this.walk.frames.length} noise levels of ${this.image.name}.`);
+      else this.say(`Evaluated ${this.image.name} at ${this.scoreRun.frames.length} noise levels.`);
     } catch (error) {
       if (!signal.aborted) this.say(error.message, true);
     }
   }
 
   goTo(timestep) {
-    this.wanted = timestep;
+    this.selected = timestep;
     this.draw();
   }
 
   // Many events arrive between two frames of the screen; they are drawn once.
   draw() {
-    this.drawing ||= requestAnimationFrame(() => {
-      this.drawing = 0;
-      if (this.walk.frames.length) this.drawFrame(this.walk.nearest(this.wanted));
-      if (this.walk.score) this.drawCurves(this.walk.score);
+    this.scheduled ||= requestAnimationFrame(() => {
+      this.scheduled = 0;
+      if (this.scoreRun.frames.length) this.drawFrame(this.scoreRun.nearest(this.selected));
+      if (this.scoreRun.score) this.drawCurves(this.scoreRun.score);
     });
   }
 
   drawFrame(at) {
-    const { frames } = this.walk;
+    const { frames } = this.scoreRun;
     const { timestep, mse, bits, ...urls } = frames[at];
     Object.assign($("t"), { max: frames.length - 1, value: at, disabled: false });
-    const reading = [`t = ${timestep} of ${this.info.model.timesteps - 1}`];
-    if (mse !== undefined) reading.push(`the guess is off by ${short(rmse(mse))} of 255 (RMSE)`);
-    if (bits !== undefined) reading.push(`this step costs ${short(bits * this.dims)} bits`);
-    $("reading").textContent = reading.join(" · ");
-    $("t").setAttribute("aria-valuetext", reading.join(", "));
-    for (const [id, url, what] of [["noisy", urls.xt, "The image under noise"], ["guess", urls.x0, "The guess"]]) {
+    const readout = [`t = ${timestep} of ${this.info.model.timesteps - 1}`];
+    if (mse !== undefined) readout.push(`RMSE ${short(rmse(mse))} of 255`);
+    if (bits !== undefined) readout.push(`${short(bits * this.dims)} bits for this step`);
+    $("readout").textContent = readout.join(" · ");
+    $("t").setAttribute("aria-valuetext", readout.join(", "));
+    for (const [id, url, what] of [["noisy", urls.xt, "The noisy image"], ["x0-pred", urls.x0, "The x₀ prediction"]]) {
       if (url && $(id).src !== url) $(id).src = url;
       $(id).hidden = !url;
       $(id).alt = `${what} at t = ${timestep}`;
@@ -172,25 +174,25 @@ export class Walkthrough {
 
   async drawDifference(timestep) {
     try {
-      await difference($("error"), $("clean"), $("guess"), GAIN);
+      await difference($("difference"), $("clean"), $("x0-pred"), GAIN);
     } catch {
-      return; // another picture took its place meanwhile, and will be compared itself
+      return; // another picture has replaced it, and will be compared in its turn
     }
-    $("error").setAttribute("aria-label", `How far the guess at t = ${timestep} is off, pixel by pixel`);
-    $("error").hidden = false;
+    $("difference").setAttribute("aria-label", `Absolute error of the x₀ prediction at t = ${timestep}, by pixel`);
+    $("difference").hidden = false;
   }
 
   drawCurves({ bits_per_dim: bits, standard_error: error, terms, rate_distortion: curve }) {
-    const at = this.walk.frames[this.walk.nearest(this.wanted)]?.timestep ?? this.wanted;
+    const at = this.scoreRun.frames[this.scoreRun.nearest(this.selected)]?.timestep ?? this.selected;
     const rates = sorted(curve).map(({ timestep, rate, rmse: y }) => ({ x: rate, y, id: timestep }));
     const errors = sorted(terms).map(({ timestep, mse }) => ({ x: timestep, y: rmse(mse), id: timestep }));
-    this.rate.show(rates, curve[nearest(curve, at)]?.timestep);
-    this.error.show(errors, terms[nearest(terms, at)]?.timestep);
+    this.rateChart.show(rates, curve[nearest(curve, at)]?.timestep);
+    this.errorChart.show(errors, terms[nearest(terms, at)]?.timestep);
     const bytes = Math.ceil((bits * this.dims) / 8).toLocaleString("en");
-    const uncertain = error == null ? "" : ` ± ${error.toFixed(2)}`;
+    const uncertainty = error == null ? "" : ` ± ${error.toFixed(2)}`;
     $("bits").textContent =
-      `Without loss the image takes at most ${bits.toFixed(2)}${uncertain} bits per dimension by this network, ` +
-      `${bytes} bytes in all; as it is, ${this.dims.toLocaleString("en")}.`;
+      `Variational bound: ${bits.toFixed(2)}${uncertainty} bits per dimension, or ${bytes} bytes for the image ` +
+      `(${this.dims.toLocaleString("en")} uncompressed).`;
   }
 }
 
@@ -201,10 +203,10 @@ function radio({ url, name }, index, checked, list) {
   const input = Object.assign(document.createElement("input"), { type: "radio", name: "image", value: index, checked });
   const frame = Object.assign(document.createElement("span"), { className: "frame" });
   frame.append(Object.assign(new Image(), { src: url, alt: name }));
-  input.className = "unseen";
+  input.className = "visually-hidden";
   label.title = name;
   label.append(input, frame);
-  // The list is rebuilt at every choice; the keyboard stays where it was.
+  // The list is rebuilt at every choice; keyboard focus stays where it was.
   if (checked && list.contains(document.activeElement)) requestAnimationFrame(() => input.focus());
   return label;
 }

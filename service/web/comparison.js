@@ -1,17 +1,17 @@
-// The second study: one seed in a table of samplers and step counts. And the third: guidance, as a slider.
+// One seed in a table of samplers and step counts, and the same seeds over the guidance scale.
 
-import { draw } from "./ask.js";
+import { generate } from "./generate.js";
 
-const COUNTS = [4, 8, 16, 32];
-const LANES = 4; // a browser opens six connections to one HTTP/1.1 host
+const STEP_COUNTS = [4, 8, 16, 32];
+const CONCURRENCY = 4; // a browser opens six connections to one HTTP/1.1 host
 const SEEDS = 6;
 const GUIDED_STEPS = 20;
 
 const $ = (id) => document.getElementById(id);
 
-export class Contest {
+export class SamplerComparison {
   constructor({ samplers, model }) {
-    this.counts = COUNTS.filter((count) => count <= model.timesteps);
+    this.counts = STEP_COUNTS.filter((count) => count <= model.timesteps);
     this.samplers = samplers;
     const head = this.counts.map((count) => cell("th", `${count} steps`, "col"));
     $("counts").replaceChildren(document.createElement("td"), ...head);
@@ -24,46 +24,46 @@ export class Contest {
     $("samplers").replaceChildren(...rows);
   }
 
-  // fields: {seed, class_label?}. Few steps first: those pictures are there soonest.
+  // fields: {seed, class_label?}. The fewest steps first: those images are ready soonest.
   async run(fields, signal) {
     const jobs = this.counts.flatMap((steps, column) =>
-      this.samplers.map((sampler, row) => ({ steps, sampler, into: this.frames[row][column] })),
+      this.samplers.map((sampler, row) => ({ steps, sampler, target: this.frames[row][column] })),
     );
-    for (const { into } of jobs) into.classList.add("stale");
-    const waiting = jobs.values();
-    const lane = async () => {
-      for (const { steps, sampler, into } of waiting) {
-        const [url] = await draw({ ...fields, sampler, num_inference_steps: steps }, signal);
-        show(into, url, `${sampler}, ${steps} steps, seed ${fields.seed}`);
+    for (const { target } of jobs) target.classList.add("stale");
+    const queue = jobs.values();
+    const consume = async () => {
+      for (const { steps, sampler, target } of queue) {
+        const [url] = await generate({ ...fields, sampler, num_inference_steps: steps }, signal);
+        show(target, url, `${sampler}, ${steps} steps, seed ${fields.seed}`);
       }
     };
-    await Promise.all(Array.from({ length: LANES }, lane));
+    await Promise.all(Array.from({ length: CONCURRENCY }, consume));
   }
 }
 
-export class Guided {
+export class GuidanceComparison {
   constructor({ model, samplers, defaults, limits }) {
     this.steps = Math.min(GUIDED_STEPS, model.timesteps);
     this.sampler = samplers.includes("dpmpp_2m") ? "dpmpp_2m" : defaults.sampler;
     this.frames = Array.from({ length: Math.min(SEEDS, limits.max_images) }, () => frame());
-    this.seen = new Map(); // a scale that was shown before is shown at once
+    this.cache = new Map(); // request body → images
     $("seeds").replaceChildren(...this.frames.map((item) => cell("li", item)));
   }
 
   async run(fields, scale, signal) {
-    const order = {
+    const request = {
       ...fields,
       n: this.frames.length,
       sampler: this.sampler,
       num_inference_steps: this.steps,
       guidance_scale: scale,
     };
-    const name = JSON.stringify(order);
-    if (!this.seen.has(name)) {
+    const name = JSON.stringify(request);
+    if (!this.cache.has(name)) {
       for (const item of this.frames) item.classList.add("stale");
-      this.seen.set(name, await draw(order, signal));
+      this.cache.set(name, await generate(request, signal));
     }
-    this.seen.get(name).forEach((url, i) => show(this.frames[i], url, `seed ${fields.seed + i}, guidance ${scale}`));
+    this.cache.get(name).forEach((url, i) => show(this.frames[i], url, `seed ${fields.seed + i}, guidance ${scale}`));
   }
 }
 

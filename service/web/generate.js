@@ -1,10 +1,10 @@
-// Finished images, without watching them being made.
+// Finished images, without previews.
 
 import * as key from "./key.js";
 import { Problem } from "./stream.js";
 
-// fields: of a request to /generate. The images as data: URLs.
-export async function draw(fields, signal) {
+// fields: the body of a /generate request. Returns the images as data: URLs.
+export async function generate(fields, signal) {
   const headers = { "Content-Type": "application/json", ...key.headers() };
   const response = await fetch("generate", { method: "POST", headers, body: JSON.stringify(fields), signal }).catch(
     (error) => {
