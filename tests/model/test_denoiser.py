@@ -10,38 +10,18 @@ import torch
 from torch import Tensor
 
 from model import noise
+from model.chain import Chain, InitialLatent, KnownPixels, SphericalMix, from_pixels, measuring, noised
 from model.checkpoint import Checkpoint
-from model.denoiser import (
-    Chain,
-    Denoiser,
-    Known,
-    Latent,
-    Mix,
-    from_pixels,
-    generate,
-    noised,
-    probing,
-    to_pixels,
-    trajectory,
-)
+from model.denoiser import Denoiser, Latent, generate, to_pixels, trajectory
 from model.diffusion import vlb_terms
+from model.interpolation import angle_between, spherical
+from model.noise import NoiseStream
 from model.runtimes import DtypeName, OpenVinoRuntime, TorchRuntime
 from model.samplers import (
-    A_O,
-    A_X,
-    C_0,
-    C_N,
-    C_P,
-    C_V,
-    C_X,
-    K_0,
-    K_N,
     Guidance,
-    T,
-    W,
     build_inversion,
+    build_measurement,
     build_plan,
-    build_probe,
     build_repaint,
 )
 from model.schedule import NoiseSchedule, linear_betas
@@ -97,20 +77,20 @@ MIXED = (
     chain("sde_dpmpp_2m", 4, seed=8, label=0),
     chain("ddim", 8, seed=9, label=0, guidance=Guidance(2.0, sigmas=(0.5, 20.0))),
     Chain(EDIT, 10, start=noised(EDIT, IMAGE, 10)),
-    Chain(build_inversion(SCHEDULE, 5), 11, start=Mix(((1.0, IMAGE),))),
+    Chain(build_inversion(SCHEDULE, 5), 11, start=InitialLatent(((1.0, IMAGE),))),
     Chain(
         build_repaint(SCHEDULE, "ddpm", 6, jump_length=2, jump_n_sample=2),
         12,
         label=1,
-        known=Known(IMAGE, HALF[None]),
+        known=KnownPixels(IMAGE, HALF[None]),
     ),
     Chain(
-        probe := build_probe(SCHEDULE, [999, 10, 500, 0]),
+        measurement := build_measurement(SCHEDULE, [999, 10, 500, 0]),
         13,
-        start=noised(probe, IMAGE, 13),
-        known=Known(IMAGE, np.ones((1, 1, 1), bool)),
+        start=noised(measurement, IMAGE, 13),
+        known=KnownPixels(IMAGE, np.ones((1, 1, 1), bool)),
     ),
-    chain("dpmpp_2m", 3, seed=14, start=Mix(noises=((0.6, 1), (0.8, 2)))),
+    chain("dpmpp_2m", 3, seed=14, start=InitialLatent(noises=((0.6, 1), (0.8, 2)))),
 )
 
 
@@ -147,7 +127,7 @@ def assert_bitwise_alone(denoiser: Denoiser) -> None:
 
 
 def by_hand(runtime: Any, one: Chain, null: int | None) -> Tensor:
-    """The whole chain of one sample, row by row, without the denoiser."""
+    """The whole chain of one sample, step by step, without the denoiser."""
     plan = one.plan
     x = torch.from_numpy(noise.normal(one.seed, noise.START, SHAPE))[None]
     if one.start is not None:
@@ -157,26 +137,27 @@ def by_hand(runtime: Any, one: Chain, null: int | None) -> Tensor:
         for weight, seed in one.start.noises:
             x = x + weight * torch.from_numpy(noise.normal(seed, noise.START, SHAPE))
     previous = torch.zeros_like(x)
-    for row, values in enumerate(plan.table):
-        t, w = int(values[T]), float(values[W])
-        a_x, a_o, c_x, c_0, c_p, c_n, c_v = (float(v) for v in values[[A_X, A_O, C_X, C_0, C_P, C_N, C_V]])
+    for step, row in enumerate(plan.table):
+        t, w, clip = int(row["t"]), float(row["w"]), float(row["clip"])
+        names = ("a_x", "a_o", "c_x", "c_0", "c_p", "c_n", "c_v")
+        a_x, a_o, c_x, c_0, c_p, c_n, c_v = (float(row[name]) for name in names)
 
         def call(y: int | None, x: Tensor = x, t: int = t) -> Tensor:
             out: Tensor = runtime.forward(x, torch.tensor([t]), None if y is None else torch.tensor([y]))
             return out
 
         out = call(null if one.label is None else one.label)
-        spread = (out[:, 1:] + 1) / 2
+        variance_frac = (out[:, 1:] + 1) / 2
         if w != 1:
             unconditional = call(null)[:, :1]
             out = unconditional + w * (out[:, :1] - unconditional)
-        x0 = (a_x * x + a_o * out[:, :1]).clamp(-plan.clip, plan.clip)
-        z = torch.from_numpy(noise.normal(one.seed, row, SHAPE))
-        scale = torch.exp(c_v * spread) if spread.numel() else 1.0
+        x0 = (a_x * x + a_o * out[:, :1]).clamp(-clip, clip)
+        z = torch.from_numpy(noise.normal(one.seed, step, SHAPE))
+        scale = torch.exp(c_v * variance_frac) if variance_frac.numel() else 1.0
         x = c_x * x + c_0 * x0 + c_p * previous + c_n * scale * z
         if one.known is not None:
-            other = torch.from_numpy(noise.normal(one.seed, row, SHAPE, noise.KNOWN))
-            given = float(values[K_0]) * torch.from_numpy(one.known.image) + float(values[K_N]) * other
+            other = torch.from_numpy(noise.normal(one.seed, step, SHAPE, NoiseStream.KNOWN_PIXELS))
+            given = float(row["k_0"]) * torch.from_numpy(one.known.image) + float(row["k_n"]) * other
             x = torch.where(torch.from_numpy(one.known.mask), given, x)
         previous = x0
     return x
@@ -196,7 +177,7 @@ def test_an_unconditional_network_gets_no_labels() -> None:
     assert all(y is None for _, _, y in denoiser.runtime.calls)
 
 
-def test_start_is_the_noise_of_row_minus_one() -> None:
+def test_start_is_the_starting_noise() -> None:
     latent = fake().start(chain(seed=9))
     np.testing.assert_array_equal(latent.x.numpy(), noise.normal(9, -1, SHAPE))
     assert not latent.x0.any()
@@ -225,11 +206,11 @@ def test_one_call_per_step_with_a_row_more_for_each_guided_sample() -> None:
         chain(),
         chain(label=2, guidance_scale=0.5),
     ]
-    assert [one.plan.rows[0] for one in chains] == [1, 2, 1, 2]
+    assert [one.plan.evaluations[0] for one in chains] == [1, 2, 1, 2]
     denoiser.step(chains, [denoiser.start(one) for one in chains], [0, 3, 1, 0])
     assert isinstance(denoiser.runtime, FakeRuntime)
     ((x, t, y),) = denoiser.runtime.calls
-    assert len(x) == sum(one.plan.rows[0] for one in chains)
+    assert len(x) == sum(one.plan.evaluations[0] for one in chains)
     assert y is not None
     assert y.tolist() == [0, 1, 3, 2, 3, 3]
     assert torch.equal(x[[1, 3]], x[[4, 5]])
@@ -250,15 +231,15 @@ def test_a_step_leaves_what_it_was_given_alone() -> None:
         assert not torch.equal(a.x, x)
 
 
-def test_company_and_moment_of_joining_do_not_matter() -> None:
+def test_batch_neighbours_and_moment_of_joining_do_not_matter() -> None:
     assert_bitwise_alone(fake())
 
 
-def test_company_does_not_matter_with_openvino(openvino: OpenVinoRuntime) -> None:
+def test_batch_neighbours_do_not_matter_with_openvino(openvino: OpenVinoRuntime) -> None:
     assert_bitwise_alone(Denoiser(openvino, SHAPE, conditional=True, null_class=3))
 
 
-def test_company_does_not_matter_with_torch_at_a_fixed_shape(tiny: Checkpoint) -> None:
+def test_batch_neighbours_do_not_matter_with_torch_at_a_fixed_shape(tiny: Checkpoint) -> None:
     runtime = TorchRuntime(tiny, batch_sizes=(16,))
     assert_bitwise_alone(Denoiser(runtime, SHAPE, conditional=True, null_class=3))
 
@@ -273,7 +254,7 @@ def test_images_of_a_batch_are_those_of_their_seeds() -> None:
     assert not torch.equal(batch[0], batch[1])
 
 
-def test_the_guess_is_clipped_where_the_schedule_says_so() -> None:
+def test_the_x0_prediction_is_clipped_where_the_schedule_says_so() -> None:
     denoiser = fake()
     loose = NoiseSchedule(linear_betas(1000), clip=float("inf"))
     first = next(iter(trajectory(denoiser, [chain(steps=3)])))[0]
@@ -303,16 +284,16 @@ def test_what_the_network_cannot_do_is_refused_at_the_start(
 def test_known_pixels_come_back_exactly() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 1), np.uint8)
     plan = build_repaint(SCHEDULE, "ddpm", 5, jump_length=2, jump_n_sample=2)
-    (image,) = to_pixels(generate(fake(), [Chain(plan, 3, known=Known(from_pixels(pixels), HALF[None]))]))
+    (image,) = to_pixels(generate(fake(), [Chain(plan, 3, known=KnownPixels(from_pixels(pixels), HALF[None]))]))
     assert (image[0][HALF] == pixels[..., 0][HALF]).all()
     assert (image[0][~HALF] != pixels[..., 0][~HALF]).any()
 
 
-def test_a_probe_shows_the_network_the_image_under_fresh_noise() -> None:
+def test_a_measurement_shows_the_network_the_image_under_fresh_noise() -> None:
     denoiser = fake()
     timesteps = [999, 10, 500, 0]
-    plan = build_probe(SCHEDULE, timesteps)
-    one = Chain(plan, 5, start=noised(plan, IMAGE, 5), known=Known(IMAGE, np.ones((1, 1, 1), bool)))
+    plan = build_measurement(SCHEDULE, timesteps)
+    one = Chain(plan, 5, start=noised(plan, IMAGE, 5), known=KnownPixels(IMAGE, np.ones((1, 1, 1), bool)))
     final = generate(denoiser, [one])
     np.testing.assert_array_equal(final[0].numpy(), IMAGE)
     assert isinstance(denoiser.runtime, FakeRuntime)
@@ -320,37 +301,34 @@ def test_a_probe_shows_the_network_the_image_under_fresh_noise() -> None:
         assert t.tolist() == [timesteps[row]]
         ac = SCHEDULE.alphas_cumprod[timesteps[row]]
         z = (x[0].numpy() - ac**0.5 * IMAGE) / (1 - ac) ** 0.5
-        stream = (noise.START, 0) if row == 0 else (row - 1, noise.KNOWN)
+        stream = (noise.START, NoiseStream.STEP) if row == 0 else (row - 1, NoiseStream.KNOWN_PIXELS)
         np.testing.assert_allclose(z, noise.normal(5, stream[0], SHAPE, stream[1]), atol=1e-4)
 
 
-def test_a_latent_says_what_its_guess_was_made_of() -> None:
-    denoiser = fake()
-    plan = build_probe(SCHEDULE, [999, 10, 500, 0])
-    one = probing(plan, IMAGE, 5, label=1)
-    assert isinstance(denoiser.runtime, FakeRuntime)
-    for row, latents in enumerate(trajectory(denoiser, [one])):
-        x, _, y = denoiser.runtime.calls[row]
-        assert y is not None
-        assert y.tolist() == [1]
-        assert latents[0].seen is not None
-        assert torch.equal(latents[0].seen, x[0])
-    assert denoiser.start(one).seen is None
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_chain_begins_between_what_the_stage_before_it_left(share: float) -> None:
+    carried = [noise.normal(seed, 3, SHAPE) for seed in (5, 6, 7)]
+    start = InitialLatent(carried=SphericalMix(2, 0, share))
+    latent = fake().start(chain(start=start), carried)
+    u, v = spherical(share, angle_between(carried[2], carried[0]))
+    np.testing.assert_allclose(latent.x.numpy(), u * carried[2] + v * carried[0], rtol=1e-6, atol=1e-6)
+    if share in (0.0, 1.0):
+        np.testing.assert_array_equal(latent.x.numpy(), carried[0 if share else 2])
 
 
-def test_probes_are_measured_against_their_image() -> None:
+def test_measurements_compare_with_their_image() -> None:
     denoiser = Denoiser.of(tiny_checkpoint(), FakeRuntime())
     schedule = denoiser.schedule
     assert schedule is not None
     levels = from_pixels(np.random.default_rng(1).integers(0, 256, (8, 8, 1), np.uint8))
-    chains = [probing(build_probe(schedule, timesteps), levels, 5) for timesteps in ([700, 0], [3, 40])]
+    chains = [measuring(build_measurement(schedule, timesteps), levels, 5) for timesteps in ([700, 0], [3, 40])]
     for row, latents in enumerate(trajectory(denoiser, chains)):
         found = denoiser.measure(chains, latents, [row, row])
         for chain, latent, (bits, error) in zip(chains, latents, found, strict=True):
             t = torch.tensor([chain.plan.timesteps[row]])
-            x0, guess = torch.from_numpy(levels)[None], latent.x0[None]
-            assert bits == vlb_terms(schedule, x0, guess, t, schedule.variance_type).item()
-            assert error == (x0 - guess).double().square().mean().item()
+            x0, x0_pred = torch.from_numpy(levels)[None], latent.x0[None]
+            assert bits == vlb_terms(schedule, x0, x0_pred, t, schedule.variance_type).item()
+            assert error == (x0 - x0_pred).double().square().mean().item()
 
 
 def test_an_edit_begins_with_the_image_under_noise() -> None:
@@ -360,8 +338,8 @@ def test_an_edit_begins_with_the_image_under_noise() -> None:
     np.testing.assert_allclose(latent.x.numpy(), ac**0.5 * IMAGE + (1 - ac) ** 0.5 * z, rtol=1e-5, atol=1e-6)
 
 
-class Spread(FakeRuntime):
-    """A network that also says how large its variance is: more on the right."""
+class VarianceRuntime(FakeRuntime):
+    """A network that also predicts its variance: larger on the right."""
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         out = super().forward(x, t, y)
@@ -372,9 +350,9 @@ class Spread(FakeRuntime):
 def test_a_learned_variance_lies_between_its_ends(guidance: Guidance) -> None:
     plan = build_plan(LEARNED, "ddpm", 5, guidance=guidance)
     one = Chain(plan, 1, label=2)
-    denoiser = Denoiser(Spread(), SHAPE, conditional=True, null_class=3)
+    denoiser = Denoiser(VarianceRuntime(), SHAPE, conditional=True, null_class=3)
     torch.testing.assert_close(
-        generate(denoiser, [one]), by_hand(Spread(), one, null=3), rtol=1e-5, atol=1e-6
+        generate(denoiser, [one]), by_hand(VarianceRuntime(), one, null=3), rtol=1e-5, atol=1e-6
     )
     # One step, left and right edges: the noise is the small variance's and the large one's.
     latent = denoiser.start(one)
@@ -391,14 +369,14 @@ class Towards:
     """A classifier whose gradient is the same everywhere."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[list[int], list[int]]] = []
+        self.calls: list[tuple[list[int], list[int]]] = []
 
     def gradient(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        self.asked.append((t.tolist(), y.tolist()))
+        self.calls.append((t.tolist(), y.tolist()))
         return torch.full_like(x, 0.25)
 
 
-def test_classifier_guidance_moves_the_guess_by_the_gradient() -> None:
+def test_classifier_guidance_moves_the_x0_prediction_by_the_gradient() -> None:
     classifier = Towards()
     denoiser = Denoiser(FakeRuntime(), SHAPE, conditional=True, null_class=3, classifier=classifier)
     loose = NoiseSchedule(linear_betas(1000), clip=float("inf"))
@@ -406,11 +384,11 @@ def test_classifier_guidance_moves_the_guess_by_the_gradient() -> None:
         build_plan(loose, "ddim", 1, timesteps=[300], guidance=Guidance(classifier_scale=s)) for s in (0, 2)
     ]
     chains = [Chain(plans[0], 1, label=1), Chain(plans[1], 1, label=1)]
-    plain, led = denoiser.step(chains, [denoiser.start(one) for one in chains], [0, 0])
+    plain, guided = denoiser.step(chains, [denoiser.start(one) for one in chains], [0, 0])
     ac = loose.alphas_cumprod[300]
     expected = 2 * 0.25 * (1 - ac) / ac**0.5
-    torch.testing.assert_close(led.x0 - plain.x0, torch.full(SHAPE, float(expected)), rtol=1e-4, atol=1e-4)
-    assert classifier.asked == [([300], [1])]  # only for the one that is led
+    torch.testing.assert_close(guided.x0 - plain.x0, torch.full(SHAPE, float(expected)), rtol=1e-4, atol=1e-4)
+    assert classifier.calls == [([300], [1])]  # only for the guided one
 
 
 @pytest.mark.parametrize("label", [None, 1])
@@ -440,7 +418,7 @@ def test_the_denoiser_of_a_checkpoint_has_its_classifier(tiny: Checkpoint) -> No
     assert torch.equal(denoiser.classifier.gradient(x, t, y), before)
 
 
-LED = tuple(
+GUIDED = tuple(
     chain(sampler, 6, seed=20 + i, label=i % 3, guidance=Guidance(scale, sigmas, classifier_scale=4.0))
     for i, (sampler, scale, sigmas) in enumerate(
         [
@@ -455,18 +433,18 @@ LED = tuple(
 )
 
 
-def test_company_does_not_matter_to_chains_that_a_classifier_leads(tiny: Checkpoint) -> None:
+def test_batch_neighbours_do_not_matter_to_classifier_guided_chains(tiny: Checkpoint) -> None:
     denoiser = Denoiser.of(replace(tiny, classifier=tiny_classifier()), FakeRuntime())
-    chains = [*LED, *MIXED[:4]]
+    chains = [*GUIDED, *MIXED[:4]]
     for one, history in zip(chains, run_staggered(denoiser, chains), strict=True):
         for mine, expected in zip(history, run_alone(denoiser, one), strict=True):
             assert torch.equal(mine.x, expected.x)
             assert torch.equal(mine.x0, expected.x0)
-    unled = replace(LED[0], plan=build_plan(SCHEDULE, "ddim", 6))
-    assert not torch.equal(run_alone(denoiser, LED[0])[-1].x, run_alone(denoiser, unled)[-1].x)
+    unguided = replace(GUIDED[0], plan=build_plan(SCHEDULE, "ddim", 6))
+    assert not torch.equal(run_alone(denoiser, GUIDED[0])[-1].x, run_alone(denoiser, unguided)[-1].x)
 
 
-def test_a_classifier_leads_towards_its_class(tiny: Checkpoint) -> None:
+def test_a_classifier_guides_towards_its_class(tiny: Checkpoint) -> None:
     classifier = tiny_classifier()
     denoiser = Denoiser.of(replace(tiny, classifier=classifier), FakeRuntime())
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from model import noise
-from model.denoiser import Mix
+from model.chain import InitialLatent
 from model.interpolation import angle_between, linear, mixed, spherical
 
 SHAPE = (1, 8, 8)
@@ -14,7 +14,7 @@ SHARES = [0.0, 0.1, 0.25, 0.5, 0.8, 1.0]
 
 
 @pytest.mark.parametrize("angle", [math.pi / 2, 1.0, 2.5, 0.01, 0.0, math.pi])
-def test_every_way_begins_and_ends_exactly(angle: float) -> None:
+def test_every_path_begins_and_ends_exactly(angle: float) -> None:
     assert linear(0.0) == spherical(0.0, angle) == (1.0, 0.0)
     assert linear(1.0) == spherical(1.0, angle) == (0.0, 1.0)
 
@@ -29,7 +29,7 @@ def test_independent_noise_keeps_its_variance_on_the_circle_alone(share: float) 
 
 @pytest.mark.parametrize("angle", [0.3, 1.2, 2.8])
 @pytest.mark.parametrize("share", SHARES)
-def test_the_circle_is_walked_evenly(angle: float, share: float) -> None:
+def test_points_on_the_circle_are_evenly_spaced(angle: float, share: float) -> None:
     a, b = np.array([1.0, 0.0]), np.array([math.cos(angle), math.sin(angle)])
     u, v = spherical(share, angle)
     expected = [math.cos(share * angle), math.sin(share * angle)]
@@ -37,7 +37,7 @@ def test_the_circle_is_walked_evenly(angle: float, share: float) -> None:
 
 
 @pytest.mark.parametrize("angle", [0.0, 1e-9, math.pi])
-def test_vectors_in_line_are_mixed_on_it(angle: float) -> None:
+def test_collinear_vectors_are_mixed_on_the_straight_line(angle: float) -> None:
     assert spherical(0.3, angle) == linear(0.3)
 
 
@@ -56,7 +56,7 @@ def test_the_angle_between_latents() -> None:
 
 def test_a_mix_of_mixes() -> None:
     image, other = np.zeros(SHAPE, np.float32), np.ones(SHAPE, np.float32)
-    ends = [Mix(((0.5, image),), ((0.8, 1),)), Mix(((0.5, other),), ((0.8, 2),))]
+    ends = [InitialLatent(((0.5, image),), ((0.8, 1),)), InitialLatent(((0.5, other),), ((0.8, 2),))]
     both = mixed((0.25, 0.75), ends)
     assert [(weight, id(values)) for weight, values in both.images] == [
         (0.125, id(image)),
@@ -66,7 +66,7 @@ def test_a_mix_of_mixes() -> None:
     assert [weight for weight, _ in both.noises] == pytest.approx([0.2, 0.6])
 
 
-def test_what_weighs_nothing_is_left_out() -> None:
-    ends = [Mix(noises=((1.0, 1),)), Mix(noises=((1.0, 2),))]
+def test_terms_of_weight_zero_are_left_out() -> None:
+    ends = [InitialLatent(noises=((1.0, 1),)), InitialLatent(noises=((1.0, 2),))]
     assert mixed((1.0, 0.0), ends).noises == ((1.0, 1),)
     assert mixed((0.0, 1.0), ends).noises == ((1.0, 2),)

@@ -15,25 +15,16 @@ from torch import Tensor
 
 from model.diffusion import predict_x0, training_target
 from model.samplers import (
-    A_G,
-    A_O,
-    A_X,
-    C_0,
-    C_N,
-    C_P,
-    C_V,
-    C_X,
-    K_0,
-    K_N,
+    COLUMNS,
+    ROW,
     SAMPLERS,
     Guidance,
     Plan,
-    T,
-    W,
     build_inversion,
+    build_measurement,
     build_plan,
-    build_probe,
     build_repaint,
+    repaint_steps,
 )
 from model.schedule import PREDICTION_TYPES, NoiseSchedule, VarianceType, linear_betas
 
@@ -58,14 +49,31 @@ def network(schedule: NoiseSchedule) -> Network:
     return eps
 
 
-def follow(plan: Plan, eps: Network, spread: Network | None = None) -> list[Tensor]:
-    """x after every row, in float64, as the module's docstring says. spread: the output's second half."""
+def values(row: np.void, names: str) -> list[float]:
+    return [float(row[name]) for name in names.split()]
+
+
+def columns(plan: Plan, names: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """[steps, names]"""
+    return np.stack([plan.table[name] for name in names.split()], axis=1)
+
+
+def matrix(plan: Plan) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """[steps, columns], all of them."""
+    return columns(plan, " ".join(COLUMNS))
+
+
+def follow(plan: Plan, eps: Network, variance_frac: Network | None = None) -> list[Tensor]:
+    """x after every step, in float64, as the module's docstring says.
+
+    variance_frac: the output's second half.
+    """
     x, previous, xs = noise(-1), torch.zeros(SHAPE, dtype=torch.float64), []
-    for row, values in enumerate(plan.table):
-        t, a_x, a_o, c_x, c_0, c_p, c_n, c_v = values[[T, A_X, A_O, C_X, C_0, C_P, C_N, C_V]]
-        x0 = (a_x * x + a_o * eps(x, int(t))).clamp(-plan.clip, plan.clip)
-        wider = 1.0 if spread is None else torch.exp(c_v * (spread(x, int(t)) + 1) / 2)
-        x = c_x * x + c_0 * x0 + c_p * previous + c_n * wider * noise(row)
+    for step, row in enumerate(plan.table):
+        t, a_x, a_o, clip, c_x, c_0, c_p, c_n, c_v = values(row, "t a_x a_o clip c_x c_0 c_p c_n c_v")
+        x0 = (a_x * x + a_o * eps(x, int(t))).clamp(-clip, clip)
+        wider = 1.0 if variance_frac is None else torch.exp(c_v * (variance_frac(x, int(t)) + 1) / 2)
+        x = c_x * x + c_0 * x0 + c_p * previous + c_n * wider * noise(step)
         previous = x0
         xs.append(x)
     return xs
@@ -80,10 +88,10 @@ def drive(timesteps: Tensor, eps: Network, step: Step) -> list[Tensor]:
     return xs
 
 
-def assert_same_way(ours: list[Tensor], theirs: list[Tensor], within: float = 1e-4) -> None:
+def assert_same_chain(ours: list[Tensor], theirs: list[Tensor], within: float = 1e-4) -> None:
     assert len(ours) == len(theirs)
     for row, (x, expected) in enumerate(zip(ours, theirs, strict=True)):
-        assert (x - expected).abs().max() <= within, f"row {row}"
+        assert (x - expected).abs().max() <= within, f"step {row}"
     assert ours[-1].std() > 0.1
 
 
@@ -110,7 +118,7 @@ def test_ddpm_follows_diffusers(
 
     plan = build_plan(schedule, "ddpm", steps, timesteps=scheduler.timesteps.tolist())
     eps = network(schedule)
-    assert_same_way(follow(plan, eps), drive(scheduler.timesteps, eps, step), within)
+    assert_same_chain(follow(plan, eps), drive(scheduler.timesteps, eps, step), within)
 
 
 @pytest.mark.parametrize(
@@ -127,19 +135,19 @@ def test_ddpm_with_a_learned_variance_follows_diffusers(
     drawn: list[Tensor] = []
     monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *_, **__: drawn[-1])
 
-    def spread(x: Tensor, t: int) -> Tensor:
+    def variance_frac(x: Tensor, t: int) -> Tensor:
         """Where the variance lies, from −1 to 1 and a little beyond, as a network's output does."""
         return 1.1 * torch.cos(x + t)
 
     def step(out: Tensor, t: int, x: Tensor, z: Tensor) -> Tensor:
         drawn.append(z)
-        result: Tensor = scheduler.step(torch.cat((out, spread(x, t)), dim=1), t, x).prev_sample
+        result: Tensor = scheduler.step(torch.cat((out, variance_frac(x, t)), dim=1), t, x).prev_sample
         return result
 
     plan = build_plan(schedule, "ddpm", steps, timesteps=scheduler.timesteps.tolist())
     eps = network(schedule)
     theirs = drive(scheduler.timesteps, eps, step)
-    assert_same_way(follow(plan, eps, spread), theirs, within)
+    assert_same_chain(follow(plan, eps, variance_frac), theirs, within)
     fixed = build_plan(schedule, "ddpm", steps, variance="fixed_small", timesteps=plan.timesteps)
     apart = max((a - b).abs().max() for a, b in zip(follow(fixed, eps), theirs, strict=True))
     assert apart > 1e-3 or steps == 1
@@ -171,7 +179,7 @@ def test_ddim_follows_diffusers(steps: int, options: dict[str, Any], eta: float,
 
     plan = build_plan(schedule, "ddim", steps, eta=eta, timesteps=scheduler.timesteps.tolist())
     eps = network(schedule)
-    assert_same_way(follow(plan, eps), drive(scheduler.timesteps, eps, step), within)
+    assert_same_chain(follow(plan, eps), drive(scheduler.timesteps, eps, step), within)
 
 
 @pytest.mark.filterwarnings(
@@ -204,41 +212,42 @@ def test_dpm_solvers_follow_diffusers(
 
     plan = build_plan(schedule, sampler, steps, timesteps=scheduler.timesteps.tolist())
     eps = network(schedule)
-    assert_same_way(follow(plan, eps), drive(scheduler.timesteps, eps, step))
+    assert_same_chain(follow(plan, eps), drive(scheduler.timesteps, eps, step))
 
 
 def test_ddim_at_eta_one_is_ddpm_with_the_small_variance() -> None:
     schedule = NoiseSchedule(linear_betas(1000))
     for steps in (1, 2, 33, 250):
-        ddim = build_plan(schedule, "ddim", steps, eta=1.0).table
-        ddpm = build_plan(schedule, "ddpm", steps, variance="fixed_small").table
+        ddim = matrix(build_plan(schedule, "ddim", steps, eta=1.0))
+        ddpm = matrix(build_plan(schedule, "ddpm", steps, variance="fixed_small"))
         np.testing.assert_allclose(ddim, ddpm, rtol=1e-9, atol=1e-9)
-    assert not np.allclose(ddpm, build_plan(schedule, "ddpm", 250, variance="fixed_large").table, atol=1e-9)
+    large = matrix(build_plan(schedule, "ddpm", 250, variance="fixed_large"))
+    assert not np.allclose(ddpm, large, atol=1e-9)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_plan_of_one_row_is_the_x0_guess(sampler: str) -> None:
+def test_a_plan_of_one_step_gives_the_x0_prediction(sampler: str) -> None:
     schedule = NoiseSchedule(linear_betas(1000), clip=math.inf)
     plan = build_plan(schedule, sampler, 1, eta=1.0, timesteps=[700])
     assert plan.timesteps == (700,)
     x, out = noise(0), noise(1)
-    a_x, a_o, c_x, c_0, c_p, c_n = plan.table[0, [A_X, A_O, C_X, C_0, C_P, C_N]]
-    guess = predict_x0(schedule, x, torch.tensor([700, 700]), out)
-    torch.testing.assert_close(c_x * x + c_0 * (a_x * x + a_o * out), guess)
+    a_x, a_o, c_x, c_0, c_p, c_n = values(plan.table[0], "a_x a_o c_x c_0 c_p c_n")
+    x0_pred = predict_x0(schedule, x, torch.tensor([700, 700]), out)
+    torch.testing.assert_close(c_x * x + c_0 * (a_x * x + a_o * out), x0_pred)
     assert (c_x, c_0, c_p, c_n) == (0, 1, 0, 0)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_perfect_network_arrives_from_any_noise(sampler: str) -> None:
-    # With x₀ known, every row must keep x on its way: √ᾱ' x₀ + √(1 − ᾱ') ε.
+    # With x₀ known, every step must lead x to √ᾱ' x₀ + √(1 − ᾱ') ε.
     schedule = NoiseSchedule(linear_betas(1000))
     plan = build_plan(schedule, sampler, 25)
     x0 = 0.5
     following = np.append(schedule.alphas_cumprod[list(plan.timesteps[1:])], 1.0)
     for t, row, ac in zip(plan.timesteps, plan.table, following, strict=True):
         mean = schedule.alphas_cumprod[t] ** 0.5 * x0
-        assert row[C_X] * mean + (row[C_0] + row[C_P]) * x0 == pytest.approx(ac**0.5 * x0, abs=1e-12)
-        variance = row[C_X] ** 2 * (1 - schedule.alphas_cumprod[t]) + row[C_N] ** 2
+        assert row["c_x"] * mean + (row["c_0"] + row["c_p"]) * x0 == pytest.approx(ac**0.5 * x0, abs=1e-12)
+        variance = row["c_x"] ** 2 * (1 - schedule.alphas_cumprod[t]) + row["c_n"] ** 2
         assert variance == pytest.approx(1 - ac, abs=1e-12)
 
 
@@ -262,20 +271,20 @@ def plans(draw: st.DrawFn) -> tuple[NoiseSchedule, Plan]:
 @given(drawn=plans())
 def test_what_holds_for_every_plan(drawn: tuple[NoiseSchedule, Plan]) -> None:
     schedule, plan = drawn
-    assert np.isfinite(plan.table).all()
-    assert plan.table.dtype == np.float64
-    assert (np.diff(plan.table[:, T]) < 0).all()
-    assert plan.timesteps == tuple(plan.table[:, T])
-    assert plan.table[-1, [C_X, C_0, C_P, C_N]].tolist() == [0, 1, 0, 0]
-    assert plan.table[0, C_P] == 0, "there is no previous x₀ yet"
-    assert (plan.table[:, C_N] >= 0).all()
+    assert np.isfinite(matrix(plan)).all()
+    assert plan.table.dtype == ROW
+    assert (np.diff(plan.table["t"]) < 0).all()
+    assert plan.timesteps == tuple(plan.table["t"])
+    assert values(plan.table[-1], "c_x c_0 c_p c_n") == [0, 1, 0, 0]
+    assert plan.table["c_p"][0] == 0, "there is no previous x₀ yet"
+    assert (plan.table["c_n"] >= 0).all()
     assert 1 <= len(plan) <= schedule.timesteps
-    assert plan.clip == schedule.clip
+    assert (plan.table["clip"] == schedule.clip).all()
 
 
 @given(t=st.integers(0, 999), x0=st.floats(-1, 1), eps=st.floats(-4, 4))
 def test_the_parametrisations_agree_on_x0(t: int, x0: float, eps: float) -> None:
-    guesses = []
+    predictions = []
     for kind in PREDICTION_TYPES:
         schedule = NoiseSchedule(linear_betas(1000), prediction_type=kind)
         ac = schedule.alphas_cumprod[t]
@@ -287,8 +296,8 @@ def test_the_parametrisations_agree_on_x0(t: int, x0: float, eps: float) -> None
             torch.tensor([eps], dtype=torch.float64),
         )
         row = build_plan(schedule, "ddim", 1, timesteps=[t]).table[0]
-        guesses.append(row[A_X] * x + row[A_O] * float(out))
-    assert guesses == pytest.approx([x0] * len(PREDICTION_TYPES), abs=1e-9)
+        predictions.append(row["a_x"] * x + row["a_o"] * float(out))
+    assert predictions == pytest.approx([x0] * len(PREDICTION_TYPES), abs=1e-9)
 
 
 @pytest.mark.parametrize("timesteps", [[], [5, 5], [1, 2], [1000], [3, -1]])
@@ -319,33 +328,32 @@ def test_defaults_come_from_the_schedule() -> None:
 # ── Guidance as columns ────────────────────────────────────────────────────────────────────────
 
 
-def test_guidance_outside_its_interval_costs_one_row() -> None:
+def test_guidance_outside_its_interval_costs_one_evaluation() -> None:
     schedule = NoiseSchedule(linear_betas(1000))
     plan = build_plan(schedule, "ddim", 50, guidance=Guidance(3.0, (0.3, 5.0), classifier_scale=2.0))
     sigma = np.sqrt(1 / schedule.alphas_cumprod[list(plan.timesteps)] - 1)
     inside = (sigma >= 0.3) & (sigma <= 5.0)
     assert 5 < inside.sum() < 45
-    assert plan.rows == tuple(np.where(inside, 2, 1))
-    np.testing.assert_array_equal(plan.table[:, W], np.where(inside, 3.0, 1.0))
-    np.testing.assert_array_equal(plan.table[:, A_G] != 0, inside)
-    assert plan.work[0] == sum(plan.rows)
-    assert plan.work[-1] == 0
-    assert [before - after for before, after in zip(plan.work, plan.work[1:], strict=False)] == list(
-        plan.rows
-    )
+    assert plan.evaluations == tuple(np.where(inside, 2, 1))
+    np.testing.assert_array_equal(plan.table["w"], np.where(inside, 3.0, 1.0))
+    np.testing.assert_array_equal(plan.table["a_g"] != 0, inside)
+    left = plan.remaining
+    assert left[0] == sum(plan.evaluations)
+    assert left[-1] == 0
+    assert [before - after for before, after in zip(left, left[1:], strict=False)] == list(plan.evaluations)
 
 
 def test_a_learned_variance_has_the_small_and_the_large_one_as_ends() -> None:
     schedule = NoiseSchedule(linear_betas(1000))
     kinds: tuple[VarianceType, ...] = ("fixed_small", "fixed_large", "learned_range")
     small, large, learned = (build_plan(schedule, "ddpm", 40, variance=kind).table for kind in kinds)
-    np.testing.assert_array_equal(learned[:, C_N], small[:, C_N])
-    np.testing.assert_allclose(learned[:-1, C_N] * np.exp(learned[:-1, C_V]), large[:-1, C_N], rtol=1e-12)
-    assert not small[:, C_V].any()
-    assert not large[:, C_V].any()
+    np.testing.assert_array_equal(learned["c_n"], small["c_n"])
+    np.testing.assert_allclose(learned["c_n"][:-1] * np.exp(learned["c_v"][:-1]), large["c_n"][:-1], rtol=1e-12)
+    assert not small["c_v"].any()
+    assert not large["c_v"].any()
 
 
-# ── Other courses ──────────────────────────────────────────────────────────────────────────────
+# ── Other plans ────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(("strength", "rows"), [(1.0, 20), (0.5, 10), (0.01, 1), (0.13, 3)])
@@ -370,33 +378,33 @@ def test_inversion_leads_to_the_noise_that_leads_back(spacing: Any) -> None:
         build_inversion(schedule, 250, spacing=spacing),
         build_plan(schedule, "ddim", 250, spacing=spacing),
     )
-    assert (np.diff(up.table[:, T]) > 0).all()
-    image, spread = noise(3).clamp(-1, 1), 0.5
+    assert (np.diff(up.table["t"]) > 0).all()
+    image, deviation = noise(3).clamp(-1, 1), 0.5
 
     def run(plan: Plan, x: Tensor) -> Tensor:
         """With the network that is right for images of independent normal pixels."""
         for row in plan.table:
-            ac = float(schedule.alphas_cumprod[int(row[T])])
-            guess = ac**0.5 * spread**2 / (ac * spread**2 + 1 - ac) * x
-            eps = (x - ac**0.5 * guess) / (1 - ac) ** 0.5
-            x = row[C_X] * x + row[C_0] * (row[A_X] * x + row[A_O] * eps)
+            ac = float(schedule.alphas_cumprod[int(row["t"])])
+            x0 = ac**0.5 * deviation**2 / (ac * deviation**2 + 1 - ac) * x
+            eps = (x - ac**0.5 * x0) / (1 - ac) ** 0.5
+            x = row["c_x"] * x + row["c_0"] * (row["a_x"] * x + row["a_o"] * eps)
         return x
 
     top = run(up, image)
-    torch.testing.assert_close(top, image / spread, rtol=0.03, atol=0)  # the exact flow stretches them
+    torch.testing.assert_close(top, image / deviation, rtol=0.03, atol=0)  # the exact flow stretches them
     torch.testing.assert_close(run(down, top), image, rtol=0.03, atol=0)
 
 
-def test_inversion_keeps_a_perfect_network_on_its_way() -> None:
+def test_inversion_keeps_a_perfect_network_on_its_path() -> None:
     schedule = NoiseSchedule(linear_betas(1000))
     plan = build_inversion(schedule, 20)
     assert plan.start == 1.0
-    levels = schedule.alphas_cumprod[np.append(plan.table[:, T].astype(int)[1:], 950)]
+    levels = schedule.alphas_cumprod[np.append(plan.table["t"].astype(int)[1:], 950)]
     for row, ac in zip(plan.table, levels, strict=True):
-        here = schedule.alphas_cumprod[int(row[T])]
+        here = schedule.alphas_cumprod[int(row["t"])]
         x0, eps = 0.3, -0.7
         x = here**0.5 * x0 + (1 - here) ** 0.5 * eps
-        assert row[C_X] * x + row[C_0] * x0 == pytest.approx(ac**0.5 * x0 + (1 - ac) ** 0.5 * eps)
+        assert row["c_x"] * x + row["c_0"] * x0 == pytest.approx(ac**0.5 * x0 + (1 - ac) ** 0.5 * eps)
 
 
 def test_repaint_goes_down_with_jumps_back_up() -> None:
@@ -418,10 +426,10 @@ def test_a_jump_is_the_forward_process() -> None:
     after = np.append(schedule.alphas_cumprod[list(plan.timesteps[1:])], 1.0)
     for t, row, ac in zip(plan.timesteps, plan.table, after, strict=True):
         here = schedule.alphas_cumprod[t]
-        assert row[C_X] * here**0.5 * x0 + row[C_0] * x0 == pytest.approx(ac**0.5 * x0, abs=1e-12)
-        assert row[C_X] ** 2 * (1 - here) + row[C_N] ** 2 == pytest.approx(1 - ac, abs=1e-12)
-        assert row[K_0] ** 2 == pytest.approx(ac)
-        assert row[K_N] ** 2 == pytest.approx(1 - ac)
+        assert row["c_x"] * here**0.5 * x0 + row["c_0"] * x0 == pytest.approx(ac**0.5 * x0, abs=1e-12)
+        assert row["c_x"] ** 2 * (1 - here) + row["c_n"] ** 2 == pytest.approx(1 - ac, abs=1e-12)
+        assert row["k_0"] ** 2 == pytest.approx(ac)
+        assert row["k_n"] ** 2 == pytest.approx(1 - ac)
 
 
 @pytest.mark.parametrize(
@@ -437,14 +445,31 @@ def test_jumps_that_make_no_sense_are_refused(sampler: str, options: dict[str, i
         build_repaint(NoiseSchedule(linear_betas(1000)), sampler, 10, **options)  # type: ignore[arg-type]
 
 
-def test_a_probe_forgets() -> None:
+@given(st.integers(1, 60), st.integers(1, 12), st.integers(1, 5))
+def test_the_length_of_a_repaint_is_known_beforehand(steps: int, length: int, n_sample: int) -> None:
     schedule = NoiseSchedule(linear_betas(1000))
-    plan = build_probe(schedule, [5, 900, 5])
+    plan = build_repaint(schedule, "ddim", steps, jump_length=length, jump_n_sample=n_sample)
+    assert len(plan) == repaint_steps(steps, length, n_sample)
+
+
+def test_unclipped_changes_nothing_but_the_bound() -> None:
+    plan = build_plan(NoiseSchedule(linear_betas(1000)), "ddim", 5, strength=0.5)
+    loose = plan.unclipped()
+    assert np.isinf(loose.table["clip"]).all()
+    assert (plan.table["clip"] == 1).all()
+    assert loose.start == plan.start
+    rest = " ".join(name for name in COLUMNS if name != "clip")
+    np.testing.assert_array_equal(columns(loose, rest), columns(plan, rest))
+
+
+def test_a_measurement_does_not_use_its_predictions() -> None:
+    schedule = NoiseSchedule(linear_betas(1000))
+    plan = build_measurement(schedule, [5, 900, 5])
     assert plan.timesteps == (5, 900, 5)
-    assert not plan.table[:, [C_X, C_0, C_P, C_N, C_V, A_G]].any()
+    assert not columns(plan, "c_x c_0 c_p c_n c_v a_g").any()
     ac = schedule.alphas_cumprod
     assert plan.start == pytest.approx(ac[5] ** 0.5)
-    np.testing.assert_allclose(plan.table[:, K_0], [ac[900] ** 0.5, ac[5] ** 0.5, 1.0])
+    np.testing.assert_allclose(plan.table["k_0"], [ac[900] ** 0.5, ac[5] ** 0.5, 1.0])
     for wrong in ([], [1000], [-1]):
         with pytest.raises(ValueError, match="timesteps"):
-            build_probe(schedule, wrong)
+            build_measurement(schedule, wrong)
