@@ -3,8 +3,8 @@
 The same small network is trained for the same number of steps on the same images in the same order, to
 predict ε, the posterior mean μ̃, x₀ or v, by L_simple or by the variational bound itself, and with a variance
 that it learns (by the bound, or by L_hybrid, Nichol & Dhariwal 2021). Each is sampled by DDPM with every
-variance that it allows, and judged as `model.evaluate` does, by the judge of a shipped model. Beside that
-stands the bound on held-out images.
+variance that it allows, and judged as `model.evaluation.evaluate` does, by the judge of a shipped model.
+Beside that stands the bound on held-out images.
 
 What is trained is thrown away, and nothing that is served depends on it, so this is no part of model/.
 Whatever is finished is kept in --work: the same command goes on from there. The table is printed as Markdown.
@@ -26,13 +26,15 @@ import torch
 from safetensors import safe_open
 
 from bench.quality import Judge
-from model import checkpoint, diffusion, plots, train
+from model import checkpoint, diffusion
 from model.checkpoint import Checkpoint
-from model.data import DataError, Dataset
-from model.evaluate import load_splits
+from model.evaluation import plots
+from model.evaluation.evaluate import load_splits
 from model.runtimes import keep_torch_off
 from model.samplers import build_plan
 from model.schedule import VarianceType
+from model.training import train
+from model.training.data import DataError, Dataset
 
 NAMES = {
     "epsilon": "ε",
@@ -46,7 +48,7 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Choice:
-    """What a network is trained for: options of model.train."""
+    """What a network is trained for: options of model.training.train."""
 
     prediction: str
     objective: str
@@ -208,14 +210,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser("python -m bench.ablation", description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--data", type=Path, required=True, help="as for model.evaluate")
+    add("--data", type=Path, required=True, help="as for model.evaluation.evaluate")
     add("--work", type=Path, default=Path("build/ablation"), help="where networks and measures are kept")
     add("--judge", type=Path, default=Path("weights/fashion-mnist"), help="model folder whose judge it is")
     add("--steps", type=int, default=800, help="of every training")
     add(
         "--train",
         default="--channels 16,32,64 --attention 8 --learning-rate 2e-3 --warmup-steps 100 --ema-decay 0.99",
-        help="other options of model.train, for all alike",
+        help="other options of model.training.train, for all alike",
     )
     add("--samples", type=int, default=500, help="images of every row")
     add("--sampling-steps", type=int, default=50, help="of DDPM")

@@ -216,7 +216,7 @@ def _load_typicality(folder: Path) -> Typicality | None:
         raise CheckpointError(f"{path}: {error}") from error
     if found.weights_sha256 != weights_sha256(folder):
         raise CheckpointError(
-            f"{path}: it is about other weights: remove it, and run python -m model.anomaly anew"
+            f"{path}: it is about other weights: remove it, and run python -m model.evaluation.anomaly anew"
         )
     return found
 

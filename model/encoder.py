@@ -2,8 +2,8 @@
 
 ∇ log p(x_t | y) = ∇ log p(x_t) + ∇ log p(y | x_t), so a classifier of noisy images that knows the timestep
 leads a chain towards a class (Dhariwal & Nichol 2021, §4). It takes part in every step that it guides, so it
-is small: it halves the image at once, and has residual blocks from there on. `model/noise_classifier.py`
-trains it.
+is small: it halves the image at once, and has residual blocks from there on. It is trained by
+`model/training/noise_classifier.py`.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ a diffusion model's errors by noise level, Graham et al. 2023). Here they are th
 their logarithms, less the training images' mean at the same timestep, averaged over bands of timesteps. The
 score is the squared Mahalanobis distance from the training images' mean, divided by the number of bands.
 
-`python -m model.anomaly` fits this to a training set and writes it beside the weights.
+`python -m model.evaluation.anomaly` fits this to a training set and writes it beside the weights.
 """
 
 from __future__ import annotations

@@ -12,13 +12,14 @@ import torch
 
 from bench import ablation
 from bench.ablation import CHOICES, Choice, bits_per_dimension, steps_done
-from model import checkpoint, train
-from model.data import Dataset
+from model import checkpoint
 from model.diffusion import prior_term, q_posterior
 from model.schedule import NoiseSchedule
-from model.train import Trainer
+from model.training import train
+from model.training.data import Dataset
+from model.training.train import Trainer
 from tests.model.conftest import SCHEDULER, tiny_checkpoint
-from tests.model.test_evaluate import data, model  # noqa: F401 (fixtures)
+from tests.model.evaluation.test_evaluate import data, model  # noqa: F401 (fixtures)
 
 SHORT = (
     "--steps 2 --samples 12 --sampling-steps 2 --bound-images 4"

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.anomaly import measure
 from model.denoiser import Denoiser, to_pixels
 from model.diffusion import prior_term
+from model.evaluation.anomaly import measure
 from model.likelihood import FEWEST_TERMS, choose_timesteps, estimate, prior_bits, rmse, strata, stretches
 from model.schedule import NoiseSchedule, linear_betas
 from tests.model.gaussian import GaussianRuntime, expected_terms

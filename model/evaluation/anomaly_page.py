@@ -1,4 +1,4 @@
-"""What model.anomaly has found, as a page."""
+"""What model.evaluation.anomaly has found, as a page."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from model.corruptions import BLUR, NOISE
+from model.evaluation.corruptions import BLUR, NOISE
 
 
 def markdown(report: Mapping[str, Any]) -> str:

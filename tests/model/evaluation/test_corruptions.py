@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from model.corruptions import CORRUPTIONS, NOISE
+from model.evaluation.corruptions import CORRUPTIONS, NOISE
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 3, 16, 12)).astype(np.uint8)
 

@@ -1,12 +1,14 @@
-"""Train a model's noise-aware classifier: `python -m model.noise_classifier --model FOLDER --data PATH`.
+"""Train the noise-aware classifier of a model, for classifier guidance.
+
+`python -m model.training.noise_classifier --model FOLDER --data PATH`
 
 The classifier (model/encoder.py) sees training images under the noise of the model's own schedule, at
-timesteps spread evenly, and learns their classes by cross-entropy (Dhariwal & Nichol 2021, §4.1). As in
-model/train.py every random draw of a step is a function of the seed and the step's number, so a run that was
-stopped goes on exactly where it was. FOLDER/classifier is what the service loads; FOLDER/training holds the
-state to resume from. In the end a table says how often it is right on test images, timestep by timestep.
+stratified timesteps, and learns their classes by cross-entropy (Dhariwal & Nichol 2021, §4.1). A stopped run
+resumes exactly where it was (model/training/loop.py). The service loads FOLDER/classifier; FOLDER/training
+holds the state to resume from. At the end a table gives the accuracy on test images by timestep.
 
-It is not the judge of model/evaluate.py, which sees clean images only and must not have guided them.
+It is not the judge of model/evaluation/evaluate.py: the judge sees clean images only, and must not have
+guided the samples it judges.
 """
 
 from __future__ import annotations
@@ -30,11 +32,11 @@ from tqdm import tqdm
 
 from model import checkpoint, diffusion
 from model.checkpoint import CheckpointError
-from model.data import DataError, Dataset
 from model.encoder import EncoderConfig, NoiseClassifier
-from model.evaluate import load_splits
+from model.evaluation.evaluate import load_splits
 from model.schedule import NoiseSchedule
-from model.train import batch_indices
+from model.training.data import DataError, Dataset
+from model.training.train import batch_indices
 from model.unet import ConfigError
 
 STATE = "noise-classifier.safetensors"
@@ -185,7 +187,7 @@ def _integers(text: str) -> tuple[int, ...]:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        "python -m model.noise_classifier", description=(__doc__ or "").split("\n\n")[0]
+        "python -m model.training.noise_classifier", description=(__doc__ or "").split("\n\n")[0]
     )
     add = parser.add_argument
     add("--model", type=Path, required=True, help="model folder; the classifier goes into it")

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from model.anomaly_page import markdown
+from model.evaluation.anomaly_page import markdown
 
 REPORT: dict[str, Any] = {
     "model": "ramps",
     "weights_sha256": "0123",
-    "command": "python -m model.anomaly --model ramps",
+    "command": "python -m model.evaluation.anomaly --model ramps",
     "runtime": "torch float32",
     "shape": [1, 8, 8],
     "timesteps": 1000,

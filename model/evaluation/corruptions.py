@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageFilter
 
-from model.data import Pixels
+from model.training.data import Pixels
 
 NOISE = 25.0
 """Standard deviation of the noise, in levels of 255."""

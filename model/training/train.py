@@ -1,4 +1,4 @@
-"""Train a U-Net: `python -m model.train --data PATH --out FOLDER`.
+"""Train a U-Net: `python -m model.training.train --data PATH --out FOLDER`.
 
 Algorithm 1 of Ho et al. 2020: the network's output is regressed on ε with L_simple (or on x₀, v or
 the posterior mean, or with the bound itself; and with --learned-variance by L_hybrid, Nichol & Dhariwal
@@ -31,10 +31,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from model import checkpoint, data, diffusion, plots
+from model import checkpoint, diffusion
 from model.checkpoint import Checkpoint
 from model.diffusion import OBJECTIVES, Objective
+from model.evaluation import plots
 from model.schedule import PREDICTION_TYPES, NoiseSchedule
+from model.training import data
 from model.unet import ConfigError, UNet, UNetConfig
 
 STATE = "state.safetensors"
@@ -306,7 +308,9 @@ def _integers(text: str) -> list[int]:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser("python -m model.train", description=(__doc__ or "").split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        "python -m model.training.train", description=(__doc__ or "").split("\n\n")[0]
+    )
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder of IDX files or of pictures (sub-folder = class)")
     add("--out", type=Path, required=True, help="model folder to write, or to go on with")

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from model import findings
-from model.findings import Setting
+from model.evaluation import report
+from model.evaluation.report import Setting
 from model.samplers import Guidance
 
 JUDGE = {"accuracy": 0.95, "interval": [0.94, 0.96], "features": 64, "by_class": {"cat": 0.9, "dog": 1.0}}
@@ -46,7 +46,7 @@ def test_a_setting_is_what_its_row_says() -> None:
 
 
 def test_the_page_says_how_rows_are_guided() -> None:
-    page = findings.markdown(
+    page = report.markdown(
         evaluation(
             row(),
             row(scale=2.0, guidance_sigma_min=0.3, guidance_sigma_max=5.0, evaluations=31),
@@ -60,11 +60,11 @@ def test_the_page_says_how_rows_are_guided() -> None:
     assert "costs its gradient" in page
     assert "a command" in page
     assert "seeds 7 to 206" in page
-    assert "gradient" not in findings.markdown(evaluation(row()))
+    assert "gradient" not in report.markdown(evaluation(row()))
 
 
 def test_an_unconditional_page_has_no_agreement() -> None:
-    page = findings.markdown(evaluation(row(agreement=None), conditional=False))
+    page = report.markdown(evaluation(row(agreement=None), conditional=False))
     assert "Agreement" not in page
     assert "| ddim | 20 | 1 | float32 | 20 |  | 20 |" in page
 
@@ -81,14 +81,14 @@ def test_what_is_written_is_in_order_and_can_be_gone_on_from(tmp_path: Path, ove
         row(scale=2.0, guidance_sigma_max=5.0),
         row(),
     ]
-    findings.write(path, evaluation(*rows), over)
+    report.write(path, evaluation(*rows), over)
     assert sorted(p.name for p in path.parent.iterdir()) == ["guided.json", "guided.md", "guided.png"]
     kept = json.loads(path.read_text())["rows"]
     assert kept == [rows[i] for i in (6, 3, 2, 5, 1, 4, 0)]
     with Image.open(path.with_suffix(".png")) as picture:
         assert picture.width > 500
     fresh = evaluation(commands=["another"])
-    found = findings.resumed(path, fresh, ("weights_sha256", "samples"))
+    found = report.resumed(path, fresh, ("weights_sha256", "samples"))
     assert found["rows"] == kept
     assert found["commands"] == ["a command", "another"]
 
@@ -96,8 +96,8 @@ def test_what_is_written_is_in_order_and_can_be_gone_on_from(tmp_path: Path, ove
 def test_a_file_about_something_else_is_put_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "guided.json"
     fresh = evaluation(samples=300)
-    assert findings.resumed(path, fresh, ("samples",)) is fresh
-    findings.write(path, evaluation(row()))
-    assert findings.resumed(path, fresh, ("samples",)) == fresh
+    assert report.resumed(path, fresh, ("samples",)) is fresh
+    report.write(path, evaluation(row()))
+    assert report.resumed(path, fresh, ("samples",)) == fresh
     assert json.loads((tmp_path / "guided.json.old").read_text())["samples"] == 200
     assert "it is now guided.json.old" in capsys.readouterr().out

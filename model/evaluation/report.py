@@ -1,4 +1,4 @@
-"""What an evaluation found, as a file, a page and a plot. `model/evaluate.py` finds it.
+"""What an evaluation found, as a file, a page and a plot. `model/evaluation/evaluate.py` finds it.
 
 An evaluation is a mapping: what all its rows have in common, the commands that made it, and `rows`, each of
 them a setting with its measures. NAME.json holds it, NAME.md and NAME.png show it to people.
@@ -13,8 +13,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from model import fidelity, plots
-from model.plots import Axis, guidance_name
+from model.evaluation import fidelity, plots
+from model.evaluation.plots import Axis, guidance_name
 from model.runtimes import DtypeName
 from model.samplers import SAMPLERS, Guidance
 

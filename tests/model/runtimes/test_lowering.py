@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from model.lowering import REWRITES, ChannelNorm, TransposedUpsample, lowered, to_graph
+from model.runtimes.lowering import REWRITES, ChannelNorm, TransposedUpsample, lowered, to_graph
 from model.unet import Attention, ResBlock, Upsample
 from tests.model.conftest import randomise, tiny_checkpoint
 

@@ -1,7 +1,7 @@
 """Pictures of sampling, training and evaluation, each returned as a PIL image.
 
-`python -m model.plots --model FOLDER --out PLACE` draws a model's sample sheets, with and without guidance,
-and what becomes of a few samples along their chains.
+`python -m model.evaluation.plots --model FOLDER --out PLACE` draws a model's sample sheets, with and without
+guidance, and the trajectories of a few samples.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from model import checkpoint
 from model.checkpoint import Checkpoint
-from model.data import Pixels
 from model.denoiser import Chain, Denoiser, generate, to_pixels, trajectory
 from model.runtimes import DtypeName, RuntimeName, load_runtime
 from model.samplers import Guidance, build_plan
+from model.training.data import Pixels
 
 GAP = 2
 FONT_SIZE = 13
@@ -128,7 +128,7 @@ def contact_sheet(
 
 
 def loss_curve(records: Sequence[Mapping[str, float]]) -> Image.Image:
-    """L_simple against images seen, in training and held out, from the records that model.train logs."""
+    """L_simple against images seen, in training and held out, from the records of model.training.train."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="images seen", ylabel="L_simple", yscale="log")
     axes.plot([r["images"] for r in records], [r["loss"] for r in records], lw=0.8, label="training")
@@ -170,7 +170,7 @@ Axis = Literal["evaluations", "guidance"]
 
 
 def quality_plot(evaluation: Mapping[str, Any], over: Axis = "evaluations") -> Image.Image:
-    """The table of model.evaluate: each measure against network evaluations per image or guidance scale.
+    """The table of model.evaluation.evaluate: each measure against evaluations per image or guidance scale.
 
     evaluation: the content of evaluation.json. Over evaluations, a line per sampler; guidance differs in line
     style, dtypes in the marker. Over guidance, a line for each kind of it, classifier-free and by a
@@ -303,7 +303,9 @@ def _drawn(figure: Figure) -> Image.Image:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw samples.png, samples-guided.png and trajectory.png."""
-    parser = argparse.ArgumentParser("python -m model.plots", description="Draw a model's samples.")
+    parser = argparse.ArgumentParser(
+        "python -m model.evaluation.plots", description="Draw a model's samples."
+    )
     parser.add_argument("--model", type=Path, required=True, help="model folder")
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
     parser.add_argument("--steps", type=int, default=50, help="DDIM steps")

@@ -1,13 +1,15 @@
-"""How likely are images, and which do not belong? `python -m model.anomaly --model FOLDER --data PATH`.
+"""How likely are images, and which do not belong to the training set?
+
+`python -m model.evaluation.anomaly --model FOLDER --data PATH`
 
 Training images under the network give the statistics of model/typicality.py, which the service loads with the
-weights. Test images give bits per dimension, the curve of what each bit buys, and the inliers that outliers
-must be told from: the same images noised, blurred, inverted and upside down, and other sets (--against).
-Beside the bound stands the likelihood by the probability flow (model/flow.py), on a few test images.
+weights. Test images give bits per dimension and the rate-distortion curve, and they are the inliers. Outliers
+are the same images noised, blurred, inverted and upside down, and other sets (--against). Beside the bound
+stands the likelihood by the probability flow (model/evaluation/flow.py), on a few test images.
 
-Sets are measured by the steps that the service runs. What has been measured is kept in
-FOLDER/training/likelihood and not measured again, so that a run that was stopped goes on where it was.
-Written are typicality.json, likelihood.json, likelihood.md and rate-distortion.png.
+Sets are measured by the steps that the service runs. Measurements are kept in FOLDER/training/likelihood and
+not repeated, so a stopped run resumes where it was. The command writes typicality.json, likelihood.json,
+likelihood.md and rate-distortion.png.
 """
 
 from __future__ import annotations
@@ -29,16 +31,18 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from model import checkpoint, data, flow, likelihood, plots, typicality
-from model.anomaly_page import markdown
+from model import checkpoint, likelihood, typicality
 from model.checkpoint import Checkpoint, CheckpointError
-from model.corruptions import CORRUPTIONS
-from model.data import DataError, Pixels
 from model.denoiser import Denoiser, from_pixels, probing, trajectory
-from model.evaluate import draw
+from model.evaluation import flow, plots
+from model.evaluation.anomaly_page import markdown
+from model.evaluation.corruptions import CORRUPTIONS
+from model.evaluation.evaluate import draw
 from model.likelihood import Bound, Floats
 from model.runtimes import DtypeName, RuntimeName, RuntimeUnavailableError, keep_torch_off
 from model.samplers import build_probe
+from model.training import data
+from model.training.data import DataError, Pixels
 from model.typicality import Typicality, TypicalityError, roc_auc
 
 FLOW_BATCH = 8
@@ -323,7 +327,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             raise argparse.ArgumentTypeError("NAME=FOLDER is wanted")
         return name, Path(folder)
 
-    parser = argparse.ArgumentParser("python -m model.anomaly", description=(__doc__ or "").split("\n\n")[1])
+    parser = argparse.ArgumentParser(
+        "python -m model.evaluation.anomaly", description=(__doc__ or "").split("\n\n")[2]
+    )
     add = parser.add_argument
     add("--model", type=Path, required=True, help="model folder")
     add("--data", type=Path, required=True, help="IDX files, or pictures in train/ and test/ by class")
@@ -352,7 +358,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line says. Returns the exit code: 0, or 3 when what is given cannot be used."""
     args = parse(argv)
-    command = shlex.join(["python", "-m", "model.anomaly", *(sys.argv[1:] if argv is None else argv)])
+    command = shlex.join(
+        ["python", "-m", "model.evaluation.anomaly", *(sys.argv[1:] if argv is None else argv)]
+    )
     try:
         report = run(args, checkpoint.load(args.model), command)
     except (DataError, CheckpointError, TypicalityError, RuntimeUnavailableError) as error:

@@ -12,10 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from model import anomaly, checkpoint, likelihood, noise, typicality
+from model import checkpoint, likelihood, noise, typicality
 from model.checkpoint import Checkpoint
 from model.denoiser import Denoiser, from_pixels
 from model.diffusion import predict_x0, q_sample, vlb_terms
+from model.evaluation import anomaly
 from model.runtimes import TorchRuntime
 from model.schedule import NoiseSchedule
 from model.unet import UNet, UNetConfig
@@ -94,7 +95,7 @@ def test_everything_is_written_and_nothing_measured_twice(folders, monkeypatch, 
     assert static["typicality"][0] > 0.95
 
     monkeypatch.setattr(anomaly, "measure", lambda *_, **__: pytest.fail("measured again"))
-    monkeypatch.setattr("model.flow.log_density", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("model.evaluation.flow.log_density", lambda *_: pytest.fail("measured again"))
     assert run(folders) == 0
     assert json.loads((model / "likelihood.json").read_text()) == report
 

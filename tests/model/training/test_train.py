@@ -14,12 +14,14 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from model import checkpoint, diffusion, plots, train
+from model import checkpoint, diffusion
 from model.checkpoint import CheckpointError
-from model.data import Dataset
 from model.diffusion import OBJECTIVES
+from model.evaluation import plots
 from model.schedule import NoiseSchedule
-from model.train import TrainConfig, Trainer, batch_indices, learning_rate, run
+from model.training import train
+from model.training.data import Dataset
+from model.training.train import TrainConfig, Trainer, batch_indices, learning_rate, run
 from tests.model.conftest import SCHEDULER, randomise, tiny_checkpoint
 
 CONFIG = TrainConfig(steps=8, batch_size=4, warmup_steps=2, learning_rate=1e-3, label_dropout=0.5)

@@ -3,9 +3,10 @@ import pytest
 import torch
 from PIL import Image
 
-from model import checkpoint, plots
+from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.denoiser import Chain, generate, to_pixels
+from model.evaluation import plots
 from model.samplers import build_plan
 from model.schedule import NoiseSchedule
 from model.unet import UNet, UNetConfig

@@ -1,7 +1,7 @@
 """A small convolutional classifier, trained here on the real images: the judge of generated ones.
 
 Its answers say whether a sample shows the class that was asked for, and its penultimate layer is the space
-in which sets of images are compared (model/fidelity.py). Apart from evaluate.py because training a
+in which sets of images are compared (model/evaluation/fidelity.py). Apart from evaluate.py because training a
 network is another trade than filling in a table. The trained network is kept in a safetensors file
 together with the settings it came from, and trained again when those differ.
 """
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from model.data import Dataset, ImageSource, Labels, Pixels
+from model.training.data import Dataset, ImageSource, Labels, Pixels
 
 GRID = 4
 """Positions per side that the last feature map is pooled to, whatever the size of the image."""

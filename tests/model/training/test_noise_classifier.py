@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from model import checkpoint, noise_classifier
+from model import checkpoint
 from model.checkpoint import CheckpointError
 from model.encoder import EncoderConfig, NoiseClassifier
-from model.noise_classifier import Schooling, Teacher, accuracy, learning_rate, run
 from model.schedule import NoiseSchedule, linear_betas
+from model.training import noise_classifier
+from model.training.noise_classifier import Schooling, Teacher, accuracy, learning_rate, run
 from tests.model.conftest import tiny_classifier
-from tests.model.test_classifier import stripes
-from tests.model.test_evaluate import data, model, tiny_model  # noqa: F401 (two are fixtures)
+from tests.model.evaluation.test_evaluate import data, model, tiny_model  # noqa: F401 (two are fixtures)
+from tests.model.evaluation.test_judge import stripes
 
 SCHEDULE = NoiseSchedule(linear_betas(1000))
 CONFIG = Schooling(steps=8, batch_size=6, warmup_steps=2)

@@ -8,14 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
-from model import checkpoint, evaluate, plots
+from model import checkpoint
 from model.checkpoint import Checkpoint
-from model.classifier import Judgement
-from model.data import DataError, Dataset
 from model.denoiser import Chain, to_pixels
-from model.evaluate import Reference
+from model.evaluation import evaluate, plots
+from model.evaluation.evaluate import Reference
+from model.evaluation.judge import Judgement
 from model.samplers import A_G, Guidance, W, build_plan
 from model.schedule import NoiseSchedule
+from model.training.data import DataError, Dataset
 from model.unet import UNet, UNetConfig
 from tests.model.conftest import SCHEDULER, TINY, randomise, tiny_classifier
 
@@ -163,7 +164,7 @@ def test_the_table_is_written_and_finished_rows_are_kept(model, data, monkeypatc
     assert first["floor"]["frechet"] < min(row["frechet"] for row in first["rows"])
 
     page = (model / "evaluation.md").read_text()
-    assert "python -m model.evaluate --model" in page
+    assert "python -m model.evaluation.evaluate --model" in page
     assert first["weights_sha256"] in page
     assert "| real images |" in page
     assert "| dpmpp_2m | 3 | 1 | float32 | 3 |" in page
@@ -258,7 +259,7 @@ def test_rows_from_before_there_were_these_columns_are_kept(model, data, monkeyp
 
 def test_guidance_by_a_classifier_needs_one(model, data, capsys):
     assert run(model, data, "--classifier-scale", "1") == 3
-    assert "model.noise_classifier" in capsys.readouterr().err
+    assert "model.training.noise_classifier" in capsys.readouterr().err
 
 
 def test_rows_of_other_weights_are_put_aside(model, data, tmp_path):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from model.fidelity import frechet_distance, precision_recall, wilson_interval
+from model.evaluation.fidelity import frechet_distance, precision_recall, wilson_interval
 
 
 def gaussian(n, mean, covariance, seed=0):

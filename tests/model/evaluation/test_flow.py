@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import flow, likelihood, noise
-from model.anomaly import measure
+from model import likelihood, noise
 from model.denoiser import Denoiser, to_pixels
+from model.evaluation import flow
+from model.evaluation.anomaly import measure
 from model.schedule import NoiseSchedule, linear_betas
 from tests.model.conftest import tiny_checkpoint
 from tests.model.gaussian import GaussianRuntime, flow_log_density

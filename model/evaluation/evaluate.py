@@ -1,6 +1,6 @@
-"""How good are the samples? `python -m model.evaluate --model FOLDER --data PATH`.
+"""How good are the samples? `python -m model.evaluation.evaluate --model FOLDER --data PATH`.
 
-A classifier trained on the real training images (model/classifier.py) judges samples of every asked-for
+A classifier trained on the real training images (model/evaluation/judge.py) judges samples of every asked-for
 sampler, step count and guidance scale: how often they show the requested class, how far they are as
 a set from the test images (Fréchet distance), how real (precision) and how complete (recall) they look.
 Beside them stands the floor: the same measures for real training images, in sets of the same size.
@@ -10,7 +10,7 @@ the distance from 4 to 117 and recall from 0.88 to 0.35, yet leaves precision at
 
 Every row of the table uses the same seeds and the same test images. FOLDER/evaluation.json is written after
 each row, and rows it already has for the same weights and settings are not computed again
-(model/findings.py).
+(model/evaluation/report.py).
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from model import checkpoint, classifier, data, fidelity, plots
+from model import checkpoint
 from model.checkpoint import Checkpoint, CheckpointError
-from model.classifier import Classifier, ClassifierConfig, Judgement
-from model.data import DataError, Dataset, Labels, Pixels
 from model.denoiser import Chain, Denoiser, to_pixels, trajectory
-from model.findings import Setting, markdown, resumed, write
-from model.plots import Axis, guidance_name
+from model.evaluation import fidelity, judge, plots
+from model.evaluation.judge import Classifier, ClassifierConfig, Judgement
+from model.evaluation.plots import Axis, guidance_name
+from model.evaluation.report import Setting, markdown, resumed, write
 from model.runtimes import (
     TORCH_DTYPES,
     RuntimeName,
@@ -46,6 +46,8 @@ from model.runtimes import (
 )
 from model.samplers import SAMPLERS, Plan, build_plan
 from model.schedule import ScheduleError
+from model.training import data
+from model.training.data import DataError, Dataset, Labels, Pixels
 
 FLOOR_DRAWS = 5
 """Sets of training images that the floor is averaged over, where there are that many."""
@@ -159,7 +161,7 @@ def floor(net: Classifier, train_set: Dataset, real: fidelity.Features, balanced
     n = len(real)
     draws = max(1, min(FLOOR_DRAWS, capacity(train_set, balanced) // n))
     index = draw(train_set, draws * n, balanced)
-    features = classifier.judge(net, train_set.images, index).features.reshape(draws, n, -1)
+    features = judge.judge(net, train_set.images, index).features.reshape(draws, n, -1)
     frechet = [fidelity.frechet_distance(real, part) for part in features]
     precision, recall = np.mean([fidelity.precision_recall(real, part) for part in features], axis=0)
     return {
@@ -190,7 +192,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     def listed(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
         return lambda text: [kind(item) for item in text.split(",")]
 
-    parser = argparse.ArgumentParser("python -m model.evaluate", description=(__doc__ or "").split("\n\n")[1])
+    parser = argparse.ArgumentParser(
+        "python -m model.evaluation.evaluate", description=(__doc__ or "").split("\n\n")[1]
+    )
     add = parser.add_argument
     add("--model", type=Path, required=True, help="model folder")
     add("--data", type=Path, required=True, help="IDX files, or pictures in train/ and test/ by class")
@@ -243,8 +247,8 @@ def prepare(args: argparse.Namespace, model: Checkpoint) -> tuple[Classifier, Re
         raise DataError(f"{args.data}: {count} classes, but the model has {len(model.class_names)}")
     index = draw(test_set, args.samples, conditional)
     path = args.classifier or args.model / "judge" / "classifier.safetensors"
-    net = classifier.load_or_train(path, train_set, ClassifierConfig(epochs=args.classifier_epochs))
-    on_test = classifier.judge(net, test_set.images)
+    net = judge.load_or_train(path, train_set, ClassifierConfig(epochs=args.classifier_epochs))
+    on_test = judge.judge(net, test_set.images)
     truth = agreement(on_test.labels, test_set.labels, test_set.class_names)
     print(f"classifier: {truth['agreement']:.4f} of {len(test_set)} test images right")
     labels = test_set.labels[index] if conditional else None
@@ -290,7 +294,9 @@ def run(args: argparse.Namespace, model: Checkpoint, command: str) -> dict[str, 
     if model.null_class is None and any(s.guidance_scale != 1 for s in settings):
         raise ScheduleError("guidance needs a model trained with a null class: --guidance 1 is all it can do")
     if model.classifier is None and any(s.classifier_scale for s in settings):
-        raise ScheduleError("--classifier-scale needs a model with a classifier (model.noise_classifier)")
+        raise ScheduleError(
+            "--classifier-scale needs a model with a classifier: see model.training.noise_classifier"
+        )
     plans = {s: build_plan(model.schedule, s.sampler, s.steps, guidance=s.guidance) for s in settings}
     net, reference, evaluation = prepare(args, model)
     evaluation["commands"] = [command]
@@ -323,7 +329,7 @@ def run(args: argparse.Namespace, model: Checkpoint, command: str) -> dict[str, 
             )
             seconds = round(time.monotonic() - started, 1)
             row = {**asdict(setting), "evaluations": plans[setting].work[0], "seconds": seconds}
-            row |= {"runtime": denoiser.runtime.name, **measure(classifier.judge(net, images), reference)}
+            row |= {"runtime": denoiser.runtime.name, **measure(judge.judge(net, images), reference)}
             if setting.classifier_scale:
                 row["guide_sha256"] = guide
             rows.append(row)
@@ -335,7 +341,9 @@ def run(args: argparse.Namespace, model: Checkpoint, command: str) -> dict[str, 
 def main(argv: list[str] | None = None) -> int:
     """Evaluate as the command line says. Returns the exit code: 0, or 3 when what is given cannot be used."""
     args = parse(argv)
-    command = shlex.join(["python", "-m", "model.evaluate", *(sys.argv[1:] if argv is None else argv)])
+    command = shlex.join(
+        ["python", "-m", "model.evaluation.evaluate", *(sys.argv[1:] if argv is None else argv)]
+    )
     try:
         evaluation = run(args, checkpoint.load(args.model), command)
     except (DataError, CheckpointError, ScheduleError, RuntimeUnavailableError, FloatingPointError) as error:

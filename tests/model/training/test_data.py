@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from model import data
-from model.data import (
+from model.training import data
+from model.training.data import (
     DataError,
     MissingSplitError,
     PictureFiles,
