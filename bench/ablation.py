@@ -28,13 +28,13 @@ from safetensors import safe_open
 from bench.quality import Judge
 from model import checkpoint, diffusion
 from model.checkpoint import Checkpoint
-from model.evaluation import plots
-from model.evaluation.evaluate import load_splits
+from model.evaluation.sampling import denoiser_of
+from model.likelihood import prior_bits
 from model.runtimes import keep_torch_off
 from model.samplers import build_plan
 from model.schedule import VarianceType
 from model.training import train
-from model.training.data import DataError, Dataset
+from model.training.data import DataError, Dataset, load_splits
 
 NAMES = {
     "epsilon": "ε",
@@ -119,7 +119,7 @@ def bits_per_dimension(
         index = np.arange(start, min(start + 100, count))
         x0 = torch.from_numpy(dataset.batch(index))
         y = torch.from_numpy(dataset.labels[index]) if unet.config.num_class_embeds is not None else None
-        bits[index] += diffusion.prior_term(schedule, x0).numpy()
+        bits[index] += [prior_bits(schedule, image) for image in x0.numpy()]
         for draw in range(-1, draws):
             t = (
                 torch.zeros(len(index), dtype=torch.int64)
@@ -139,7 +139,7 @@ def bits_per_dimension(
 def sampled(model: Checkpoint, variance: VarianceType, steps: int, judge: Judge) -> dict[str, Any]:
     """The measures of a trained network's samples."""
     threads = torch.get_num_threads()
-    denoiser = plots.denoiser_of(model)
+    denoiser = denoiser_of(model)
     try:
         keep_torch_off(denoiser.runtime)
         return judge.of_plan(denoiser, build_plan(model.schedule, "ddpm", steps, variance=variance))

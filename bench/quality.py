@@ -8,6 +8,7 @@ from typing import Any
 from model import checkpoint
 from model.denoiser import Denoiser
 from model.evaluation import evaluate, judge
+from model.evaluation.sampling import sample
 from model.runtimes import Runtime
 from model.samplers import Plan, build_plan
 
@@ -32,5 +33,5 @@ class Judge:
         """Measures of the images that a denoiser makes, which may be another model's of the same classes."""
         wanted = self._reference.labels
         labels = [None] * self.samples if wanted is None else [int(label) for label in wanted]
-        images = evaluate.sample(denoiser, plan, labels, seed=0, batch=32, tick=lambda _rows: None)
+        images = sample(denoiser, plan, labels, seed=0, batch=32, tick=lambda _rows: None)
         return evaluate.measure(judge.judge(self._judge, images), self._reference)

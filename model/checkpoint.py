@@ -25,6 +25,7 @@ from torch import nn
 
 from model import typicality
 from model.encoder import EncoderConfig, NoiseClassifier
+from model.files import replace_text, replacing
 from model.schedule import SCHEDULERS, NoiseSchedule
 from model.typicality import Typicality, TypicalityError
 from model.unet import ConfigError, UNet, UNetConfig
@@ -117,7 +118,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         (folder / "unet" / "config.json", checkpoint.unet.config.to_diffusers()),
         (folder / "scheduler" / "scheduler_config.json", dict(checkpoint.scheduler_config)),
     ):
-        _replace(path, json.dumps(content, indent=2) + "\n")
+        replace_text(path, json.dumps(content, indent=2) + "\n")
     _save_weights(folder / "unet" / WEIGHTS, checkpoint.unet)
     if checkpoint.classifier is not None:
         _save_classifier(folder, checkpoint.classifier)
@@ -140,7 +141,7 @@ def write_manifest(folder: Path) -> None:
     found = [path for place in places for path in place.glob("*")]
     files = sorted(path for path in found if path.suffix == ".safetensors" or path.name in CONFIGS)
     lines = [f"{_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
-    _replace(folder / MANIFEST, "".join(lines))
+    replace_text(folder / MANIFEST, "".join(lines))
 
 
 def weights_sha256(folder: Path) -> str:
@@ -161,26 +162,18 @@ def check_manifest(folder: Path) -> None:
             raise CheckpointError(f"{path}: its sha256 is not the one in {MANIFEST}")
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write the file anew: all of it or none."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
-
-
 def _save_weights(path: Path, module: nn.Module) -> None:
     state = {name: tensor.detach().contiguous() for name, tensor in module.state_dict().items()}
-    part = path.with_name(path.name + ".part")
-    save_file(state, part, metadata={"format": "pt"})
-    part.chmod(0o644)  # safetensors keeps it to its owner, and a service often runs as someone else
-    part.replace(path)
+    with replacing(path) as part:
+        save_file(state, part, metadata={"format": "pt"})
+        part.chmod(0o644)  # safetensors makes it private, and a service often runs as another user
 
 
 def _save_classifier(folder: Path, classifier: NoiseClassifier) -> None:
     part = folder / f"{CLASSIFIER}.part"  # both of its files or none: each would be useless without the other
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
-    _replace(part / "config.json", json.dumps(classifier.config.to_dict(), indent=2) + "\n")
+    replace_text(part / "config.json", json.dumps(classifier.config.to_dict(), indent=2) + "\n")
     _save_weights(part / CLASSIFIER_WEIGHTS, classifier)
     shutil.rmtree(folder / CLASSIFIER, ignore_errors=True)
     part.rename(folder / CLASSIFIER)
@@ -216,7 +209,7 @@ def _load_typicality(folder: Path) -> Typicality | None:
         raise CheckpointError(f"{path}: {error}") from error
     if found.weights_sha256 != weights_sha256(folder):
         raise CheckpointError(
-            f"{path}: it is about other weights: remove it, and run python -m model.evaluation.anomaly anew"
+            f"{path}: it is about other weights: remove it, and run python -m model.evaluation.anomaly again"
         )
     return found
 

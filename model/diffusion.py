@@ -175,13 +175,6 @@ def vlb_terms(
     return nats.flatten(1).mean(1) / math.log(2)
 
 
-def prior_term(schedule: NoiseSchedule, x0: Tensor) -> Tensor:
-    """L_T = KL(q(x_T | x_0) ‖ N(0, I)) in bits per dimension. x0: [B, C, H, W]. Returns [B] float64."""
-    last = float(schedule.alphas_cumprod[-1])
-    nats = 0.5 * (-math.log(1 - last) + (1 - last) - 1 + last * x0.double() ** 2)
-    return nats.flatten(1).mean(1) / math.log(2)
-
-
 def discretised_gaussian_log_likelihood(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Log p of 8-bit pixels scaled to [-1, 1] under a Gaussian integrated over each pixel's bin (eq. 13).
 

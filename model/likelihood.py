@@ -25,6 +25,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from model.noise import NoiseStream
 from model.schedule import NoiseSchedule
 
 Floats = NDArray[np.float64]
@@ -35,8 +36,6 @@ FEWEST_TERMS = 3
 """Of a subset: t = 0, and two draws that differ by how much is not known."""
 LEVELS = 127.5
 """Grey levels in a distance of 1 between pixels in [-1, 1]."""
-STREAM = 2
-"""Of the random bits of a seed (model/noise.py has 0 and 1): which timesteps are asked for."""
 
 
 def strata(total: int, terms: int) -> Timesteps:
@@ -65,7 +64,7 @@ def choose_timesteps(total: int, terms: int, seed: int) -> Timesteps:
     if terms >= total:
         return np.arange(total)[::-1]
     edges = strata(total, terms)
-    rank = np.random.Philox(key=seed, counter=[0, 0, 0, STREAM]).random_raw(total)
+    rank = np.random.Philox(key=seed, counter=[0, 0, 0, NoiseStream.TIMESTEPS]).random_raw(total)
     chosen = [np.zeros(1, np.int64)]
     for place, (start, end) in enumerate(pairwise(edges)):
         draws = 3 if terms % 2 == 0 and place == len(edges) - 2 else 2
@@ -79,7 +78,7 @@ def stretches(timesteps: ArrayLike, count: int) -> list[list[int]]:
 
 
 def prior_bits(schedule: NoiseSchedule, x0: ArrayLike) -> float:
-    """L_T = KL(q(x_T | x_0) ‖ N(0, I)) in bits per dimension, as `diffusion.prior_term`. x0: one image."""
+    """L_T = KL(q(x_T | x_0) ‖ N(0, I)) in bits per dimension. x0: one image, in [-1, 1]."""
     last = float(schedule.alphas_cumprod[-1])
     square = float(np.square(np.asarray(x0, np.float64)).mean())
     return 0.5 * (-math.log1p(-last) - last + last * square) / math.log(2)

@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from model.files import replace_text
+
 Floats = NDArray[np.float64]
 
 FILE = "typicality.json"
@@ -115,14 +117,12 @@ def _curve(x: Floats, y: Floats) -> tuple[Floats, Floats]:
 
 
 def save(path: Path, typicality: Typicality) -> None:
-    """Write it as JSON, all of it or none."""
+    """Write it as JSON, completely or not at all."""
     content = {
         name: value.tolist() if isinstance(value, np.ndarray) else value
         for name, value in vars(typicality).items()
     }
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    part.replace(path)
+    replace_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def load(path: Path) -> Typicality:

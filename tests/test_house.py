@@ -63,7 +63,7 @@ SERVICE = {
     ),
     # Between the two: threads, queues and pictures, and neither HTTP nor tensors.
     "service.streams": f"service.jobs service.events {LEAVES}",
-    "service.images": "service.events service.errors numpy PIL",
+    "service.images": "service.events service.errors model.sheets numpy PIL",
     "service.uploads": "service.events service.errors numpy PIL",
     "service.worker": f"{BELOW_WORKER} service.streams {LEAVES}",
     # The engine owns the tensors; what is below it has never heard of them.
@@ -83,9 +83,13 @@ MODEL = {
     "model.noise": "numpy",
     "model.samplers": "model.schedule model.diffusion numpy",
     "model.diffusion": "model.schedule torch numpy",
-    "model.likelihood": "model.schedule numpy",
-    "model.typicality": "numpy",
-    "model.checkpoint": "model.encoder model.schedule model.typicality model.unet torch safetensors",
+    "model.files": "",
+    "model.sheets": "numpy",
+    "model.likelihood": "model.noise model.schedule numpy",
+    "model.typicality": "model.files numpy",
+    "model.checkpoint": (
+        "model.encoder model.files model.schedule model.typicality model.unet torch safetensors"
+    ),
     "model.interpolation": "model.denoiser numpy",
     "model.runtimes": "model.runtimes.*",
     "model.runtimes.base": "torch",

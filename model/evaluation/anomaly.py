@@ -37,12 +37,13 @@ from model.denoiser import Denoiser, from_pixels, probing, trajectory
 from model.evaluation import flow, plots
 from model.evaluation.anomaly_page import markdown
 from model.evaluation.corruptions import CORRUPTIONS
-from model.evaluation.evaluate import draw
+from model.evaluation.sampling import denoiser_of
+from model.files import replace_text, replacing
 from model.likelihood import Bound, Floats
 from model.runtimes import DtypeName, RuntimeName, RuntimeUnavailableError, keep_torch_off
 from model.samplers import build_probe
 from model.training import data
-from model.training.data import DataError, Pixels
+from model.training.data import DataError, Pixels, choose_images
 from model.typicality import Typicality, TypicalityError, roc_auc
 
 FLOW_BATCH = 8
@@ -114,10 +115,8 @@ def kept(
     if not path.exists():
         made = make()
         folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        with part.open("wb") as file:
+        with replacing(path) as part, part.open("wb") as file:
             np.savez(file, **made)
-        part.replace(path)
     with np.load(path) as found:
         return dict(found)
 
@@ -259,16 +258,16 @@ def collect(args: argparse.Namespace, model: Checkpoint) -> tuple[Pixels, Pixels
     """Training images, test images, and sets of other ones by name. Raises DataError."""
     config = model.unet.config
     shape = config.sample_size, config.in_channels
-    idx = any(args.data.glob("*-images-idx3-ubyte*"))
-    train, test = (data.load(args.data, *shape, split) for split in ("train", "t10k" if idx else "test"))
-    inliers = test.images[draw(test, args.test_images, balanced=False)]
+    splits = "train", data.held_out_split(args.data)
+    train, test = (data.load(args.data, *shape, split) for split in splits)
+    inliers = test.images[choose_images(test, args.test_images, balanced=False)]
     others: dict[str, Pixels] = {}
     for name, folder in args.against:
         found = data.load(folder, *shape)
-        others[name] = found.images[draw(found, min(args.outliers, len(found)), balanced=False)]
+        others[name] = found.images[choose_images(found, min(args.outliers, len(found)), balanced=False)]
     for name, corrupt in CORRUPTIONS.items():
         others[name] = corrupt(inliers[: args.outliers])
-    return train.images[draw(train, args.train_images, balanced=False)], inliers, others
+    return train.images[choose_images(train, args.train_images, balanced=False)], inliers, others
 
 
 def run(args: argparse.Namespace, model: Checkpoint, command: str) -> dict[str, Any]:
@@ -277,7 +276,7 @@ def run(args: argparse.Namespace, model: Checkpoint, command: str) -> dict[str, 
         raise DataError("the network has no unconditional branch, and what does not belong has no class")
     train_images, test_images, other_images = collect(args, model)
     threads = torch.get_num_threads()
-    denoiser = plots.denoiser_of(model, args.runtime, args.device, args.dtype)
+    denoiser = denoiser_of(model, args.runtime, args.device, args.dtype)
     keep_torch_off(denoiser.runtime)
     out, sha = args.out or args.model, checkpoint.weights_sha256(args.model)
     study = Study(args, model, denoiser, sha, out / "training" / "likelihood")
@@ -312,8 +311,8 @@ def run(args: argparse.Namespace, model: Checkpoint, command: str) -> dict[str, 
         "curve": curve_of(test),
         "two_ways": two_ways(study, test_images[: args.few]),
     }
-    (out / "likelihood.json").write_text(json.dumps(report, indent=1) + "\n")
-    (out / "likelihood.md").write_text(markdown(report))
+    replace_text(out / "likelihood.json", json.dumps(report, indent=1) + "\n")
+    replace_text(out / "likelihood.md", markdown(report))
     plots.rate_distortion(report["curve"], train.total).save(out / "rate-distortion.png")
     return report
 

@@ -28,26 +28,24 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from model import checkpoint
 from model.checkpoint import Checkpoint, CheckpointError
-from model.denoiser import Chain, Denoiser, to_pixels, trajectory
-from model.evaluation import fidelity, judge, plots
+from model.evaluation import fidelity, judge
 from model.evaluation.judge import Classifier, ClassifierConfig, Judgement
 from model.evaluation.plots import Axis, guidance_name
 from model.evaluation.report import Setting, markdown, resumed, write
+from model.evaluation.sampling import denoiser_of, sample
 from model.runtimes import (
     TORCH_DTYPES,
     RuntimeName,
     RuntimeUnavailableError,
     keep_torch_off,
 )
-from model.samplers import SAMPLERS, Plan, build_plan
+from model.samplers import SAMPLERS, build_plan
 from model.schedule import ScheduleError
-from model.training import data
-from model.training.data import DataError, Dataset, Labels, Pixels
+from model.training.data import DataError, Dataset, Labels, capacity, choose_images, load_splits
 
 FLOOR_DRAWS = 5
 """Sets of training images that the floor is averaged over, where there are that many."""
@@ -63,72 +61,6 @@ class Reference:
     real: fidelity.Features
     labels: Labels | None
     class_names: tuple[str, ...]
-
-
-def load_splits(path: Path, size: int, channels: int, held_out: str | None) -> tuple[Dataset, Dataset]:
-    """The training and the test images at `path`. Raises DataError when either is missing."""
-    idx = any(path.glob("*-images-idx3-ubyte*"))
-    test = held_out or ("t10k" if idx else "test")
-    for split in ("train", test):
-        if not idx and not (path / split).is_dir():
-            raise DataError(f"{path}: pictures are compared by split, but there is no folder {split}/")
-    train_set, test_set = (data.load(path, size, channels, split) for split in ("train", test))
-    if len(train_set.class_names) < 2:
-        raise DataError(f"{path}: the classifier needs at least two classes (sub-folders of train/)")
-    if train_set.class_names != test_set.class_names:
-        raise DataError(f"{path}: the classes of train and {test} differ")
-    return train_set, test_set
-
-
-def draw(dataset: Dataset, count: int, balanced: bool, seed: int = 0) -> NDArray[np.int64]:
-    """Which images stand for the real ones: `count` different indices, in an order fixed by `seed`.
-
-    Balanced, the i-th has class i mod K, as the requested classes do; otherwise classes come as they are.
-    """
-    if count > capacity(dataset, balanced):
-        raise DataError(f"the data allows at most {capacity(dataset, balanced)} samples, not {count}")
-    order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(dataset))
-    if not balanced:
-        return order[:count]
-    classes = len(dataset.class_names)
-    members = [order[dataset.labels[order] == label] for label in range(classes)]
-    return np.array([members[i % classes][i // classes] for i in range(count)], np.int64)
-
-
-def capacity(dataset: Dataset, balanced: bool) -> int:
-    """How many images `draw` can give."""
-    if not balanced:
-        return len(dataset)
-    classes = len(dataset.class_names)
-    return classes * int(np.bincount(dataset.labels, minlength=classes).min())
-
-
-def sample(
-    denoiser: Denoiser,
-    plan: Plan,
-    labels: Sequence[int | None],
-    *,
-    seed: int,
-    batch: int,
-    tick: Callable[[int], object],
-) -> Pixels:
-    """Generate an image for each label, the i-th with seed + i, `batch` side by side.
-
-    tick: told the network rows of each step. Returns uint8 [N, C, H, W]. Raises FloatingPointError at an
-    image that is not finite.
-    """
-    chains = [Chain(plan, seed + i, label) for i, label in enumerate(labels)]
-    images = []
-    for start in range(0, len(chains), batch):
-        part = chains[start : start + batch]
-        x = torch.empty(0)
-        for row, latents in enumerate(trajectory(denoiser, part)):
-            x = torch.stack([latent.x for latent in latents])
-            tick(len(part) * plan.rows[row])
-        if not x.isfinite().all():
-            raise FloatingPointError(f"samples {start} to {start + len(part) - 1} are not finite")
-        images.append(to_pixels(x))
-    return np.concatenate(images)
 
 
 def agreement(predicted: Labels, requested: Labels, class_names: Sequence[str]) -> dict[str, Any]:
@@ -160,7 +92,7 @@ def floor(net: Classifier, train_set: Dataset, real: fidelity.Features, balanced
     """What real images reach: training images against the reference, mean and spread over disjoint draws."""
     n = len(real)
     draws = max(1, min(FLOOR_DRAWS, capacity(train_set, balanced) // n))
-    index = draw(train_set, draws * n, balanced)
+    index = choose_images(train_set, draws * n, balanced)
     features = judge.judge(net, train_set.images, index).features.reshape(draws, n, -1)
     frechet = [fidelity.frechet_distance(real, part) for part in features]
     precision, recall = np.mean([fidelity.precision_recall(real, part) for part in features], axis=0)
@@ -245,7 +177,7 @@ def prepare(args: argparse.Namespace, model: Checkpoint) -> tuple[Classifier, Re
     if conditional and len(model.class_names) != len(train_set.class_names):
         count = len(train_set.class_names)
         raise DataError(f"{args.data}: {count} classes, but the model has {len(model.class_names)}")
-    index = draw(test_set, args.samples, conditional)
+    index = choose_images(test_set, args.samples, conditional)
     path = args.classifier or args.model / "judge" / "classifier.safetensors"
     net = judge.load_or_train(path, train_set, ClassifierConfig(epochs=args.classifier_epochs))
     on_test = judge.judge(net, test_set.images)
@@ -307,7 +239,7 @@ def run(args: argparse.Namespace, model: Checkpoint, command: str) -> dict[str, 
     evaluation["rows"] = rows  # without those that another classifier guided
     done = {Setting.of(row) for row in rows}
     to_do = [setting for setting in settings if setting not in done]
-    denoisers = {s.dtype: plots.denoiser_of(model, args.runtime, args.device, s.dtype) for s in to_do}
+    denoisers = {s.dtype: denoiser_of(model, args.runtime, args.device, s.dtype) for s in to_do}
     for denoiser in denoisers.values():
         keep_torch_off(denoiser.runtime)
     labels = [None] * args.samples if reference.labels is None else [int(y) for y in reference.labels]

@@ -27,6 +27,7 @@ from torch import Tensor
 from model import noise
 from model.checkpoint import Checkpoint
 from model.diffusion import predict_x0
+from model.noise import NoiseStream
 from model.schedule import NoiseSchedule
 
 Guess = Callable[[Tensor, Tensor], Tensor]
@@ -34,8 +35,6 @@ Guess = Callable[[Tensor, Tensor], Tensor]
 
 BIN = 2 / 255
 """Between two grey levels of pixels in [-1, 1]."""
-STREAM = 3
-"""Of a seed's noise (model/noise.py has 0 and 1): row 0 for Hutchinson's vector, 1 and 2 for the image."""
 
 
 def guess_of(model: Checkpoint) -> Guess:
@@ -61,7 +60,7 @@ def log_density(guess: Guess, schedule: NoiseSchedule, z: Tensor, seeds: Sequenc
     """
     nodes = np.unique(schedule.spaced_timesteps(min(steps + 1, schedule.timesteps), "logsnr"))
     levels = schedule.snr[nodes] ** -0.5
-    signs = noise.normals(seeds, [0] * len(seeds), z.shape[1:], STREAM)
+    signs = noise.normals(seeds, [0] * len(seeds), z.shape[1:], NoiseStream.PROBABILITY_FLOW)
     v = torch.from_numpy(np.where(signs < 0, -1.0, 1.0))
     z = z.double()
     change = torch.zeros(len(z), dtype=torch.float64)
@@ -106,7 +105,9 @@ def uniform_bits(
     x0: [B, C, H, W] on the 256 levels of [-1, 1]. Noise as wide as a level makes them continuous; by Jensen's
     inequality the level's probability is at least what the density says on average.
     """
-    drawn = torch.from_numpy(noise.normals(seeds, [1] * len(seeds), x0.shape[1:], STREAM))
+    drawn = torch.from_numpy(
+        noise.normals(seeds, [1] * len(seeds), x0.shape[1:], NoiseStream.PROBABILITY_FLOW)
+    )
     z = x0.double() + BIN * (torch.special.ndtr(drawn.double()) - 0.5)
     nats = log_density(guess, schedule, z, seeds, steps)
     return -nats / (x0[0].numel() * math.log(2)) - math.log2(BIN)
@@ -121,7 +122,9 @@ def noised_bits(
     draw of the noise. x0: [B, C, H, W] in [-1, 1].
     """
     level = float(schedule.snr[0]) ** -0.5
-    eps = torch.from_numpy(noise.normals(seeds, [2] * len(seeds), x0.shape[1:], STREAM)).double()
+    eps = torch.from_numpy(
+        noise.normals(seeds, [2] * len(seeds), x0.shape[1:], NoiseStream.PROBABILITY_FLOW)
+    ).double()
     own = -0.5 * (eps.square() + math.log(2 * math.pi) + 2 * math.log(level)).flatten(1).sum(1)
     nats = own - log_density(guess, schedule, x0.double() + level * eps, seeds, steps)
     return nats / (x0[0].numel() * math.log(2))

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from model.files import replacing
 from model.training.data import Dataset, ImageSource, Labels, Pixels
 
 GRID = 4
@@ -166,7 +167,6 @@ def load_or_train(path: Path, dataset: Dataset, config: ClassifierConfig) -> Cla
     net = train(dataset, config).cpu()
     state = {name: value.contiguous() for name, value in net.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_bytes(save(state, {"origin": origin}))
-    part.replace(path)  # complete or not at all
+    with replacing(path) as part:
+        part.write_bytes(save(state, {"origin": origin}))
     return net

@@ -21,23 +21,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from PIL import Image, ImageDraw, ImageFont
 
-from model import checkpoint
+from model import checkpoint, sheets
 from model.checkpoint import Checkpoint
-from model.denoiser import Chain, Denoiser, generate, to_pixels, trajectory
-from model.runtimes import DtypeName, RuntimeName, load_runtime
+from model.denoiser import Chain, generate, to_pixels, trajectory
+from model.evaluation.sampling import denoiser_of
+from model.runtimes import RuntimeName
 from model.samplers import Guidance, build_plan
+from model.sheets import GAP
 from model.training.data import Pixels
 
-GAP = 2
 FONT_SIZE = 13
 LARGE = 64
-
-
-def denoiser_of(
-    model: Checkpoint, runtime: RuntimeName = "auto", device: str = "auto", dtype: DtypeName = "float32"
-) -> Denoiser:
-    """A denoiser for the weights as they are now: runtimes copy them."""
-    return Denoiser.of(model, load_runtime(model, runtime, device, dtype, batch_invariant=False))
 
 
 def class_sheet(
@@ -113,17 +107,14 @@ def contact_sheet(
     top = FONT_SIZE + 3 * GAP if heads else GAP
     step_x, step_y = width * scale + GAP, height * scale + GAP
     sheet = Image.new("RGB", (left + columns * step_x, top + rows * step_y), "white")
+    pictures = images.reshape(rows * columns, *images.shape[2:]).transpose(0, 2, 3, 1)
+    grid = sheets.contact_sheet([sheets.enlarge(each, scale) for each in pictures], columns=columns)
+    sheet.paste(Image.fromarray(grid.squeeze(-1) if grid.shape[-1] == 1 else grid), (left, top))
     draw = ImageDraw.Draw(sheet)
     for row, name in enumerate(names):
         draw.text((left - 2 * GAP, top + (row + 0.5) * step_y), name, "black", font, anchor="rm")
     for column, head in enumerate(heads):
         draw.text((left + (column + 0.5) * step_x, top / 2), head, "black", font, anchor="mm")
-    for row in range(rows):
-        for column in range(columns):
-            pixels = images[row, column].transpose(1, 2, 0)
-            picture = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
-            large = picture.resize((width * scale, height * scale), Image.Resampling.NEAREST)
-            sheet.paste(large.convert("RGB"), (left + column * step_x, top + row * step_y))
     return sheet
 
 

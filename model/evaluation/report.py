@@ -15,6 +15,7 @@ from typing import Any
 
 from model.evaluation import fidelity, plots
 from model.evaluation.plots import Axis, guidance_name
+from model.files import replace_text
 from model.runtimes import DtypeName
 from model.samplers import SAMPLERS, Guidance
 
@@ -63,10 +64,8 @@ def write(path: Path, evaluation: dict[str, Any], over: Axis = "evaluations") ->
     """The .json at `path`, complete or not at all, and the .md and .png beside it."""
     evaluation["rows"].sort(key=_place)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(evaluation, indent=2) + "\n")
-    part.replace(path)
-    path.with_suffix(".md").write_text(markdown(evaluation))
+    replace_text(path, json.dumps(evaluation, indent=2) + "\n")
+    replace_text(path.with_suffix(".md"), markdown(evaluation))
     plots.quality_plot(evaluation, over).save(path.with_suffix(".png"))
 
 

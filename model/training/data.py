@@ -64,6 +64,16 @@ class Dataset:
         return self.images[index].astype(np.float32) / 127.5 - 1
 
 
+def holds_idx(folder: Path) -> bool:
+    """Whether a folder holds IDX files of images."""
+    return any(folder.glob("*-images-idx3-ubyte*"))
+
+
+def held_out_split(folder: Path) -> str:
+    """The name of the split that is kept from training: `t10k` of IDX files, `test` of pictures."""
+    return "t10k" if holds_idx(folder) else "test"
+
+
 def read_idx(path: Path) -> Pixels:
     """Read an IDX file of bytes, gzipped or not. Raises DataError with the reason when it is not one."""
     try:
@@ -185,7 +195,7 @@ def load(path: Path, size: int, channels: int, split: str = "train") -> Dataset:
     """
     if not path.is_dir():
         raise DataError(f"{path}: no such folder")
-    if any(path.glob("*-images-idx3-ubyte*")):
+    if holds_idx(path):
         if channels != 1:
             raise DataError(f"{path}: IDX images have one channel, the network wants {channels}")
         return load_idx(path, split, size)
@@ -196,3 +206,41 @@ def load(path: Path, size: int, channels: int, split: str = "train") -> Dataset:
     if split != "train":
         raise MissingSplitError(f"{path}: no sub-folder {split}")
     return load_pictures(path, size, channels)
+
+
+def load_splits(path: Path, size: int, channels: int, held_out: str | None) -> tuple[Dataset, Dataset]:
+    """The training and the test images at `path`. Raises DataError when either is missing."""
+    test = held_out or held_out_split(path)
+    for split in ("train", test):
+        if not holds_idx(path) and not (path / split).is_dir():
+            raise DataError(f"{path}: pictures are compared by split, but there is no folder {split}/")
+    train_set, test_set = (load(path, size, channels, split) for split in ("train", test))
+    if len(train_set.class_names) < 2:
+        raise DataError(f"{path}: the classifier needs at least two classes (sub-folders of train/)")
+    if train_set.class_names != test_set.class_names:
+        raise DataError(f"{path}: the classes of train and {test} differ")
+    return train_set, test_set
+
+
+def choose_images(dataset: Dataset, count: int, balanced: bool, seed: int = 0) -> NDArray[np.int64]:
+    """Indices of `count` different images, in an order fixed by `seed`.
+
+    Balanced, the i-th has class i mod K, as the requested classes do; otherwise classes come as they are.
+    Raises DataError for more than `capacity`.
+    """
+    if count > capacity(dataset, balanced):
+        raise DataError(f"the data allows at most {capacity(dataset, balanced)} samples, not {count}")
+    order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(dataset))
+    if not balanced:
+        return order[:count]
+    classes = len(dataset.class_names)
+    members = [order[dataset.labels[order] == label] for label in range(classes)]
+    return np.array([members[i % classes][i // classes] for i in range(count)], np.int64)
+
+
+def capacity(dataset: Dataset, balanced: bool) -> int:
+    """How many images `choose_images` can give."""
+    if not balanced:
+        return len(dataset)
+    classes = len(dataset.class_names)
+    return classes * int(np.bincount(dataset.labels, minlength=classes).min())

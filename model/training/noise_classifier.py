@@ -33,9 +33,8 @@ from tqdm import tqdm
 from model import checkpoint, diffusion
 from model.checkpoint import CheckpointError
 from model.encoder import EncoderConfig, NoiseClassifier
-from model.evaluation.evaluate import load_splits
 from model.schedule import NoiseSchedule
-from model.training.data import DataError, Dataset
+from model.training.data import DataError, Dataset, load_splits
 from model.training.train import batch_indices
 from model.unet import ConfigError
 

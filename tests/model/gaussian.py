@@ -8,8 +8,9 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
+from torch.distributions import Normal, kl_divergence
 
 from model.runtimes import DtypeName
 from model.schedule import NoiseSchedule
@@ -41,6 +42,14 @@ class GaussianRuntime:
         """E[x₀ | x_t]."""
         ac = torch.from_numpy(self.schedule.alphas_cumprod)[t].view(-1, 1, 1, 1)
         return ac.sqrt() * self.variance * x / (ac * self.variance + 1 - ac)
+
+
+def prior_divergence(schedule: NoiseSchedule, x0: ArrayLike) -> float:
+    """L_T of one image in bits per dimension, by the divergence that torch knows."""
+    ac, x0 = float(schedule.alphas_cumprod[-1]), torch.as_tensor(np.asarray(x0)).double()
+    last = Normal(ac**0.5 * x0, torch.tensor((1 - ac) ** 0.5).double())
+    nats = kl_divergence(last, Normal(torch.zeros(()).double(), 1.0))
+    return float(nats.mean()) / math.log(2)
 
 
 def expected_terms(schedule: NoiseSchedule, x0: Floats) -> Floats:

@@ -15,7 +15,6 @@ from model.diffusion import (
     learned_log_variance,
     objective,
     predict_x0,
-    prior_term,
     q_posterior,
     q_sample,
     spread_timesteps,
@@ -144,13 +143,6 @@ def test_a_perfect_guess_costs_nothing_after_the_first_step() -> None:
     terms = vlb_terms(SCHEDULE, x0, x0, t, "fixed_small")
     assert terms.dtype == torch.float64
     assert terms.abs().max() < 1e-9
-
-
-def test_prior_term_is_the_divergence_from_pure_noise() -> None:
-    x0 = levels(2, 1, 4, 4)
-    last = Normal(AC[-1] ** 0.5 * x0, torch.tensor((1 - AC[-1]) ** 0.5).double())
-    expected = kl_divergence(last, Normal(torch.zeros(()).double(), 1.0)).flatten(1).mean(1) / math.log(2)
-    torch.testing.assert_close(prior_term(SCHEDULE, x0), expected, rtol=1e-6, atol=1e-12)
 
 
 def test_discretised_levels_sum_to_one() -> None:

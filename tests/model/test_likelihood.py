@@ -12,11 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.denoiser import Denoiser, to_pixels
-from model.diffusion import prior_term
 from model.evaluation.anomaly import measure
 from model.likelihood import FEWEST_TERMS, choose_timesteps, estimate, prior_bits, rmse, strata, stretches
 from model.schedule import NoiseSchedule, linear_betas
-from tests.model.gaussian import GaussianRuntime, expected_terms
+from tests.model.gaussian import GaussianRuntime, expected_terms, prior_divergence
 
 SCHEDULE = NoiseSchedule(linear_betas(1000))
 
@@ -142,11 +141,13 @@ def test_grey_levels() -> None:
     assert rmse([0, 1, 4]).tolist() == [0, 127.5, 255]
 
 
-def test_the_prior_is_that_of_diffusion() -> None:
-    x0 = np.random.default_rng(0).uniform(-1, 1, (1, 8, 8)).astype(np.float32)
-    expected = prior_term(SCHEDULE, torch.from_numpy(x0)[None]).item()
-    assert prior_bits(SCHEDULE, x0) == pytest.approx(expected, rel=1e-12)
-    assert expected > 0
+def test_the_prior_is_the_divergence_from_pure_noise() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 1, 8, 8))
+    pixels[:, 0, 0, :2] = 0, 255
+    for x0 in (pixels / 127.5 - 1).astype(np.float32):
+        expected = prior_divergence(SCHEDULE, x0)
+        assert prior_bits(SCHEDULE, x0) == pytest.approx(expected, rel=1e-6, abs=1e-12)
+        assert expected > 0
 
 
 # ── A model whose bound is known ───────────────────────────────────────────────────────────────

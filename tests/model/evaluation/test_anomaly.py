@@ -17,6 +17,7 @@ from model.checkpoint import Checkpoint
 from model.denoiser import Denoiser, from_pixels
 from model.diffusion import predict_x0, q_sample, vlb_terms
 from model.evaluation import anomaly
+from model.noise import NoiseStream
 from model.runtimes import TorchRuntime
 from model.schedule import NoiseSchedule
 from model.unet import UNet, UNetConfig
@@ -145,7 +146,7 @@ def test_measures_are_those_of_diffusion():
         assert found.timesteps[i].tolist() == likelihood.choose_timesteps(1000, 12, 7 + i).tolist()
         x0 = torch.from_numpy(from_pixels(image.transpose(1, 2, 0)))[None]
         for row, timestep in enumerate(found.timesteps[i].tolist()):
-            place = (noise.START, 0) if row == 0 else (row - 1, noise.KNOWN)
+            place = (noise.START, NoiseStream.STEP) if row == 0 else (row - 1, NoiseStream.KNOWN_PIXELS)
             eps = torch.from_numpy(noise.normal(7 + i, place[0], (1, 8, 8), place[1]))[None]
             t = torch.tensor([timestep])
             x = q_sample(model.schedule, x0, t, eps)

@@ -10,13 +10,11 @@ from PIL import Image
 
 from model import checkpoint
 from model.checkpoint import Checkpoint
-from model.denoiser import Chain, to_pixels
-from model.evaluation import evaluate, plots
+from model.evaluation import evaluate, sampling
 from model.evaluation.evaluate import Reference
 from model.evaluation.judge import Judgement
-from model.samplers import A_G, Guidance, W, build_plan
+from model.samplers import A_G, W
 from model.schedule import NoiseSchedule
-from model.training.data import DataError, Dataset
 from model.unet import UNet, UNetConfig
 from tests.model.conftest import SCHEDULER, TINY, randomise, tiny_classifier
 
@@ -64,36 +62,6 @@ def run(model, data, *more):
     return evaluate.main(given)
 
 
-def labelled(counts):
-    labels = np.repeat(np.arange(len(counts)), counts).astype(np.int64)
-    names = tuple(str(i) for i in range(len(counts)))
-    return Dataset(np.zeros((len(labels), 1, 8, 8), np.uint8), labels, names)
-
-
-def test_a_balanced_draw_has_the_classes_that_are_asked_for():
-    dataset = labelled([20, 30, 10])
-    index = evaluate.draw(dataset, 25, balanced=True)
-    assert (dataset.labels[index] == np.arange(25) % 3).all()
-    assert len(set(index.tolist())) == 25
-    assert (index == evaluate.draw(dataset, 25, balanced=True)).all()
-    assert (index != evaluate.draw(dataset, 25, balanced=True, seed=1)).any()
-
-
-def test_an_unbalanced_draw_takes_the_classes_as_they_come():
-    dataset = labelled([900, 100])
-    index = evaluate.draw(dataset, 500, balanced=False)
-    assert len(set(index.tolist())) == 500
-    assert dataset.labels[index].mean() == pytest.approx(0.1, abs=0.04)
-
-
-@pytest.mark.parametrize(("balanced", "most"), [(True, 30), (False, 60)])
-def test_no_more_is_drawn_than_there_is(balanced, most):
-    dataset = labelled([20, 30, 10])
-    assert len(evaluate.draw(dataset, most, balanced)) == most
-    with pytest.raises(DataError, match=f"at most {most}"):
-        evaluate.draw(dataset, most + 1, balanced)
-
-
 def test_agreement_falls_to_chance_when_the_labels_are_shuffled():
     requested = np.arange(3000) % 3
     predicted = requested.copy()
@@ -122,33 +90,6 @@ def test_real_features_measure_as_perfect_and_far_ones_do_not():
     assert unconditional["agreement"] is None
 
 
-def test_samples_are_those_of_their_seeds_whatever_the_batch():
-    model = tiny_model()
-    denoiser = plots.denoiser_of(model, "torch")
-    plan = build_plan(model.schedule, "ddpm", 3, guidance=Guidance(2.0))
-    ticks: list[int] = []
-    labels = [0, 1, 2, 0, 1]
-    some = evaluate.sample(denoiser, plan, labels, seed=7, batch=2, tick=ticks.append)
-    assert ticks == [4, 4, 4, 4, 4, 4, 2, 2, 2]  # guided: two rows per image
-    assert some.shape == (5, 1, 8, 8)
-    latents = [denoiser.start(chain := Chain(plan, 7 + 4, 1))]
-    for row in range(3):
-        latents = list(denoiser.step([chain], latents, [row]))
-    assert np.abs(some[4].astype(int) - to_pixels(latents[0].x)).max() <= 1
-
-
-def test_samples_that_are_not_finite_are_an_error():
-    model = tiny_model()
-    with torch.no_grad():
-        model.unet.conv_out.weight.fill_(float("nan"))
-    plan = build_plan(model.schedule, "ddim", 2)
-    with pytest.raises(FloatingPointError, match="samples 0 to 1"):
-        evaluate.sample(
-            plots.denoiser_of(model, "torch"), plan, [None] * 4, seed=0, batch=2,
-            tick=int,
-        )  # fmt: skip
-
-
 def test_the_table_is_written_and_finished_rows_are_kept(model, data, monkeypatch, capsys):
     assert run(model, data) == 0
     first = json.loads((model / "evaluation.json").read_text())
@@ -174,7 +115,7 @@ def test_the_table_is_written_and_finished_rows_are_kept(model, data, monkeypatc
 
     # A wider table computes the new rows only, and both commands are on the page.
     computed = []
-    sample = evaluate.sample
+    sample = sampling.sample
 
     def counted(*given, **more):
         computed.append(given[1].table[0, W])
@@ -229,7 +170,7 @@ def test_every_kind_of_guidance_is_a_row(classified, data, monkeypatch):
 
     # Rows are kept as long as the classifier that guided them is there.
     computed = []
-    sample = evaluate.sample
+    sample = sampling.sample
 
     def counted(*given, **more):
         computed.append(given[1].table[0, A_G])
@@ -276,7 +217,7 @@ def test_rows_of_other_weights_are_put_aside(model, data, tmp_path):
 
 
 def test_rows_survive_an_interruption(model, data, monkeypatch, capsys):
-    sample, calls = evaluate.sample, []
+    sample, calls = sampling.sample, []
 
     def interrupted(*given, **more):
         calls.append(given)
@@ -299,21 +240,6 @@ def test_an_unconditional_model_has_no_agreement(tmp_path, data):
     evaluation = json.loads((tmp_path / "plain" / "evaluation.json").read_text())
     assert all(row["agreement"] is None for row in evaluation["rows"])
     assert "Agreement" not in (tmp_path / "plain" / "evaluation.md").read_text()
-
-
-def test_folders_of_pictures_need_both_splits(tmp_path):
-    def fill(split):
-        for name in ("cat", "dog"):
-            (tmp_path / split / name).mkdir(parents=True)
-            Image.new("RGB", (9, 9), "teal").save(tmp_path / split / name / "1.png")
-
-    fill("train")
-    with pytest.raises(DataError, match="no folder test/"):
-        evaluate.load_splits(tmp_path, 8, 3, None)
-    fill("test")
-    train_set, test_set = evaluate.load_splits(tmp_path, 8, 3, None)
-    assert train_set.class_names == test_set.class_names == ("cat", "dog")
-    assert train_set.images.shape == (2, 3, 8, 8)
 
 
 @pytest.mark.parametrize(

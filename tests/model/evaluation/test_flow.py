@@ -13,6 +13,7 @@ from model import likelihood, noise
 from model.denoiser import Denoiser, to_pixels
 from model.evaluation import flow
 from model.evaluation.anomaly import measure
+from model.noise import NoiseStream
 from model.schedule import NoiseSchedule, linear_betas
 from tests.model.conftest import tiny_checkpoint
 from tests.model.gaussian import GaussianRuntime, flow_log_density
@@ -59,7 +60,8 @@ def test_hutchinsons_estimate_is_unbiased() -> None:
     level = float(SCHEDULE.snr[300]) ** -0.5
     trace = float(level * jacobian.reshape(9, 9).trace())
     many = z.expand(4000, 1, 3, 3)
-    signs = torch.from_numpy(noise.normals(range(4000), [0] * 4000, (1, 3, 3), flow.STREAM)).sign().double()
+    bits = noise.normals(range(4000), [0] * 4000, (1, 3, 3), NoiseStream.PROBABILITY_FLOW)
+    signs = torch.from_numpy(bits).sign().double()
     slope, found = flow._slope_and_divergence(mixing, SCHEDULE, many, 300, signs)
     torch.testing.assert_close(slope[:1], flow._slope(mixing, SCHEDULE, z, 300))
     assert float(found.std()) > 0.01

@@ -7,8 +7,10 @@ from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.denoiser import Chain, generate, to_pixels
 from model.evaluation import plots
+from model.evaluation.sampling import denoiser_of
 from model.samplers import build_plan
 from model.schedule import NoiseSchedule
+from model.sheets import GAP
 from model.unet import UNet, UNetConfig
 from tests.model.conftest import SCHEDULER, TINY, randomise
 
@@ -28,10 +30,10 @@ def pixels(picture):
 def test_a_contact_sheet_puts_every_image_in_its_place():
     images = np.arange(2 * 3, dtype=np.uint8).reshape(2, 3, 1, 1, 1) * 40 + np.zeros((4, 5), np.uint8)
     sheet = pixels(plots.contact_sheet(images, scale=3))
-    assert sheet.shape == (plots.GAP + 2 * (12 + plots.GAP), plots.GAP + 3 * (15 + plots.GAP), 3)
+    assert sheet.shape == (GAP + 2 * (12 + GAP), GAP + 3 * (15 + GAP), 3)
     for row in range(2):
         for column in range(3):
-            top, left = plots.GAP + row * (12 + plots.GAP), plots.GAP + column * (15 + plots.GAP)
+            top, left = GAP + row * (12 + GAP), GAP + column * (15 + GAP)
             assert (sheet[top : top + 12, left : left + 15] == images[row, column, 0, 0, 0]).all()
     assert (sheet[0] == 255).all()
 
@@ -45,7 +47,7 @@ def test_colours_are_kept():
 @pytest.mark.parametrize(("size", "shown"), [(16, 64), (28, 56), (32, 64), (64, 64), (100, 100)])
 def test_small_pictures_are_enlarged_to_be_seen(size: int, shown: int):
     sheet = plots.contact_sheet(np.zeros((1, 1, 3, size, size), np.uint8))
-    assert sheet.size == (shown + 2 * plots.GAP,) * 2
+    assert sheet.size == (shown + 2 * GAP,) * 2
 
 
 def test_names_and_heads_get_room():
@@ -67,14 +69,14 @@ def test_pixels_span_the_levels_and_are_clipped():
 def test_a_class_sheet_has_a_row_of_samples_per_class(channels):
     model = tiny_model(channels=channels)
     sheet = plots.class_sheet(model, per_class=2, steps=3, seed=5, scale=1, runtime="torch")
-    denoiser = plots.denoiser_of(model, "torch")
+    denoiser = denoiser_of(model, "torch")
     plan = build_plan(model.schedule, "ddim", 3)
     expected = to_pixels(generate(denoiser, [Chain(plan, 5 + 2 * 1 + i, label=1) for i in range(2)]))
-    left = sheet.width - 2 * (8 + plots.GAP)
-    top = plots.GAP + 1 * (8 + plots.GAP)
+    left = sheet.width - 2 * (8 + GAP)
+    top = GAP + 1 * (8 + GAP)
     cell = pixels(sheet)[top : top + 8, left : left + 8].transpose(2, 0, 1)
     assert np.abs(cell[:channels].astype(int) - expected[0]).max() <= 1
-    assert sheet.height == plots.GAP + 3 * (8 + plots.GAP)
+    assert sheet.height == GAP + 3 * (8 + GAP)
 
 
 def test_a_sheet_of_an_unconditional_model_is_square():
@@ -106,27 +108,12 @@ def test_a_sheet_leaves_a_model_in_training_as_it_was(training):
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
-def test_a_denoiser_keeps_the_weights_of_its_time():
-    model = tiny_model()
-    model.unet.train()
-    denoiser = plots.denoiser_of(model)  # with the best runtime there is, which may share memory
-    assert model.unet.training
-    arguments = (torch.ones(1, 1, 8, 8), torch.tensor([3]), torch.tensor([0]))
-    before = denoiser.runtime.forward(*arguments)
-    with torch.no_grad():
-        for parameter in model.unet.parameters():
-            parameter.mul_(1.5)
-    assert torch.equal(denoiser.runtime.forward(*arguments), before)
-    now = plots.denoiser_of(model, "torch").runtime.forward(*arguments)
-    assert not torch.allclose(now, before, rtol=0.01)
-
-
 def test_a_trajectory_begins_with_noise_and_its_last_guess_is_the_sample():
     model = tiny_model()
     strip = plots.trajectory_strip(model, [0, 2], steps=5, columns=3, seed=4, scale=1, runtime="torch")
-    step = 8 + plots.GAP
+    step = 8 + GAP
     left, top = strip.width - 3 * step, strip.height - 4 * step
-    denoiser = plots.denoiser_of(model, "torch")
+    denoiser = denoiser_of(model, "torch")
     chains = [Chain(build_plan(model.schedule, "ddim", 5), 4 + i, label) for i, label in enumerate([0, 2])]
     noise = to_pixels(denoiser.start(chains[1]).x)[0]
     done = to_pixels(generate(denoiser, chains))[1, 0]

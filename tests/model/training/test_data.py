@@ -12,11 +12,14 @@ from PIL import Image
 from model.training import data
 from model.training.data import (
     DataError,
+    Dataset,
     MissingSplitError,
     PictureFiles,
+    choose_images,
     load,
     load_idx,
     load_pictures,
+    load_splits,
     pad_to,
     read_idx,
 )
@@ -242,3 +245,48 @@ def test_bad_digits_are_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "0.json").write_text(text)
     with pytest.raises(DataError, match=r"0\.json: not digits"):
         data.load(tmp_path, 32, 1)
+
+
+def labelled(counts: list[int]) -> Dataset:
+    labels = np.repeat(np.arange(len(counts)), counts).astype(np.int64)
+    names = tuple(str(i) for i in range(len(counts)))
+    return Dataset(np.zeros((len(labels), 1, 8, 8), np.uint8), labels, names)
+
+
+def test_a_balanced_draw_has_the_classes_that_are_asked_for() -> None:
+    dataset = labelled([20, 30, 10])
+    index = choose_images(dataset, 25, balanced=True)
+    assert (dataset.labels[index] == np.arange(25) % 3).all()
+    assert len(set(index.tolist())) == 25
+    assert (index == choose_images(dataset, 25, balanced=True)).all()
+    assert (index != choose_images(dataset, 25, balanced=True, seed=1)).any()
+
+
+def test_an_unbalanced_draw_takes_the_classes_as_they_come() -> None:
+    dataset = labelled([900, 100])
+    index = choose_images(dataset, 500, balanced=False)
+    assert len(set(index.tolist())) == 500
+    assert dataset.labels[index].mean() == pytest.approx(0.1, abs=0.04)
+
+
+@pytest.mark.parametrize(("balanced", "most"), [(True, 30), (False, 60)])
+def test_no_more_is_drawn_than_there_is(balanced: bool, most: int) -> None:
+    dataset = labelled([20, 30, 10])
+    assert len(choose_images(dataset, most, balanced)) == most
+    with pytest.raises(DataError, match=f"at most {most}"):
+        choose_images(dataset, most + 1, balanced)
+
+
+def test_folders_of_pictures_need_both_splits(tmp_path: Path) -> None:
+    def fill(split: str) -> None:
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (9, 9), "teal").save(tmp_path / split / name / "1.png")
+
+    fill("train")
+    with pytest.raises(DataError, match="no folder test/"):
+        load_splits(tmp_path, 8, 3, None)
+    fill("test")
+    train_set, test_set = load_splits(tmp_path, 8, 3, None)
+    assert train_set.class_names == test_set.class_names == ("cat", "dog")
+    assert train_set.images.shape == (2, 3, 8, 8)
