@@ -94,7 +94,7 @@ CHOICES = (
 
 def steps_done(folder: Path) -> int:
     """How far a training has come."""
-    path = folder / "training" / train.STATE
+    path = folder / "training" / train.Trainer.state_file
     if not path.exists():
         return 0
     with safe_open(path, "pt") as file:

@@ -14,19 +14,13 @@ guided the samples it judges.
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import signal
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -35,14 +29,12 @@ from model.checkpoint import CheckpointError
 from model.encoder import EncoderConfig, NoiseClassifier
 from model.schedule import NoiseSchedule
 from model.training.data import DataError, Dataset, load_splits
-from model.training.train import batch_indices
+from model.training.loop import ResumableTrainer, attended, batch_indices, train
 from model.unet import ConfigError
-
-STATE = "noise-classifier.safetensors"
 
 
 @dataclass(frozen=True)
-class Schooling:
+class ClassifierTrainingConfig:
     """How to train. Steps are optimizer steps; times are in seconds."""
 
     steps: int = 2000
@@ -54,33 +46,30 @@ class Schooling:
     checkpoint_s: float = 60.0
 
 
-def learning_rate(config: Schooling, step: int) -> float:
-    """Linear warm-up, then half a cosine down to zero at `config.steps`."""
-    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    return config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / config.steps))
-
-
-class Teacher:
+class ClassifierTrainer(ResumableTrainer[ClassifierTrainingConfig]):
     """The classifier and its optimizer, advanced one step at a time."""
 
-    def __init__(
-        self, net: NoiseClassifier, schedule: NoiseSchedule, dataset: Dataset, config: Schooling
-    ) -> None:
-        self.config, self.schedule, self.dataset = config, schedule, dataset
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.net = net.to(self.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-        self.optimizer = torch.optim.AdamW(net.parameters(), weight_decay=config.weight_decay, fused=True)
-        self.step_number = 0
-        self.stopping = False
+    state_file = "noise-classifier.safetensors"
+    trains = "classifier"
+    net: NoiseClassifier
 
-    def stop(self) -> None:
-        """Ask `run` to end after the step it is in."""
-        self.stopping = True
+    def __init__(
+        self,
+        net: NoiseClassifier,
+        schedule: NoiseSchedule,
+        dataset: Dataset,
+        config: ClassifierTrainingConfig,
+    ) -> None:
+        self.schedule, self.dataset = schedule, dataset
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        net = net.to(self.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        optimizer = torch.optim.AdamW(net.parameters(), weight_decay=config.weight_decay, fused=True)
+        super().__init__(net, optimizer, config)
 
     def step(self) -> float:
         """One optimizer step. Returns its cross-entropy in nats."""
         config = self.config
-        rng = torch.Generator(self.device).manual_seed(config.seed * 1_000_003 + self.step_number)
+        rng = torch.Generator(self.device).manual_seed(self.step_seed())
         index = batch_indices(config.seed, self.step_number, config.batch_size, len(self.dataset))
         x0 = torch.from_numpy(self.dataset.batch(index)).to(self.device)
         y = torch.from_numpy(self.dataset.labels[index]).to(self.device)
@@ -88,8 +77,7 @@ class Teacher:
         eps = torch.randn(x0.shape, generator=rng, device=self.device)
         x = diffusion.q_sample(self.schedule, x0, t, eps)
 
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, self.step_number)
+        self.set_learning_rate()
         loss = F.cross_entropy(self.net(x, t), y)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -97,56 +85,9 @@ class Teacher:
         self.step_number += 1
         return float(loss.detach())
 
-    def save(self, folder: Path) -> None:
-        """Write the state to resume from, and the classifier into the model folder."""
-        tensors = {f"net.{name}": value for name, value in self.net.state_dict().items()}
-        for name, parameter in self.net.named_parameters():
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"optimizer.{key}.{name}"] = value
-        meta = {"step": str(self.step_number), "config": json.dumps(asdict(self.config))}
-        path = folder / "training" / STATE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in tensors.items()}, path.with_suffix(".part"), meta)
-        path.with_suffix(".part").replace(path)
+    def export(self, folder: Path) -> None:
+        """Write the classifier into the model folder."""
         checkpoint.save_classifier(folder, self.net)
-
-    def resume(self, folder: Path) -> bool:
-        """Go on from what `save` wrote. Returns whether there was anything.
-
-        Raises CheckpointError when that is the state of another classifier.
-        """
-        path = folder / "training" / STATE
-        if not path.exists():
-            return False
-        with safe_open(path, "pt", self.device) as file:
-            meta = file.metadata()
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        part = {name.removeprefix("net."): v for name, v in state.items() if name.startswith("net.")}
-        try:
-            self.net.load_state_dict(part)
-        except RuntimeError as error:
-            raise CheckpointError(f"{path}: the state of another classifier") from error
-        for name, parameter in self.net.named_parameters():
-            if f"optimizer.step.{name}" in state:  # not if saved before the first step
-                found = {key: state[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-                for key in ("exp_avg", "exp_avg_sq"):  # in the parameter's layout
-                    found[key] = torch.empty_like(parameter).copy_(found[key])
-                self.optimizer.state[parameter] = found
-        self.step_number = int(meta["step"])
-        return True
-
-
-def run(teacher: Teacher, folder: Path) -> Iterator[float]:
-    """Train to the last step or a stop, yielding each step's loss. Saves now and then, and at the end."""
-    last_save = time.monotonic()
-    try:
-        while teacher.step_number < teacher.config.steps and not teacher.stopping:
-            yield teacher.step()
-            if time.monotonic() - last_save > teacher.config.checkpoint_s:
-                teacher.save(folder)
-                last_save = time.monotonic()
-    finally:
-        teacher.save(folder)
 
 
 @torch.no_grad()
@@ -195,14 +136,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--channels", type=_integers, default=None, help="widths, the stem's first, like 16,32,64,96")
     add("--layers", type=int, default=1, help="residual blocks per level")
     add("--groups", type=int, default=8, help="groups of the group norms")
-    for name, value in asdict(Schooling()).items():
+    for name, value in asdict(ClassifierTrainingConfig()).items():
         flag = "--" + name.replace("_", "-")
         add(flag, type=type(value), default=value)
     return parser.parse_args(argv)
 
 
-def prepare(args: argparse.Namespace) -> tuple[Teacher, Dataset]:
-    """The teacher of a fresh classifier, and the test images.
+def prepare(args: argparse.Namespace) -> tuple[ClassifierTrainer, Dataset]:
+    """The trainer of a new classifier, and the test images.
 
     Raises CheckpointError, DataError or ConfigError for what cannot be used.
     """
@@ -221,43 +162,36 @@ def prepare(args: argparse.Namespace) -> tuple[Teacher, Dataset]:
         norm_num_groups=args.groups,
         **shape,
     )
-    schooling = Schooling(**{name: getattr(args, name) for name in asdict(Schooling())})
-    torch.manual_seed(schooling.seed)
-    return Teacher(NoiseClassifier(config), model.schedule, train_set, schooling), test_set
+    names = asdict(ClassifierTrainingConfig())
+    training = ClassifierTrainingConfig(**{name: getattr(args, name) for name in names})
+    torch.manual_seed(training.seed)
+    return ClassifierTrainer(NoiseClassifier(config), model.schedule, train_set, training), test_set
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train as the command line says. Returns the exit code: 0, or 3 when what is given cannot be used."""
     args = parse(argv)
     try:
-        teacher, test_set = prepare(args)
-        if teacher.resume(args.model):
-            print(f"resumed at step {teacher.step_number}")
+        trainer, test_set = prepare(args)
+        if trainer.resume(args.model):
+            print(f"resumed at step {trainer.step_number}")
     except (CheckpointError, DataError, ConfigError) as error:
         print(error, file=sys.stderr)
         return 3
-    print(f"{sum(parameter.numel() for parameter in teacher.net.parameters()):,} parameters")
+    print(f"{sum(parameter.numel() for parameter in trainer.net.parameters()):,} parameters")
 
-    # Both end the loop between two steps; a step cut in half could not be resumed exactly.
-    signals = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(number, lambda *_: teacher.stop()) for number in signals]
-    bar = tqdm(total=teacher.config.steps, initial=teacher.step_number, unit="step", mininterval=1)
-    try:
-        for loss in run(teacher, args.model):
+    with attended(trainer, mininterval=1) as bar:
+        for loss in train(trainer, args.model):
             bar.update()
-            if teacher.step_number % 20 == 0:
+            if trainer.step_number % 20 == 0:
                 bar.set_postfix(loss=f"{loss:.3f}")
-    finally:
-        bar.close()
-        for number, handler in zip(signals, before, strict=True):
-            signal.signal(number, handler)
-    if teacher.stopping:
-        print(f"stopped and saved at step {teacher.step_number}")
+    if trainer.stopping:
+        print(f"stopped and saved at step {trainer.step_number}")
         return 0
-    last = teacher.schedule.timesteps - 1
+    last = trainer.schedule.timesteps - 1
     timesteps = [*range(0, last, max(1, (last + 1) // 10)), last]
-    shares = accuracy(teacher.net.eval(), teacher.schedule, test_set, timesteps)
-    print(f"\nRight on {len(test_set)} test images:\n\n{table(teacher.schedule, timesteps, shares)}")
+    shares = accuracy(trainer.net.eval(), trainer.schedule, test_set, timesteps)
+    print(f"\nRight on {len(test_set)} test images:\n\n{table(trainer.schedule, timesteps, shares)}")
     return 0
 
 

@@ -1,13 +1,13 @@
 """Train a U-Net: `python -m model.training.train --data PATH --out FOLDER`.
 
-Algorithm 1 of Ho et al. 2020: the network's output is regressed on ε with L_simple (or on x₀, v or
-the posterior mean, or with the bound itself; and with --learned-variance by L_hybrid, Nichol & Dhariwal
-2021), and an exponential moving average of the weights is what is kept. Every random draw of a step (images,
-timesteps, noise, dropped labels) is a function of the seed and the step's number, so the step number is the
-whole state of the data and the generators, and a run that was stopped goes on exactly where it was.
+Algorithm 1 of Ho et al. 2020: the network's output is regressed on ε with L_simple, and an exponential moving
+average of the weights is kept. Options regress it on x₀, v or the posterior mean, minimise the variational
+bound itself, or learn the variance by L_hybrid (Nichol & Dhariwal 2021). A stopped run resumes exactly where
+it was (model/training/loop.py).
 
-FOLDER is a model folder the service loads. FOLDER/training holds what only training needs: the state
-to resume from, the log, the loss curve and sample sheets.
+FOLDER is a model folder that the service loads. FOLDER/training holds what only training needs: the state to
+resume from, the log, the loss curve and sample sheets. The sheets and the curve are drawn by
+`model.evaluation.plots`, the one module of that package which training imports.
 """
 
 from __future__ import annotations
@@ -15,31 +15,29 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import closing
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-from tqdm import tqdm
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from model import checkpoint, diffusion
 from model.checkpoint import Checkpoint
 from model.diffusion import OBJECTIVES, Objective
 from model.evaluation import plots
+from model.files import replace_text
 from model.schedule import PREDICTION_TYPES, NoiseSchedule
-from model.training import data
+from model.training import data, loop
+from model.training.loop import ResumableTrainer, attended, batch_indices, learning_rate
 from model.unet import ConfigError, UNet, UNetConfig
 
-STATE = "state.safetensors"
 LOG = "log.jsonl"
 
 
@@ -64,55 +62,32 @@ class TrainConfig:
     budget_s: float = math.inf
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, then half a cosine down to zero at `config.steps`."""
-    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    return config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / config.steps))
-
-
-def epoch_order(seed: int, epoch: int, length: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """The order in which an epoch visits the images: a permutation of [0, length)."""
-    return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, epoch])).permutation(length)
-
-
-def batch_indices(seed: int, step: int, batch: int, length: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Which images step `step` sees: consecutive pieces of the epochs' orders. [batch] int64."""
-    positions = np.arange(step * batch, (step + 1) * batch)
-    epochs = positions // length
-    orders = {int(epoch): epoch_order(seed, int(epoch), length) for epoch in np.unique(epochs)}
-    return np.array(
-        [orders[int(e)][int(p % length)] for e, p in zip(epochs, positions, strict=True)], np.int64
-    )
-
-
-class Trainer:
+class Trainer(ResumableTrainer[TrainConfig]):
     """The network, its optimizer and its moving average, advanced one step at a time."""
 
+    state_file = "state.safetensors"
+    trains = "network"
+    net: UNet
+
     def __init__(self, model: Checkpoint, dataset: data.Dataset, config: TrainConfig) -> None:
-        self.config, self.model, self.dataset = config, model, dataset
+        self.model, self.dataset = model, dataset
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.net = deepcopy(model.unet).to(self.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        net = deepcopy(model.unet).to(self.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         self.ema = model.unet.to(self.device).requires_grad_(False).eval()
-        self.optimizer = torch.optim.AdamW(
-            self.net.parameters(),
+        optimizer = torch.optim.AdamW(
+            net.parameters(),
             lr=config.learning_rate,
             betas=(0.9, 0.99),
             weight_decay=config.weight_decay,
             fused=True,
         )
-        self.forward = torch.compile(self.net) if config.compile else self.net
-        self.step_number = 0
-        self.seconds = 0.0
-        self.stopping = False
-
-    def stop(self) -> None:
-        """Ask `run` to end after the step it is in."""
-        self.stopping = True
+        super().__init__(net, optimizer, config)
+        self.forward = torch.compile(net) if config.compile else net
 
     def step(self) -> float:
         """One optimizer step. Returns its loss; raises RuntimeError, changing nothing, if not finite."""
         config, schedule = self.config, self.model.schedule
-        seed = config.seed * 1_000_003 + self.step_number
+        seed = self.step_seed()
         rng = torch.Generator(self.device).manual_seed(seed)
         torch.manual_seed(seed)  # dropout draws from the global generator
         index = batch_indices(config.seed, self.step_number, config.batch_size, len(self.dataset))
@@ -122,8 +97,7 @@ class Trainer:
         y = self._labels(index, rng)
         x = diffusion.q_sample(schedule, x0, t, eps).contiguous(memory_format=torch.channels_last)
 
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, self.step_number)
+        self.set_learning_rate()
         with torch.autocast(self.device, torch.bfloat16, enabled=config.bf16):
             out = self.forward(x, t, y)
         loss = diffusion.objective(schedule, config.objective, x0, x, t, eps, out).mean()
@@ -142,7 +116,7 @@ class Trainer:
         self.step_number += 1
         return value
 
-    def _labels(self, index: np.ndarray[Any, np.dtype[np.int64]], rng: torch.Generator) -> Tensor | None:
+    def _labels(self, index: NDArray[np.int64], rng: torch.Generator) -> Tensor | None:
         if self.model.unet.config.num_class_embeds is None:
             return None
         y = torch.from_numpy(self.dataset.labels[index]).to(self.device)
@@ -169,70 +143,23 @@ class Trainer:
             total += float(diffusion.l_simple(target, out).sum())
         return total / count
 
-    def save(self, folder: Path) -> None:
-        """Write the state to resume from and the model folder, each complete or not at all."""
-        tensors = {f"net.{name}": value for name, value in self.net.state_dict().items()}
-        tensors |= {f"ema.{name}": value for name, value in self.ema.state_dict().items()}
-        for name, parameter in self.net.named_parameters():
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"optimizer.{key}.{name}"] = value
-        meta = {
-            "step": str(self.step_number),
-            "seconds": str(self.seconds),
-            "config": json.dumps(asdict(self.config)),
-        }
-        path = folder / "training" / STATE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Gradients follow the parameters' channels-last layout; safetensors stores plain row-major order.
-        save_file({k: v.contiguous() for k, v in tensors.items()}, path.with_suffix(".part"), meta)
-        path.with_suffix(".part").replace(path)
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The network and its moving average."""
+        return {"net": self.net, "ema": self.ema}
+
+    def export(self, folder: Path) -> None:
+        """Write the model folder, with the averaged weights."""
         checkpoint.save(folder, self.model)
-
-    def resume(self, folder: Path) -> bool:
-        """Go on from what `save` wrote. Returns whether there was anything.
-
-        Raises CheckpointError when that is the state of another network.
-        """
-        path = folder / "training" / STATE
-        if not path.exists():
-            return False
-        with safe_open(path, "pt", self.device) as file:
-            meta = file.metadata()
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        for prefix, module in (("net.", self.net), ("ema.", self.ema)):
-            part = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
-            try:
-                module.load_state_dict(part)
-            except RuntimeError as error:
-                raise checkpoint.CheckpointError(f"{path}: the state of another network") from error
-        for name, parameter in self.net.named_parameters():
-            if f"optimizer.step.{name}" not in state:  # saved before the first step
-                continue
-            self.optimizer.state[parameter] = {
-                key: state[f"optimizer.{key}.{name}"].clone(memory_format=torch.preserve_format)
-                if key == "step"
-                else torch.empty_like(parameter).copy_(state[f"optimizer.{key}.{name}"])
-                for key in ("step", "exp_avg", "exp_avg_sq")
-            }
-        self.step_number, self.seconds = int(meta["step"]), float(meta["seconds"])
-        return True
 
 
 def run(trainer: Trainer, folder: Path, held_out: data.Dataset | None) -> Iterator[dict[str, float]]:
-    """Train to the last step, a stop, or the end of the time budget, yielding a record every 50 steps."""
+    """Train as `loop.train` does, yielding a record every 50 steps and writing sample sheets."""
     config = trainer.config
-    started, last_save, last_sheet = time.monotonic(), time.monotonic(), time.monotonic()
-    before = trainer.seconds
+    last_sheet = time.monotonic()
     losses: list[float] = []
-    try:
-        while (
-            trainer.step_number < config.steps
-            and not trainer.stopping
-            and time.monotonic() - started < config.budget_s
-        ):
-            losses.append(trainer.step())
-            now = time.monotonic()
-            trainer.seconds = before + now - started
+    with closing(loop.train(trainer, folder, config.budget_s)) as steps:
+        for loss in steps:
+            losses.append(loss)
             if trainer.step_number % 50 == 0:
                 record = {
                     "step": trainer.step_number,
@@ -245,14 +172,9 @@ def run(trainer: Trainer, folder: Path, held_out: data.Dataset | None) -> Iterat
                 if held_out is not None and trainer.step_number % 500 == 0:
                     record["held_out_loss"] = trainer.validate(held_out)
                 yield record
-            if now - last_save > config.checkpoint_s:
-                trainer.save(folder)
-                last_save = time.monotonic()
-            if now - last_sheet > config.sheet_s:
+            if time.monotonic() - last_sheet > config.sheet_s:
                 _write_sheet(trainer, folder)
                 last_sheet = time.monotonic()
-    finally:
-        trainer.save(folder)
     if not trainer.stopping:
         _write_sheet(trainer, folder)
 
@@ -313,7 +235,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder of IDX files or of pictures (sub-folder = class)")
-    add("--out", type=Path, required=True, help="model folder to write, or to go on with")
+    add("--out", type=Path, required=True, help="model folder to write, or to resume")
     add("--init", type=Path, help="start from the weights of this model folder instead of from noise")
     add("--held-out", default="t10k", help="split to report a validation loss on; empty for none")
     add("--size", type=int, default=32, help="pixels per side; smaller images are padded")
@@ -358,13 +280,9 @@ def main(argv: list[str] | None = None) -> int:
     log.parent.mkdir(parents=True, exist_ok=True)
     records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     records = [record for record in records if record["step"] <= trainer.step_number]
-    log.write_text("".join(json.dumps(record) + "\n" for record in records))
+    replace_text(log, "".join(json.dumps(record) + "\n" for record in records))
 
-    # Both end the loop between two steps; a step cut in half could not be resumed exactly.
-    signals = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(number, lambda *_: trainer.stop()) for number in signals]
-    bar = tqdm(total=config.steps, initial=trainer.step_number, unit="step", smoothing=0.05, mininterval=5)
-    try:
+    with attended(trainer, smoothing=0.05, mininterval=5) as bar:
         for record in run(trainer, args.out, held_out):
             records.append(record)
             with log.open("a") as file:
@@ -373,10 +291,6 @@ def main(argv: list[str] | None = None) -> int:
             bar.set_postfix(loss=f"{record['loss']:.4f}", images=int(record["images"]))
             if record["step"] % 500 == 0:
                 plots.loss_curve(records).save(log.with_name("loss.png"))
-    finally:
-        bar.close()
-        for number, handler in zip(signals, before, strict=True):
-            signal.signal(number, handler)
     if trainer.stopping:
         print(f"stopped and saved at step {trainer.step_number}")
     return 0

@@ -16,23 +16,26 @@ from model.checkpoint import CheckpointError
 from model.encoder import EncoderConfig, NoiseClassifier
 from model.schedule import NoiseSchedule, linear_betas
 from model.training import noise_classifier
-from model.training.noise_classifier import Schooling, Teacher, accuracy, learning_rate, run
+from model.training.loop import learning_rate, train
+from model.training.noise_classifier import ClassifierTrainer, ClassifierTrainingConfig, accuracy
 from tests.model.conftest import tiny_classifier
 from tests.model.evaluation.test_evaluate import data, model, tiny_model  # noqa: F401 (two are fixtures)
 from tests.model.evaluation.test_judge import stripes
 
 SCHEDULE = NoiseSchedule(linear_betas(1000))
-CONFIG = Schooling(steps=8, batch_size=6, warmup_steps=2)
+CONFIG = ClassifierTrainingConfig(steps=8, batch_size=6, warmup_steps=2)
 SMALL = ["--channels", "8,16", "--groups", "4", "--batch-size", "12", "--warmup-steps", "2"]
 
 
-def teacher(config: Schooling = CONFIG, **shape: Any) -> Teacher:
+def trainer(config: ClassifierTrainingConfig = CONFIG, **shape: Any) -> ClassifierTrainer:
     torch.manual_seed(0)
     options: dict[str, Any] = {"block_out_channels": (8, 16, 16), "norm_num_groups": 4} | shape
-    return Teacher(NoiseClassifier(EncoderConfig(16, 1, 3, **options)), SCHEDULE, stripes(60), config)
+    return ClassifierTrainer(
+        NoiseClassifier(EncoderConfig(16, 1, 3, **options)), SCHEDULE, stripes(60), config
+    )
 
 
-def states(it: Teacher) -> dict[str, torch.Tensor]:
+def states(it: ClassifierTrainer) -> dict[str, torch.Tensor]:
     tensors = {f"net.{name}": value for name, value in it.net.state_dict().items()}
     for name, parameter in it.net.named_parameters():
         tensors |= {f"{name}.{key}": value for key, value in it.optimizer.state[parameter].items()}
@@ -47,7 +50,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_it_learns_what_the_noise_leaves_to_be_learnt() -> None:
-    it = teacher(replace(CONFIG, steps=120, batch_size=30, learning_rate=1e-2))
+    it = trainer(replace(CONFIG, steps=120, batch_size=30, learning_rate=1e-2))
     losses = [it.step() for _ in range(120)]
     assert np.mean(losses[-20:]) < 0.7 * np.mean(losses[:20])
     test_set = stripes(300, seed=1)
@@ -63,7 +66,7 @@ def test_it_learns_what_the_noise_leaves_to_be_learnt() -> None:
 
 
 def test_accuracy_is_a_share_under_fixed_noise() -> None:
-    net, dataset = teacher().net.eval(), stripes(120)
+    net, dataset = trainer().net.eval(), stripes(120)
     shares = accuracy(net, SCHEDULE, dataset, [0, 300])
     assert shares == accuracy(net, SCHEDULE, dataset, [0, 300])
     assert all(0 <= share <= 1 for share in shares)
@@ -75,12 +78,12 @@ def test_accuracy_is_a_share_under_fixed_noise() -> None:
 
 
 def test_a_resumed_run_is_bitwise_the_run_that_was_not_stopped(folder: Path) -> None:
-    straight = teacher()
+    straight = trainer()
     losses = [straight.step() for _ in range(7)]
-    first = teacher()
+    first = trainer()
     before = [first.step() for _ in range(3)]
     first.save(folder)
-    second = teacher(replace(CONFIG, seed=0))
+    second = trainer(replace(CONFIG, seed=0))
     with torch.no_grad():
         for parameter in second.net.parameters():
             parameter.zero_()
@@ -92,33 +95,33 @@ def test_a_resumed_run_is_bitwise_the_run_that_was_not_stopped(folder: Path) -> 
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
-    config = Schooling(steps=100, warmup_steps=10, learning_rate=2.0)
+    config = ClassifierTrainingConfig(steps=100, warmup_steps=10, learning_rate=2.0)
     rates = [learning_rate(config, step) for step in range(101)]
     assert rates[:10] == sorted(rates[:10])
     assert rates[9:] == sorted(rates[9:], reverse=True)
     assert rates[-1] == pytest.approx(0)
-    it = teacher(config)
+    it = trainer(config)
     it.step()
     assert it.optimizer.param_groups[0]["lr"] == rates[0]
 
 
 def test_it_saves_as_often_as_asked_and_at_the_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[int] = []
-    monkeypatch.setattr(Teacher, "save", lambda self, _: saved.append(self.step_number))
-    assert len(list(run(teacher(replace(CONFIG, checkpoint_s=0.0)), folder))) == 8
+    monkeypatch.setattr(ClassifierTrainer, "save", lambda self, _: saved.append(self.step_number))
+    assert len(list(train(trainer(replace(CONFIG, checkpoint_s=0.0)), folder))) == 8
     assert saved == [*range(1, 9), 8]
     saved.clear()
-    list(run(teacher(), folder))
+    list(train(trainer(), folder))
     assert saved == [8]
 
 
 def test_there_may_be_nothing_to_resume_or_something_else(folder: Path) -> None:
-    assert not teacher().resume(folder)
-    it = teacher()
+    assert not trainer().resume(folder)
+    it = trainer()
     it.step()
     it.save(folder)
     with pytest.raises(CheckpointError, match="another classifier"):
-        teacher(block_out_channels=(8, 16)).resume(folder)
+        trainer(block_out_channels=(8, 16)).resume(folder)
 
 
 def test_the_command_trains_reports_and_leaves_a_folder_that_loads(
@@ -151,15 +154,15 @@ def test_a_signal_ends_the_command_between_two_steps(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    step = Teacher.step
+    step = ClassifierTrainer.step
 
-    def signalled(self: Teacher) -> float:
+    def signalled(self: ClassifierTrainer) -> float:
         if self.step_number == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self)
 
     handler = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(Teacher, "step", signalled)
+    monkeypatch.setattr(ClassifierTrainer, "step", signalled)
     assert noise_classifier.main(["--model", str(model), "--data", str(data), *SMALL]) == 0
     assert "stopped and saved at step 3" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) is handler

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import struct
@@ -21,7 +20,8 @@ from model.evaluation import plots
 from model.schedule import NoiseSchedule
 from model.training import train
 from model.training.data import Dataset
-from model.training.train import TrainConfig, Trainer, batch_indices, learning_rate, run
+from model.training.loop import learning_rate
+from model.training.train import TrainConfig, Trainer, run
 from tests.model.conftest import SCHEDULER, randomise, tiny_checkpoint
 
 CONFIG = TrainConfig(steps=8, batch_size=4, warmup_steps=2, learning_rate=1e-3, label_dropout=0.5)
@@ -134,16 +134,6 @@ def test_the_average_by_hand() -> None:
         torch.testing.assert_close(weight.detach(), expected)
 
 
-def test_every_epoch_sees_every_image_once() -> None:
-    seen = np.concatenate([batch_indices(7, step, batch=4, length=10) for step in range(5)])
-    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
-    assert seen[:10].tolist() != seen[10:].tolist()
-    assert batch_indices(7, 2, 4, 10).tolist() == seen[8:12].tolist()
-    assert batch_indices(8, 2, 4, 10).tolist() != seen[8:12].tolist()
-    # A batch may be larger than the whole set.
-    assert sorted(batch_indices(7, 0, batch=25, length=10)[:20]) == sorted([*range(10)] * 2)
-
-
 def test_labels_are_dropped_at_the_asked_rate() -> None:
     def dropped(rate: float) -> float:
         it = trainer(replace(CONFIG, label_dropout=rate))
@@ -157,18 +147,6 @@ def test_labels_are_dropped_at_the_asked_rate() -> None:
     assert dropped(0.0) == 0
     assert dropped(0.1) == pytest.approx(0.1, abs=0.015)
     assert dropped(1.0) == 1
-
-
-def test_learning_rate_warms_up_and_decays() -> None:
-    config = TrainConfig(steps=1000, warmup_steps=100, learning_rate=2.0)
-    rates = [learning_rate(config, step) for step in range(1001)]
-    assert rates[0] == pytest.approx(0.02, rel=1e-3)
-    assert max(rates) == rates[99] == pytest.approx(2 * 0.5 * (1 + math.cos(math.pi * 0.099)))
-    assert rates[500] == pytest.approx(1.0)
-    assert rates[1000] == pytest.approx(0, abs=1e-12)
-    assert rates[:100] == sorted(rates[:100])
-    assert rates[99:] == sorted(rates[99:], reverse=True)
-    assert learning_rate(replace(config, warmup_steps=0), 0) == 2.0
 
 
 def test_the_learning_rate_is_used_and_gradients_are_clipped() -> None:
