@@ -107,13 +107,14 @@ def bits_per_dimension(
 ) -> tuple[float, float]:
     """The bound L_T + Σ L_t + L_0 of the first `count` images, and its standard error over them.
 
-    L_T and L_0 are those of every image; the terms between are estimated from `draws` timesteps an image,
-    spread evenly over all. Guesses are clipped, as in sampling. Bits per dimension, given the class.
+    L_T and L_0 are those of every image; the terms between are estimated from `draws` stratified timesteps an
+    image. x₀ predictions are clipped, as in sampling. Bits per dimension, given the class.
     """
     schedule, unet = model.schedule, model.unet
     count = min(count, len(dataset))
     rng = torch.Generator().manual_seed(0)
-    between = 1 + diffusion.spread_timesteps(count * draws, schedule.timesteps - 1, rng).view(draws, count)
+    between = diffusion.stratified_timesteps(count * draws, schedule.timesteps - 1, rng)
+    between = 1 + between.view(draws, count)
     bits = np.zeros(count)
     for start in range(0, count, 100):
         index = np.arange(start, min(start + 100, count))
@@ -128,10 +129,10 @@ def bits_per_dimension(
             )
             x = diffusion.q_sample(schedule, x0, t, torch.randn(x0.shape, generator=rng))
             mean, *rest = unet(x, t, y).split(x0.shape[1], dim=1)
-            guess = diffusion.predict_x0(schedule, x, t, mean).clamp(-schedule.clip, schedule.clip)
+            x0_pred = diffusion.predict_x0(schedule, x, t, mean).clamp(-schedule.clip, schedule.clip)
             learned = variance == "learned_range"
             log_variance = diffusion.learned_log_variance(schedule, t, rest[0]) if learned else None
-            terms = diffusion.vlb_terms(schedule, x0, guess, t, variance, log_variance).numpy()
+            terms = diffusion.vlb_terms(schedule, x0, x0_pred, t, variance, log_variance).numpy()
             bits[index] += terms if draw < 0 else terms * (schedule.timesteps - 1) / draws
     return float(bits.mean()), float(bits.std(ddof=1) / count**0.5)
 

@@ -1,12 +1,12 @@
-"""Does an image belong to those the network was trained on? How well it is denoised, by noise level.
+"""Does an image resemble the training images? Its denoising errors, by noise level.
 
-The likelihood alone answers that badly: simpler images than the training set's get more of it (Nalisnick et
-al. 2019), because images of a set are not where its density is highest but where it is typical. So an image
-is unusual when it is denoised *otherwise* than training images, better or worse, at any noise level: coarse
-structure shows at high ones, texture at low ones. That takes several statistics (Morningstar et al. 2021; of
-a diffusion model's errors by noise level, Graham et al. 2023). Here they are the errors of the x₀ guesses:
-their logarithms, less the training images' mean at the same timestep, averaged over bands of timesteps. The
-score is the squared Mahalanobis distance from the training images' mean, divided by the number of bands.
+The likelihood alone answers that badly: images simpler than the training set have a higher one (Nalisnick et
+al. 2019), because a set lies where its density is typical, not where it is highest. So an image is unusual
+when it is denoised *differently* from training images, better or worse, at any noise level: high levels show
+coarse structure, low ones texture. That takes several statistics (Morningstar et al. 2021; for a diffusion
+model's errors by noise level, Graham et al. 2023). Here they are the errors of the x₀ predictions: their
+logarithms, less the training images' mean at the same timestep, averaged over bands of timesteps. The score
+is the squared Mahalanobis distance from the training images' mean, divided by the number of bands.
 
 `python -m model.evaluation.anomaly` fits this to a training set and writes it beside the weights.
 """
@@ -30,7 +30,7 @@ FILE = "typicality.json"
 BANDS = 8
 KNOTS = 24
 """Points of the curve of mean errors over the timesteps."""
-FLOOR = 1e-8
+LOG_OFFSET = 1e-8
 """Added to squared errors before their logarithm: an image all black has none at low noise levels."""
 FEWEST_IMAGES = 10 * BANDS
 
@@ -46,7 +46,7 @@ class Typicality:
     edges: [K + 1] rising, of the bands of timesteps, from 0 to T. knots, curve: [G] each, log(1 + t) and the
     mean logarithm of the squared error there. mean: [K], precision: [K, K], of the bands' averages.
     quantiles: [101], of the training images' own scores, by percent. images: how many there were.
-    weights_sha256: whose network it is. All of it is about the network without a class.
+    weights_sha256: of the network. All figures are of the network without a class.
     """
 
     edges: Floats
@@ -61,7 +61,9 @@ class Typicality:
     def features(self, timesteps: ArrayLike, mse: ArrayLike) -> Floats | None:
         """An image's averages in the bands, [K]; None when a band has no timestep. Both given: [n]."""
         t = np.asarray(timesteps, np.float64)
-        excess = np.log(np.asarray(mse, np.float64) + FLOOR) - np.interp(np.log1p(t), self.knots, self.curve)
+        excess = np.log(np.asarray(mse, np.float64) + LOG_OFFSET) - np.interp(
+            np.log1p(t), self.knots, self.curve
+        )
         band = np.searchsorted(self.edges, t, side="right") - 1
         counts = np.bincount(band, minlength=len(self.mean))
         if not counts.all():
@@ -89,7 +91,7 @@ def fit(total: int, timesteps: ArrayLike, mse: ArrayLike, weights_sha256: str) -
     t, errors = np.asarray(timesteps, np.float64), np.asarray(mse, np.float64)
     if len(t) < FEWEST_IMAGES:
         raise TypicalityError(f"{len(t)} images are too few; there must be at least {FEWEST_IMAGES}")
-    knots, curve = _curve(np.log1p(t).ravel(), np.log(errors + FLOOR).ravel())
+    knots, curve = _curve(np.log1p(t).ravel(), np.log(errors + LOG_OFFSET).ravel())
     edges = np.expm1(np.linspace(0, math.log1p(total), BANDS + 1))
     edges[-1] = total
     blank = Typicality(

@@ -21,10 +21,10 @@ from model.likelihood import (
     FEWEST_TERMS,
     Bound,
     choose_timesteps,
+    chunks,
     estimate,
     prior_bits,
     rmse,
-    stretches,
 )
 from model.samplers import build_probe
 from model.typicality import Typicality
@@ -96,7 +96,7 @@ def to_score(request: ScoreRequest, catalogue: Catalogue, *, streamed: bool) -> 
     chains = [
         probing(build_probe(catalogue.schedule, part), image, seed + i + place * (MAX_SEED + 1), label)
         for i, image in enumerate(images)
-        for place, part in enumerate(stretches(choose_timesteps(total, terms, seed + i), count))
+        for place, part in enumerate(chunks(choose_timesteps(total, terms, seed + i), count))
     ]
     return ScoreOrder(
         job=to_job_of(request, chains, catalogue, "probe", streamed=streamed),

@@ -48,16 +48,16 @@ from model.typicality import Typicality, TypicalityError, roc_auc
 
 FLOW_BATCH = 8
 CHUNK = 50
-"""Images that are measured before they are written down."""
+"""Images that are measured between two saves."""
 FEWEST = 8
-"""Images of a set."""
+"""Images of a set, at least."""
 CHECKED = 8
 """Images that the flow is run on again with twice the steps."""
 
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """What probes found about a set of images: timesteps, bits, mse: [N, n]; prior: [N]; total: T."""
+    """What probes measured of a set of images: timesteps, bits, mse: [N, n]; prior: [N]; total: T."""
 
     total: int
     timesteps: NDArray[np.int64]
@@ -85,9 +85,9 @@ class Measured:
 def measure(
     denoiser: Denoiser, images: Pixels, terms: int, *, seed: int, batch: int, tick: Callable[[int], object]
 ) -> Measured:
-    """Ask the network about images [N, C, H, W] without a class, each at `terms` timesteps of its own.
+    """Measure images [N, C, H, W] without a class, each at `terms` timesteps of its own.
 
-    The i-th image has seed + i. tick: told the network rows of each step.
+    The i-th image has seed + i. tick: called with the network rows of each step.
     """
     schedule = denoiser.schedule
     assert schedule is not None
@@ -109,7 +109,7 @@ def measure(
 def kept(
     folder: Path, name: str, key: Sequence[object], make: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
-    """The arrays that `make` gives, from a file once they have been made for the same `key`."""
+    """The arrays that `make` returns, read from a file if they were made before for the same `key`."""
     digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     path = folder / f"{name.replace(' ', '-')}-{digest}.npz"
     if not path.exists():
@@ -123,7 +123,7 @@ def kept(
 
 @dataclass(frozen=True)
 class Study:
-    """What is measured with what. seeds: of a set's first image, so that no two images share noise."""
+    """The model, how it is measured, and where measurements are kept."""
 
     args: argparse.Namespace
     model: Checkpoint
@@ -132,7 +132,7 @@ class Study:
     work: Path
 
     def measured(self, name: str, images: Pixels, terms: int, first_seed: int) -> Measured:
-        """A set's measures; kept, chunk by chunk."""
+        """A set's measures, kept chunk by chunk. first_seed: of its first image; no two images share one."""
         runtime, total = self.denoiser.runtime, self.model.schedule.timesteps
         arrays = ("timesteps", "bits", "mse", "prior")
         found = []
@@ -153,8 +153,8 @@ class Study:
 
     def flows(self, images: Pixels, steps: int, kinds: Sequence[str]) -> dict[str, Floats]:
         """Bits per dimension by the probability flow, [N] of each kind; kept."""
-        ways = {"uniform": flow.uniform_bits, "noised": flow.noised_bits}
-        guess, schedule = flow.guess_of(self.model), self.model.schedule
+        measures = {"uniform": flow.uniform_bits, "noised": flow.noised_bits}
+        predict, schedule = flow.x0_predictor(self.model), self.model.schedule
         seeds = range(self.args.seed, self.args.seed + len(images))
 
         def make() -> dict[str, Any]:
@@ -163,7 +163,7 @@ class Study:
             for start in tqdm(range(0, len(x0), FLOW_BATCH), desc=f"flow, {steps} steps"):
                 some = slice(start, start + FLOW_BATCH)
                 for kind in kinds:
-                    found[kind] += ways[kind](guess, schedule, x0[some], seeds[some], steps).tolist()
+                    found[kind] += measures[kind](predict, schedule, x0[some], seeds[some], steps).tolist()
             return found
 
         key = (self.weights_sha256, steps, kinds, self.args.seed, _digest(images))
@@ -201,7 +201,7 @@ def curve_of(measured: Measured) -> dict[str, list[float]]:
 def detection(
     statistics: Typicality, train: Measured, test: Measured, others: Mapping[str, Measured]
 ) -> list[dict[str, Any]]:
-    """How well each other set is told from the test images: areas under the ROC curve of three scores."""
+    """How well scores separate each other set from the test images: areas under their ROC curves."""
     usual = train.bits_per_dim.mean()
 
     def scores(found: Measured) -> dict[str, Floats]:
@@ -224,8 +224,8 @@ def detection(
     return rows
 
 
-def two_ways(study: Study, images: Pixels) -> dict[str, Any]:
-    """The bound with as many terms as the service takes, beside the probability flow on the same images."""
+def bound_and_flow(study: Study, images: Pixels) -> dict[str, Any]:
+    """The bound with the service's default number of terms, and the probability flow, on the same images."""
     bound = study.measured("few", images, likelihood.DEFAULT_TERMS, 1 << 31)
     steps = study.args.flow_steps
     by_flow = study.flows(images, steps, ("uniform", "noised"))
@@ -273,7 +273,7 @@ def collect(args: argparse.Namespace, model: Checkpoint) -> tuple[Pixels, Pixels
 def run(args: argparse.Namespace, model: Checkpoint, command: str) -> dict[str, Any]:
     """Measure, and write everything. Returns the content of likelihood.json."""
     if model.unet.config.num_class_embeds is not None and model.null_class is None:
-        raise DataError("the network has no unconditional branch, and what does not belong has no class")
+        raise DataError("the network has no unconditional branch, which outliers need: they have no class")
     train_images, test_images, other_images = collect(args, model)
     threads = torch.get_num_threads()
     denoiser = denoiser_of(model, args.runtime, args.device, args.dtype)
@@ -309,7 +309,7 @@ def run(args: argparse.Namespace, model: Checkpoint, command: str) -> dict[str, 
         },
         "detection": detection(statistics, train, test, others),
         "curve": curve_of(test),
-        "two_ways": two_ways(study, test_images[: args.few]),
+        "bound_and_flow": bound_and_flow(study, test_images[: args.few]),
     }
     replace_text(out / "likelihood.json", json.dumps(report, indent=1) + "\n")
     replace_text(out / "likelihood.md", markdown(report))
@@ -323,7 +323,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     def named(text: str) -> tuple[str, Path]:
         name, _, folder = text.partition("=")
         if not name or not folder:
-            raise argparse.ArgumentTypeError("NAME=FOLDER is wanted")
+            raise argparse.ArgumentTypeError("must be NAME=FOLDER")
         return name, Path(folder)
 
     parser = argparse.ArgumentParser(
@@ -338,7 +338,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--train-images", type=int, default=500, help="for the statistics")
     add("--test-images", type=int, default=400, help="for bits per dimension, and as inliers")
     add("--outliers", type=int, default=120, help="images of each other set, at most")
-    add("--terms", type=int, default=50, help="timesteps an image is looked at")
+    add("--terms", type=int, default=50, help="timesteps an image is measured at")
     add("--few", type=int, default=24, help="test images that the probability flow is run on")
     add("--flow-steps", type=int, default=64, help="of the probability flow")
     add("--seed", type=int, default=0, help="of the noise")
@@ -355,7 +355,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Do what the command line says. Returns the exit code: 0, or 3 when what is given cannot be used."""
+    """Run the command line. Returns the exit code: 0, 3 for unusable input, or 130 when interrupted."""
     args = parse(argv)
     command = shlex.join(
         ["python", "-m", "model.evaluation.anomaly", *(sys.argv[1:] if argv is None else argv)]
@@ -366,7 +366,7 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 3
     except KeyboardInterrupt:
-        print("\nstopped; what has been measured is kept, and the same command goes on from there")
+        print("\nstopped; measurements so far are kept, and the same command resumes from them")
         return 130
     print(markdown(report))
     return 0

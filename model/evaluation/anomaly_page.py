@@ -1,4 +1,4 @@
-"""What model.evaluation.anomaly has found, as a page."""
+"""The page of model.evaluation.anomaly: likelihood.json as Markdown."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from model.evaluation.corruptions import BLUR, NOISE
 
 def markdown(report: Mapping[str, Any]) -> str:
     """likelihood.md from the content of likelihood.json."""
-    test, ways = report["test"], report["two_ways"]
+    test, flow = report["test"], report["bound_and_flow"]
     lines = [
         f"# Likelihoods of {report['model']}",
         f"```sh\n{report['command']}\n```",
@@ -23,22 +23,22 @@ def markdown(report: Mapping[str, Any]) -> str:
         "## Test images",
         _test_text(report),
         "![rate and distortion](rate-distortion.png)",
-        "*What each bit buys (Ho et al. 2020, Fig. 5): whoever has received x_t has paid the rate and "
-        "guesses the image with the distortion. Averages over the same test images. They are the rates of "
-        "a code in this sense: relative entropy coding sends x_t for as many bits in expectation, up to a "
-        "logarithmic overhead. Nothing is encoded here.*",
+        "*Rate and distortion (Ho et al. 2020, Fig. 5): sending x_t costs the rate, and the x₀ prediction "
+        "from it has the distortion. Averages over the same test images. They are the rates of a code in "
+        "this sense: relative entropy coding sends x_t for as many bits in expectation, up to a logarithmic "
+        "overhead. Nothing is encoded here.*",
         _curve_table(report["curve"]),
-        "## What does not belong",
+        "## Outlier detection",
         f"Area under the ROC curve against the same {test['images']} test images: 1 is perfect, 0.5 is "
-        "chance, and below that outliers look more usual than test images do. *Bits*: the bound itself; "
-        "more are more unusual. *Distance*: of the bits from the training images' mean (Nalisnick et al. "
-        "2019). *Typicality*: of the errors by noise level (`model/typicality.py`), fitted to "
+        "chance, and below that outliers score as more usual than test images. *Bits*: the bound itself; "
+        "more bits are more unusual. *Distance*: of the bits from the training images' mean (Nalisnick et "
+        "al. 2019). *Typicality*: of the errors by noise level (`model/typicality.py`), fitted to "
         f"{report['train']['images']} training images. The noise has a standard deviation of {NOISE:g} "
         f"levels of 255, the blur a radius of {BLUR:g} pixel.",
         _detection_table(report["detection"]),
         "## The bound and the probability flow",
-        _ways_text(ways),
-        _ways_table(ways),
+        _flow_text(flow),
+        _flow_table(flow),
     ]
     return "\n\n".join(lines) + "\n"
 
@@ -52,10 +52,10 @@ def _test_text(report: Mapping[str, Any]) -> str:
     bits, prior, decoder = (test[key][0] for key in ("bits_per_dim", "prior", "decoder"))
     return (
         f"**{_pm(test['bits_per_dim'])} bits per dimension** over {test['images']} test images, by the "
-        f"variational bound. Of these, {prior:.5f} are for x_T, {bits - prior - decoder:.3f} for the way "
+        f"variational bound. Of these, {prior:.5f} are for x_T, {bits - prior - decoder:.3f} for the steps "
         f"down to x at timestep 0, and {decoder:.3f} for the step from there to the image. Each image was "
-        f"looked at with {report['terms']} of {report['timesteps']} terms, which makes an error of "
-        f"{test['error_by_subset']:.3f} in one image; the ± above has it in it. {train['images']} training "
+        f"measured at {report['terms']} of {report['timesteps']} terms, which makes an error of "
+        f"{test['error_by_subset']:.3f} in one image; the ± above includes it. {train['images']} training "
         f"images have {_pm(train['bits_per_dim'])}."
     )
 
@@ -80,26 +80,26 @@ def _detection_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(table)
 
 
-def _ways_text(ways: Mapping[str, Any]) -> str:
-    twice = "; ".join(f"{kind} {_pm(pair, 4)}" for kind, pair in ways["twice_the_steps"].items())
-    every = "in every image" if ways["above_in_every_image"] else "but not in every image"
+def _flow_text(flow: Mapping[str, Any]) -> str:
+    twice = "; ".join(f"{kind} {_pm(pair, 4)}" for kind, pair in flow["twice_the_steps"].items())
+    every = "in every image" if flow["above_in_every_image"] else "but not in every image"
     return (
-        f"{ways['images']} of the test images, the bound by {ways['terms']} terms. Both ways price x at "
-        "timestep 0. The bound's terms above t = 0 are at least the divergence of the forward process's x "
-        "there from the model's; the flow gives that divergence from the log-density of Song et al. 2021, "
-        f"eq. 39, with the same network and clipping, in {ways['steps']} steps of Heun's method. Bound less "
-        f"flow: {_pm(ways['rate_above_flow'])} on average, above zero {every}. Theory wants it above zero "
-        "as far as the chain's marginals are the flow's, and says why: each step of a finite chain is "
-        "priced by the error at its noisier end. In ever finer steps, the same errors come to the second "
-        "row (½ ∫ E‖x₀ − x̂₀‖² dSNR, Kingma et al. 2021), and that less the flow is "
-        f"{_pm(ways['finer_above_flow'])}. Uniform dequantisation asks something else: the density at the "
-        "noise of timestep 0, which is wider than a grey level, at pixels without that noise, and without "
-        "the decoder, which knows where the levels end. So it may lie on either side of the bound. Twice "
-        f"the steps change the flow's bits by (first {ways['checked']} images) {twice}."
+        f"{flow['images']} of the test images, the bound by {flow['terms']} terms. Both give the rate of x "
+        "at timestep 0. The bound's terms above t = 0 are at least the divergence of the forward process's x "
+        "there from the model's; the flow gives that divergence from the log density of Song et al. 2021, "
+        f"eq. 39, with the same network and clipping, in {flow['steps']} steps of Heun's method. Bound minus "
+        f"flow: {_pm(flow['rate_above_flow'])} on average, above zero {every}. In theory it is above zero as "
+        "far as the chain's marginals are the flow's, because each step of a finite chain is priced by the "
+        "error at its noisier end. In ever finer steps, the same errors give the second row "
+        "(½ ∫ E‖x₀ − x̂₀‖² dSNR, Kingma et al. 2021), and that minus the flow is "
+        f"{_pm(flow['finer_above_flow'])}. Uniform dequantisation measures something else: the density at "
+        "the noise of timestep 0, which is wider than a grey level, at pixels without that noise, and "
+        "without the decoder, which knows where the levels end. So it may lie on either side of the bound. "
+        f"Doubling the steps changes the flow's bits by (first {flow['checked']} images) {twice}."
     )
 
 
-def _ways_table(ways: Mapping[str, Any]) -> str:
+def _flow_table(flow: Mapping[str, Any]) -> str:
     rows = (
         ("x at timestep 0: the bound's terms above it", "rate"),
         ("the same in ever finer steps", "finer"),
@@ -110,5 +110,5 @@ def _ways_table(ways: Mapping[str, Any]) -> str:
         ("whole: the flow with uniform dequantisation", "flow_uniform"),
     )
     return "\n".join(
-        ["| | bits/dim |", "|---|--:|", *(f"| {name} | {_pm(ways[key])} |" for name, key in rows)]
+        ["| | bits/dim |", "|---|--:|", *(f"| {name} | {_pm(flow[key])} |" for name, key in rows)]
     )

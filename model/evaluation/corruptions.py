@@ -1,4 +1,4 @@
-"""What can befall images, so that they no longer belong to their set. All are uint8 [N, C, H, W]."""
+"""Corruptions that turn images into outliers. All take and return uint8 [N, C, H, W]."""
 
 from __future__ import annotations
 

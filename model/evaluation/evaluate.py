@@ -1,9 +1,10 @@
 """How good are the samples? `python -m model.evaluation.evaluate --model FOLDER --data PATH`.
 
-A classifier trained on the real training images (model/evaluation/judge.py) judges samples of every asked-for
-sampler, step count and guidance scale: how often they show the requested class, how far they are as
-a set from the test images (Fréchet distance), how real (precision) and how complete (recall) they look.
-Beside them stands the floor: the same measures for real training images, in sets of the same size.
+The judge, a classifier trained on the real training images (model/evaluation/judge.py), judges samples of
+every given sampler, step count and guidance scale: how often they show the requested class, how far they are
+as a set from the test images (Fréchet distance), how realistic (precision) and how complete (recall) they
+are. The real-data baseline stands beside them: the same measures for real training images, in sets of the
+same size.
 
 The measures see different faults. Gaussian noise of 25 grey levels on 1000 real Fashion-MNIST images takes
 the distance from 4 to 117 and recall from 0.88 to 0.35, yet leaves precision at 0.89.
@@ -47,15 +48,15 @@ from model.samplers import SAMPLERS, build_plan
 from model.schedule import ScheduleError
 from model.training.data import DataError, Dataset, Labels, capacity, choose_images, load_splits
 
-FLOOR_DRAWS = 5
-"""Sets of training images that the floor is averaged over, where there are that many."""
+BASELINE_SETS = 5
+"""Sets of training images that the real-data baseline is averaged over, where there are that many."""
 
 
 @dataclass(frozen=True)
 class Reference:
     """What samples are compared with.
 
-    real: features [n, D] of test images. labels: classes to ask for [n], or None for unconditional models.
+    real: features [n, D] of test images. labels: requested classes [n], or None for unconditional models.
     """
 
     real: fidelity.Features
@@ -88,10 +89,12 @@ def measure(found: Judgement, reference: Reference) -> dict[str, Any]:
     return {**measures, "frechet": frechet, "precision": precision, "recall": recall}
 
 
-def floor(net: Classifier, train_set: Dataset, real: fidelity.Features, balanced: bool) -> dict[str, float]:
-    """What real images reach: training images against the reference, mean and spread over disjoint draws."""
+def real_baseline(
+    net: Classifier, train_set: Dataset, real: fidelity.Features, balanced: bool
+) -> dict[str, float]:
+    """The measures of real training images against the reference, averaged over disjoint sets."""
     n = len(real)
-    draws = max(1, min(FLOOR_DRAWS, capacity(train_set, balanced) // n))
+    draws = max(1, min(BASELINE_SETS, capacity(train_set, balanced) // n))
     index = choose_images(train_set, draws * n, balanced)
     features = judge.judge(net, train_set.images, index).features.reshape(draws, n, -1)
     frechet = [fidelity.frechet_distance(real, part) for part in features]
@@ -200,20 +203,20 @@ def prepare(args: argparse.Namespace, model: Checkpoint) -> tuple[Classifier, Re
             "interval": truth["agreement_interval"],
             "by_class": truth["agreement_by_class"],
         },
-        "floor": floor(net, train_set, reference.real, conditional),
+        "real_baseline": real_baseline(net, train_set, reference.real, conditional),
         "commands": [],
         "rows": [],
     }
     return net, reference, evaluation
 
 
-def asked_for(args: argparse.Namespace) -> list[Setting]:
-    """The rows of a command line, each once: where nothing is guided, every interval is the same row."""
-    asked = product(
+def requested(args: argparse.Namespace) -> list[Setting]:
+    """The rows of a command line, each once: without guidance, every interval is the same row."""
+    every = product(
         args.samplers, args.steps, args.guidance, args.dtype, args.classifier_scale, args.interval
     )
     settings = []
-    for sampler, steps, scale, dtype, classifier_scale, interval in asked:
+    for sampler, steps, scale, dtype, classifier_scale, interval in every:
         low, high = interval if scale != 1 or classifier_scale else (0.0, None)
         settings.append(Setting(sampler, steps, scale, dtype, classifier_scale, low, high))
     return list(dict.fromkeys(settings))
@@ -222,9 +225,9 @@ def asked_for(args: argparse.Namespace) -> list[Setting]:
 def run(args: argparse.Namespace, model: Checkpoint, command: str) -> dict[str, Any]:
     """Fill in the rows that the table does not have yet, writing it after each. Returns the evaluation."""
     path = (args.out or args.model) / f"{args.name}.json"
-    settings = asked_for(args)
+    settings = requested(args)
     if model.null_class is None and any(s.guidance_scale != 1 for s in settings):
-        raise ScheduleError("guidance needs a model trained with a null class: --guidance 1 is all it can do")
+        raise ScheduleError("guidance needs a model with a null class: use --guidance 1")
     if model.classifier is None and any(s.classifier_scale for s in settings):
         raise ScheduleError(
             "--classifier-scale needs a model with a classifier: see model.training.noise_classifier"
@@ -236,7 +239,7 @@ def run(args: argparse.Namespace, model: Checkpoint, command: str) -> dict[str, 
     evaluation = resumed(path, evaluation, identity)
     guide = None if model.classifier is None else state_sha256(model.classifier)
     rows = [row for row in evaluation["rows"] if row.get("guide_sha256") in (None, guide)]
-    evaluation["rows"] = rows  # without those that another classifier guided
+    evaluation["rows"] = rows  # without rows that another classifier guided
     done = {Setting.of(row) for row in rows}
     to_do = [setting for setting in settings if setting not in done]
     denoisers = {s.dtype: denoiser_of(model, args.runtime, args.device, s.dtype) for s in to_do}
@@ -271,7 +274,7 @@ def run(args: argparse.Namespace, model: Checkpoint, command: str) -> dict[str, 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Evaluate as the command line says. Returns the exit code: 0, or 3 when what is given cannot be used."""
+    """Run the command line. Returns the exit code: 0, 3 for unusable input, or 130 when interrupted."""
     args = parse(argv)
     command = shlex.join(
         ["python", "-m", "model.evaluation.evaluate", *(sys.argv[1:] if argv is None else argv)]
@@ -282,7 +285,7 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 3
     except KeyboardInterrupt:
-        print("\nstopped; the finished rows are kept, and the same command goes on from there")
+        print("\nstopped; the finished rows are kept, and the same command resumes after them")
         return 130
     print(markdown(evaluation))
     return 0

@@ -1,4 +1,4 @@
-"""How alike are two sets of images, given as features? Pure functions, with the papers they come from.
+"""How similar two sets of images are, given as features: pure functions, with their papers.
 
 Features are [N, D] float64, a row per image. Which network they come from decides what the numbers mean:
 values of different networks cannot be compared, and the Fréchet distance falls with N, so only
@@ -43,8 +43,8 @@ def precision_recall(real: Features, fake: Features, k: int = NEIGHBOURS) -> tup
     """Improved precision and recall (Kynkäänniemi et al. 2019, eq. 1 and 2), each in [0, 1].
 
     real, fake: [N, D], of the same size N > k. Precision is the share of `fake` inside the manifold of
-    `real` (do samples look real?), recall the share of `real` inside that of `fake` (is all of the
-    real there?). Raises ValueError when the sizes differ, since the measure is not fair then.
+    `real` (are samples realistic?), recall the share of `real` inside that of `fake` (do samples cover the
+    real images?). Raises ValueError when the sizes differ, because both measures depend on them.
     """
     if len(real) != len(fake):
         raise ValueError(f"precision and recall compare sets of one size, not {len(real)} and {len(fake)}")

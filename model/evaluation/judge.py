@@ -1,9 +1,8 @@
-"""A small convolutional classifier, trained here on the real images: the judge of generated ones.
+"""The judge of generated images: a small convolutional classifier, trained here on the real ones.
 
-Its answers say whether a sample shows the class that was asked for, and its penultimate layer is the space
-in which sets of images are compared (model/evaluation/fidelity.py). Apart from evaluate.py because training a
-network is another trade than filling in a table. The trained network is kept in a safetensors file
-together with the settings it came from, and trained again when those differ.
+Its prediction says whether a sample shows the requested class, and its penultimate layer is the space in
+which sets of images are compared (model/evaluation/fidelity.py). The trained network is kept in a safetensors
+file together with its settings, and is trained again when those differ.
 """
 
 from __future__ import annotations
@@ -75,7 +74,7 @@ class Classifier(nn.Module):
 
 
 class Judgement(NamedTuple):
-    """What a classifier makes of N images: features [N, D] float64 and predicted classes [N] int64."""
+    """The judge's output for N images: features [N, D] float64 and predicted classes [N] int64."""
 
     features: NDArray[np.float64]
     labels: Labels
@@ -163,7 +162,7 @@ def load_or_train(path: Path, dataset: Dataset, config: ClassifierConfig) -> Cla
                 net.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
                 return net.eval()
     except (OSError, SafetensorError):
-        pass  # none yet, or not one: the next lines write it
+        pass  # missing or unreadable: trained and written below
     net = train(dataset, config).cpu()
     state = {name: value.contiguous() for name, value in net.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -70,10 +70,10 @@ def trajectory_strip(
     scale: int | None = None,
     runtime: RuntimeName = "auto",
 ) -> Image.Image:
-    """How samples come about: for each label a row of x_t, and below each what the network guesses x₀ to be.
+    """The trajectories of samples: for each label a row of x_t, and below it the x₀ predictions.
 
-    The columns are `columns` moments of the chain, evenly spread, the first and last among them; sample i
-    has seed `seed` + i. The last guess is the finished sample.
+    The columns are `columns` evenly spaced steps of the chain, with the first and the last; sample i has seed
+    `seed` + i. The last x₀ prediction is the finished sample.
     """
     denoiser = denoiser_of(model, runtime)
     plan = build_plan(model.schedule, sampler, steps, guidance=Guidance(guidance_scale))
@@ -88,17 +88,17 @@ def trajectory_strip(
     grid = torch.stack(moments, dim=2).flatten(0, 1)  # [2·labels, columns, C, H, W]
     names = []
     for label in labels:
-        names += ["" if label is None else model.class_names[label], "x0 guess"]
+        names += ["" if label is None else model.class_names[label], "x0_pred"]
     return contact_sheet(to_pixels(grid), names, [f"t={plan.timesteps[row]}" for row in shown], scale)
 
 
 def contact_sheet(
     images: Pixels, names: Sequence[str] = (), heads: Sequence[str] = (), scale: int | None = None
 ) -> Image.Image:
-    """Images on a white sheet, a name left of each row and a head above each column.
+    """Images on a white sheet, a name left of each row and a heading above each column.
 
-    images: [rows, columns, C, H, W] uint8, C 1 or 3; enlarged `scale` times without smoothing, or as often as
-    leaves small ones at most LARGE pixels wide and high.
+    images: [rows, columns, C, H, W] uint8, C 1 or 3; enlarged `scale` times without smoothing; by default
+    small ones as far as LARGE pixels allow.
     """
     rows, columns, _, height, width = images.shape
     scale = scale or max(1, LARGE // max(height, width))
@@ -165,13 +165,13 @@ def quality_plot(evaluation: Mapping[str, Any], over: Axis = "evaluations") -> I
 
     evaluation: the content of evaluation.json. Over evaluations, a line per sampler; guidance differs in line
     style, dtypes in the marker. Over guidance, a line for each kind of it, classifier-free and by a
-    classifier, and for each interval of noise levels. The dashed grey line is what real images reach.
+    classifier, and for each interval of noise levels. The dashed grey line is the real-data baseline.
     """
-    rows, floor = evaluation["rows"], evaluation["floor"]
+    rows, baseline = evaluation["rows"], evaluation["real_baseline"]
     panels = [
-        ("frechet", "Fréchet distance (lower is better)", floor["frechet"]),
-        ("precision", "precision", floor["precision"]),
-        ("recall", "recall", floor["recall"]),
+        ("frechet", "Fréchet distance (lower is better)", baseline["frechet"]),
+        ("precision", "precision", baseline["precision"]),
+        ("recall", "recall", baseline["recall"]),
     ]
     if any(row["agreement"] is not None for row in rows):
         real = evaluation["classifier"]["accuracy"]
@@ -205,7 +205,7 @@ def quality_plot(evaluation: Mapping[str, Any], over: Axis = "evaluations") -> I
 def guidance_lines(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, Mapping[str, Any]]]]:
     """The lines of a plot over guidance: name → (scale, row) in order of the scale.
 
-    A row without guidance is where every line begins or passes: at classifier-free scale 1, and at 0 of a
+    Every line starts from or passes a row without guidance: at classifier-free scale 1, and at 0 of a
     classifier's.
     """
     lines: dict[str, list[tuple[float, Mapping[str, Any]]]] = {}
@@ -230,7 +230,7 @@ def guidance_lines(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[fl
 
 
 def _shares(row: Mapping[str, Any], w: float, low: float, high: float) -> bool:
-    """Whether a line in an interval begins at this row: where nothing is guided, an interval says nothing."""
+    """Whether a line in an interval starts at this row: without guidance, an interval means nothing."""
     return w == 1 or _guidance(row)[2:] == (low, high)
 
 
@@ -256,7 +256,7 @@ def _quality_lines(axes: Axes, rows: Sequence[Mapping[str, Any]], measure: str) 
 
 
 def rate_distortion(curve: Mapping[str, Sequence[float]], timesteps: int) -> Image.Image:
-    """What each bit buys: Fig. 5 of Ho et al. 2020, three panels.
+    """Rate and distortion: Fig. 5 of Ho et al. 2020, three panels.
 
     curve: `timestep`, `rate` (bits per dimension) and `rmse` (levels of 255), point by point. timesteps: T.
     """

@@ -1,7 +1,7 @@
-"""What an evaluation found, as a file, a page and a plot. `model/evaluation/evaluate.py` finds it.
+"""The report of an evaluation: a JSON file that can be resumed, a page and a plot.
 
-An evaluation is a mapping: what all its rows have in common, the commands that made it, and `rows`, each of
-them a setting with its measures. NAME.json holds it, NAME.md and NAME.png show it to people.
+An evaluation (model/evaluation/evaluate.py) is a mapping: what all its rows share, the commands that made it,
+and `rows`, each a setting with its measures. NAME.json holds it; NAME.md and NAME.png show it to people.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from model.samplers import SAMPLERS, Guidance
 
 @dataclass(frozen=True)
 class Setting:
-    """What a row of the table is about. guidance_sigma_max: None is no bound."""
+    """The setting of a row of the table. guidance_sigma_max: None is no bound."""
 
     sampler: str
     steps: int
@@ -34,20 +34,20 @@ class Setting:
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Setting:
-        """The setting of a row, which may be from before there were the later columns."""
+        """The setting of a row, which may be older than the later columns."""
         return cls(**{field.name: row[field.name] for field in fields(cls) if field.name in row})
 
     @property
     def guidance(self) -> Guidance:
-        """The same for a plan."""
+        """Its guidance, for a plan."""
         high = math.inf if self.guidance_sigma_max is None else self.guidance_sigma_max
         return Guidance(self.guidance_scale, (self.guidance_sigma_min, high), self.classifier_scale)
 
 
 def resumed(path: Path, fresh: dict[str, Any], identity: Sequence[str]) -> dict[str, Any]:
-    """`fresh` with the rows and commands of the file at `path`, where that is about the same `identity`.
+    """`fresh` with the rows and commands of the file at `path`, if that has the same `identity`.
 
-    A file about something else is kept with .old at its end.
+    Any other file is kept with .old at its end.
     """
     if not path.exists():
         return fresh
@@ -78,7 +78,7 @@ def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def markdown(evaluation: dict[str, Any]) -> str:
     """The evaluation as a page: how it was made, the table, and the classes of its best row."""
-    judge, real, rows, n = (evaluation[key] for key in ("classifier", "floor", "rows", "samples"))
+    judge, real, rows, n = (evaluation[key] for key in ("classifier", "real_baseline", "rows", "samples"))
     commands = "\n".join(evaluation["commands"])
     conditional = evaluation["conditional"]
     lines = [

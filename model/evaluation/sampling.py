@@ -17,7 +17,7 @@ from model.training.data import Pixels
 def denoiser_of(
     model: Checkpoint, runtime: RuntimeName = "auto", device: str = "auto", dtype: DtypeName = "float32"
 ) -> Denoiser:
-    """A denoiser for the weights as they are now: runtimes copy them."""
+    """A denoiser for the current weights: it copies them, and does not follow later changes."""
     return Denoiser.of(model, load_runtime(model, runtime, device, dtype, batch_invariant=False))
 
 
@@ -32,8 +32,8 @@ def sample(
 ) -> Pixels:
     """Generate an image for each label, the i-th with seed + i, `batch` side by side.
 
-    tick: told the network rows of each step. Returns uint8 [N, C, H, W]. Raises FloatingPointError at an
-    image that is not finite.
+    tick: called with the network rows of each step. Returns uint8 [N, C, H, W]. Raises FloatingPointError
+    when an image is not finite.
     """
     chains = [Chain(plan, seed + i, label) for i, label in enumerate(labels)]
     images = []

@@ -29,7 +29,7 @@ class Runtime(Protocol):
         """x: [B, C, H, W] float32; t: [B] int64; y: [B] int64 or None. Returns [B, C_out, H, W] float32."""
 
     def prepare(self, widths: Iterable[int]) -> None:
-        """Spare the first batches of so many rows what only a first one needs, as far as that can be done."""
+        """Do now, as far as possible, what the first batches of so many rows would have to wait for."""
 
 
 def pad(values: Tensor, size: int) -> Tensor:

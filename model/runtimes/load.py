@@ -14,7 +14,7 @@ from model.runtimes.torch import TorchRuntime
 
 
 def choose_device(wanted: str) -> str:
-    """`auto` → the best there is; otherwise the wanted one. Raises RuntimeUnavailableError when absent."""
+    """The best device for `auto`, else the given one. Raises RuntimeUnavailableError when it is absent."""
     if wanted == "auto":
         if torch.cuda.is_available():
             return "cuda"
@@ -27,7 +27,7 @@ def choose_device(wanted: str) -> str:
 
 
 def check_available(runtime: str, device: str) -> None:
-    """Raise RuntimeUnavailableError when what is asked for cannot be had here, without loading anything."""
+    """Raise RuntimeUnavailableError for what this machine cannot run, without loading anything."""
     place = choose_device(device)
     if runtime != "openvino":
         return
@@ -38,10 +38,7 @@ def check_available(runtime: str, device: str) -> None:
 
 
 def keep_torch_off(runtime: Runtime) -> None:
-    """Leave the cores to a runtime that has threads of its own.
-
-    Torch only updates tables then, but its threads would wait for more by spinning.
-    """
+    """Leave the cores to a runtime that has threads of its own: torch's would wait for work by spinning."""
     if runtime.name == "openvino":
         torch.set_num_threads(1)
 
@@ -57,10 +54,10 @@ def load_runtime(
     """Choose and build a runtime. On a CPU `auto` is OpenVINO where installed, else torch.
 
     dtype: `auto` is bfloat16 for OpenVINO on a CPU that has instructions for it, since the evaluation of the
-    shipped model shows no loss beyond its noise; else float32, as for a network that predicts the posterior
-    mean, whose error is multiplied by 1 / c_0, up to thousands, on the way to x₀. max_rows: the widest batch
-    that will be asked for. batch_invariant: pad torch's batches to one shape.
-    Raises RuntimeUnavailableError when what was asked for cannot be had.
+    shipped model shows no loss beyond its noise; else float32. It is float32 too for a network that predicts
+    the posterior mean: x₀ has its error times 1 / c_0, up to thousands. max_rows: the largest batch.
+    batch_invariant: pad torch's batches to one shape.
+    Raises RuntimeUnavailableError for what this machine cannot run.
     """
     check_available(runtime, device)
     place = choose_device(device)

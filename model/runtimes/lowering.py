@@ -1,8 +1,8 @@
 """The network written as OpenVINO's CPU runs it best: the same function, but for rounding.
 
-OpenVINO keeps feature maps with channels last, as its convolutions want them, and goes over to channels
-first and back for some of what PyTorch's layers become: group norm, the time embedding's sum, the reshapes
-around attention. `lowered` writes those by channel instead:
+OpenVINO keeps feature maps channels-last, as its convolutions need them, and reorders them to channels-first
+and back for some PyTorch layers: group norm, the sum with the time embedding, the reshapes around attention.
+`lowered` writes those by channel instead:
 
 - **Group norm** as one scale and shift a channel, whose statistics are sums over each channel's positions;
   the time embedding, a constant per channel, moves those statistics and the shift and is never added.
@@ -105,11 +105,11 @@ class TransposedUpsample(nn.Module):
         super().__init__()
         weight = upsample.conv.weight.detach()
         outputs, inputs, *_ = weight.shape
-        spread = weight.new_zeros(outputs, inputs, 4, 4)
+        kernel = weight.new_zeros(outputs, inputs, 4, 4)
         for dy in range(2):
             for dx in range(2):
-                spread[:, :, dy : dy + 3, dx : dx + 3] += weight
-        self.weight = nn.Parameter(spread.flip(2, 3).transpose(0, 1).contiguous())
+                kernel[:, :, dy : dy + 3, dx : dx + 3] += weight
+        self.weight = nn.Parameter(kernel.flip(2, 3).transpose(0, 1).contiguous())
         self.bias = upsample.conv.bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,13 +124,13 @@ REWRITES: Rewrites = {
     Upsample: TransposedUpsample,
     nn.GroupNorm: ChannelNorm,
 }
-"""What stands in for a layer of each kind."""
+"""The replacement of each kind of layer."""
 
 
 def lowered(unet: UNet, rewrites: Rewrites = REWRITES) -> UNet:
-    """A network for inference, apart from the given one, that computes the same up to rounding."""
+    """A copy of the network for inference that computes the same up to rounding."""
     network = deepcopy(unet)
-    for module in list(network.modules()):  # outer ones first: a layer is met whole
+    for module in list(network.modules()):  # outer modules first, so that a layer is replaced whole
         for name, child in list(module.named_children()):
             if type(child) in rewrites:
                 module.register_module(name, rewrites[type(child)](child))
@@ -142,10 +142,10 @@ def to_graph(network: nn.Module, example: Sequence[Tensor]) -> Any:
     import openvino as ov  # an optional extra, and heavy
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the others would get in the converter's way, spinning
+    torch.set_num_threads(1)  # the others would only spin and slow the converter down
     with ExitStack() as stack, torch.no_grad(), warnings.catch_warnings():
         stack.callback(torch.set_num_threads, threads)
-        # OpenVINO reads torch.jit's traces; that warns of its age, and of group norm's look at shapes.
+        # OpenVINO reads torch.jit's traces; that warns of its age, and that group norm reads shapes.
         warnings.filterwarnings("ignore", r"`torch\.jit", DeprecationWarning)
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
         # The converter would trace too, but check the trace by a second one: three quarters of its time.

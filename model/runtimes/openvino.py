@@ -22,10 +22,10 @@ from model.runtimes.lowering import REWRITES, Rewrites, lowered, to_graph
 class OpenVinoRuntime:
     """The network compiled by OpenVINO for this CPU. Bitwise independent of batch size and position.
 
-    A batch is halved over two streams that run side by side, each on half of the cores, since small
-    networks gain more from that than from more threads. Every half has a shape compiled for it,
-    a power of two rows, because OpenVINO fuses and vectorises better where it knows the shape, and the
-    network is written in the way that OpenVINO runs best (`model/runtimes/lowering.py`).
+    A batch is halved over two streams that run side by side, each on half of the cores: small networks gain
+    more from that than from more threads. Every half runs at a compiled shape, a power of two rows, because
+    OpenVINO fuses and vectorises better where it knows the shape. The network is lowered to what OpenVINO
+    runs best (`model/runtimes/lowering.py`).
     """
 
     name = "openvino"
@@ -36,7 +36,7 @@ class OpenVinoRuntime:
         self, model: Checkpoint, dtype: Literal["auto"] | DtypeName = "float32", threads: int | None = None
     ) -> None:
         try:
-            # Without this its converter reports its use to its maker, from wherever the service runs.
+            # Without this OpenVINO's converter sends usage reports over the network.
             sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None: "not installed"
             import openvino as ov  # an optional extra, and heavy
         except ImportError as error:
@@ -62,7 +62,7 @@ class OpenVinoRuntime:
         self._requests: dict[int, list[Any]] = {}  # by rows, one of each stream
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        """Run one batch of any size. A size that is new compiles its shapes first: a moment."""
+        """Run one batch of any size. A new size compiles its shapes first, within seconds."""
         return self._run([x, t] if y is None else [x, t, y])
 
     def prepare(self, widths: Iterable[int]) -> None:
@@ -74,7 +74,7 @@ class OpenVinoRuntime:
     def _run(self, inputs: Sequence[Tensor]) -> Tensor:
         half = -(-len(inputs[0]) // self.streams)
         outputs = []
-        with ExitStack() as stack:  # whatever fails, no request is left running
+        with ExitStack() as stack:  # no request is left running after an error
             parts = zip(*(torch.split(values, half) for values in inputs), strict=True)
             for stream, part in enumerate(parts):
                 rows = len(part[0])
@@ -89,7 +89,7 @@ class OpenVinoRuntime:
         return torch.from_numpy(np.concatenate([r.get_output_tensor(0).data[:n] for r, n in outputs]))
 
     def _compiled(self, size: int) -> list[Any]:
-        """The requests, one of each stream, for `size` rows. They have memory of their own for both ends."""
+        """The requests, one of each stream, for `size` rows. Each owns its input and output memory."""
         if size not in self._requests:
             graph = self._graph.clone()
             graph.reshape({graph.input(i): [size, *shape] for i, shape in enumerate(self._row_shapes)})

@@ -18,8 +18,8 @@ Network = Callable[..., Tensor]
 class TorchRuntime:
     """The network in PyTorch, on CUDA, MPS or CPU; eager, or compiled by torch.compile.
 
-    On CUDA every shape of `batch_sizes` is recorded once as a CUDA graph and then replayed, which spares the
-    launches of single kernels. Compiling takes a minute or so for each shape, at its first call.
+    On CUDA every shape of `batch_sizes` is recorded once as a CUDA graph and then replayed, which saves
+    the launches of single kernels. Compiling takes a minute or so for each shape, at its first call.
     """
 
     def __init__(
@@ -54,10 +54,10 @@ class TorchRuntime:
         return network(*inputs)[:rows].float()
 
     def prepare(self, widths: Iterable[int]) -> None:
-        """Nothing: eager needs none, and the compiler would not be quicker for several at once."""
+        """Nothing: eager mode needs none, and compiling several shapes at once would not be quicker."""
 
     def _graph(self, size: int, inputs: Sequence[Tensor]) -> Network:
-        """On CUDA the recorded call of `size` rows; recordings of sizes no longer in use are let go."""
+        """On CUDA the recorded call of `size` rows; recordings of sizes no longer in use are freed."""
         if self.device.type != "cuda":
             return self._network
         if size not in self._graphs:

@@ -1,7 +1,7 @@
-"""Images to train on: IDX files (as MNIST and its kin come), folders of pictures, and digits as JSON.
+"""Images to train on: IDX files (the format of MNIST), folders of pictures, and digits as JSON.
 
 A dataset is two arrays side by side: `images` uint8 [N, C, H, W] and `labels` int64 [N]. IDX data is
-held in memory; a folder of pictures that does not fit is decoded as it is asked for.
+held in memory; a folder of pictures that does not fit is decoded on access.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 class DataError(ValueError):
-    """A file or folder is not what it should be; the message names it and says why."""
+    """A file or folder cannot be used; the message names it and says why."""
 
 
 class MissingSplitError(DataError):
-    """The data are there, but not the part of them that was asked for."""
+    """The data are there, but not the requested split."""
 
 
 class ImageSource(Protocol):
@@ -122,7 +122,7 @@ def load_idx(folder: Path, split: str, size: int, class_names: Sequence[str] | N
 
 
 class PictureFiles:
-    """Pictures on disk, decoded when asked for, resized to fit and converted to `channels` (1 or 3)."""
+    """Pictures on disk, decoded on access, resized to fit and converted to `channels` (1 or 3)."""
 
     def __init__(self, paths: Sequence[Path], size: int, channels: int) -> None:
         self.paths, self.size, self.channels = list(paths), size, channels
@@ -190,8 +190,8 @@ def load_digits(folder: Path, size: int) -> Dataset:
 def load(path: Path, size: int, channels: int, split: str = "train") -> Dataset:
     """Whatever is at `path`: IDX files (`split` chooses which), digits as JSON, or a folder of pictures.
 
-    What is not divided into splits is all `train`. Raises DataError, or MissingSplitError where
-    only the split is not there.
+    Data without splits are all `train`. Raises DataError, or MissingSplitError where only
+    the split is missing.
     """
     if not path.is_dir():
         raise DataError(f"{path}: no such folder")

@@ -73,7 +73,7 @@ class ClassifierTrainer(ResumableTrainer[ClassifierTrainingConfig]):
         index = batch_indices(config.seed, self.step_number, config.batch_size, len(self.dataset))
         x0 = torch.from_numpy(self.dataset.batch(index)).to(self.device)
         y = torch.from_numpy(self.dataset.labels[index]).to(self.device)
-        t = diffusion.spread_timesteps(len(index), self.schedule.timesteps, rng)
+        t = diffusion.stratified_timesteps(len(index), self.schedule.timesteps, rng)
         eps = torch.randn(x0.shape, generator=rng, device=self.device)
         x = diffusion.q_sample(self.schedule, x0, t, eps)
 
@@ -94,7 +94,7 @@ class ClassifierTrainer(ResumableTrainer[ClassifierTrainingConfig]):
 def accuracy(
     net: NoiseClassifier, schedule: NoiseSchedule, dataset: Dataset, timesteps: Sequence[int], seed: int = 0
 ) -> list[float]:
-    """The share of the images that it is right about under the noise of each timestep."""
+    """The accuracy on the images under the noise of each timestep, in [0, 1]."""
     device = net.head.weight.device
     rng = torch.Generator(device).manual_seed(seed)
     hits = np.zeros(len(timesteps), np.int64)
@@ -169,7 +169,7 @@ def prepare(args: argparse.Namespace) -> tuple[ClassifierTrainer, Dataset]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train as the command line says. Returns the exit code: 0, or 3 when what is given cannot be used."""
+    """Run the command line. Returns the exit code: 0, or 3 for unusable input."""
     args = parse(argv)
     try:
         trainer, test_set = prepare(args)

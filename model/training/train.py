@@ -92,7 +92,7 @@ class Trainer(ResumableTrainer[TrainConfig]):
         torch.manual_seed(seed)  # dropout draws from the global generator
         index = batch_indices(config.seed, self.step_number, config.batch_size, len(self.dataset))
         x0 = torch.from_numpy(self.dataset.batch(index)).to(self.device)
-        t = diffusion.spread_timesteps(config.batch_size, schedule.timesteps, rng)
+        t = diffusion.stratified_timesteps(config.batch_size, schedule.timesteps, rng)
         eps = torch.randn(x0.shape, generator=rng, device=self.device)
         y = self._labels(index, rng)
         x = diffusion.q_sample(schedule, x0, t, eps).contiguous(memory_format=torch.channels_last)
@@ -109,7 +109,7 @@ class Trainer(ResumableTrainer[TrainConfig]):
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), config.clip_norm)
         self.optimizer.step()
 
-        # The average starts short, so that the random initial weights are soon forgotten.
+        # The average is short at first, to forget the random initial weights soon.
         decay = min(config.ema_decay, (1 + self.step_number) / (10 + self.step_number))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.ema.parameters()), list(self.net.parameters()), 1 - decay)
@@ -127,14 +127,14 @@ class Trainer(ResumableTrainer[TrainConfig]):
 
     @torch.no_grad()
     def validate(self, held_out: data.Dataset, rows: int = 1024) -> float:
-        """L_simple of the averaged weights on fixed images, timesteps and noise that training never sees."""
+        """L_simple of the averaged weights on fixed images, timesteps and noise outside training."""
         rng = torch.Generator(self.device).manual_seed(0)
         total = 0.0
         count = min(rows, len(held_out))
         for start in range(0, count, 128):
             index = np.arange(start, min(start + 128, count))
             x0 = torch.from_numpy(held_out.batch(index)).to(self.device)
-            t = diffusion.spread_timesteps(len(index), self.model.schedule.timesteps, rng)
+            t = diffusion.stratified_timesteps(len(index), self.model.schedule.timesteps, rng)
             eps = torch.randn(x0.shape, generator=rng, device=self.device)
             conditional = self.model.unet.config.num_class_embeds is not None
             y = torch.from_numpy(held_out.labels[index]).to(self.device) if conditional else None
@@ -185,7 +185,7 @@ def _write_sheet(trainer: Trainer, folder: Path) -> None:
 
 
 def new_model(name: str, dataset: data.Dataset, args: argparse.Namespace) -> Checkpoint:
-    """A fresh network of the asked-for shape for this data, with a null class when labels get dropped."""
+    """A new network of the given shape for this data, with a null class when labels are dropped."""
     channels = tuple(int(width) for width in args.channels.split(","))
     attend = [args.size >> level in args.attention for level in range(len(channels))]
     count = len(dataset.class_names)
@@ -260,7 +260,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train as the command line says. Returns the exit code: 0, or 3 when data or folder are not usable."""
+    """Run the command line. Returns the exit code: 0, or 3 for unusable data, folders or options."""
     args = parse(argv)
     config = TrainConfig(**{name: getattr(args, name) for name in asdict(TrainConfig())})
     try:

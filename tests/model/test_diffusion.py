@@ -17,7 +17,7 @@ from model.diffusion import (
     predict_x0,
     q_posterior,
     q_sample,
-    spread_timesteps,
+    stratified_timesteps,
     training_target,
     vlb_terms,
 )
@@ -159,7 +159,7 @@ def test_discretised_levels_sum_to_one() -> None:
 
 def test_timesteps_are_uniform_and_spread() -> None:
     rng = torch.Generator().manual_seed(0)
-    drawn = torch.stack([spread_timesteps(8, 1000, rng) for _ in range(4000)])
+    drawn = torch.stack([stratified_timesteps(8, 1000, rng) for _ in range(4000)])
     assert int(drawn.min()) == 0
     assert int(drawn.max()) == 999
     # One in each eighth, whichever row it falls to.

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from model.denoiser import Denoiser, to_pixels
 from model.evaluation.anomaly import measure
-from model.likelihood import FEWEST_TERMS, choose_timesteps, estimate, prior_bits, rmse, strata, stretches
+from model.likelihood import FEWEST_TERMS, choose_timesteps, chunks, estimate, prior_bits, rmse, strata
 from model.schedule import NoiseSchedule, linear_betas
 from tests.model.gaussian import GaussianRuntime, expected_terms, prior_divergence
 
@@ -64,8 +64,8 @@ def test_too_few_terms_have_no_error_and_are_refused(terms: int) -> None:
         choose_timesteps(1000, terms, 0)
 
 
-def test_stretches_are_of_one_length_and_in_order() -> None:
-    parts = stretches(choose_timesteps(1000, 100, 0), 8)
+def test_chunks_are_of_one_length_and_in_order() -> None:
+    parts = chunks(choose_timesteps(1000, 100, 0), 8)
     assert sorted({len(part) for part in parts}) == [12, 13]
     assert list(chain.from_iterable(parts)) == choose_timesteps(1000, 100, 0).tolist()
 

@@ -20,7 +20,7 @@ from PIL import Image
 from model import noise
 from model.denoiser import from_pixels
 from model.diffusion import predict_x0, q_sample, vlb_terms
-from model.likelihood import choose_timesteps, stretches
+from model.likelihood import choose_timesteps, chunks
 from model.noise import NoiseStream
 from service.events import Finished, Measure
 from service.routes.answers import drawn
@@ -236,7 +236,7 @@ def offline(pixels: np.ndarray, label: int, terms: int, seed: int) -> list[tuple
     model = tiny_model()
     x0 = torch.from_numpy(from_pixels(pixels[..., None]))[None]
     found = []
-    for place, part in enumerate(stretches(choose_timesteps(100, terms, seed), 8)):
+    for place, part in enumerate(chunks(choose_timesteps(100, terms, seed), 8)):
         for row, timestep in enumerate(part):
             where = (noise.START, NoiseStream.STEP) if row == 0 else (row - 1, NoiseStream.KNOWN_PIXELS)
             eps = noise.normal(seed + place * (MAX_SEED + 1), where[0], (1, SIZE, SIZE), where[1])

@@ -79,7 +79,11 @@ def test_everything_is_written_and_nothing_measured_twice(folders, monkeypatch, 
     assert [row["set"] for row in report["detection"]] == [
         "static", "noise", "blur", "inversion", "upside down",
     ]  # fmt: skip
-    assert (report["test"]["images"], report["detection"][0]["images"], report["two_ways"]["images"]) == (
+    assert (
+        report["test"]["images"],
+        report["detection"][0]["images"],
+        report["bound_and_flow"]["images"],
+    ) == (
         20,
         12,
         8,
@@ -114,7 +118,7 @@ def test_other_weights_are_measured_anew(folders):
     assert after["test"]["bits_per_dim"] != before["test"]["bits_per_dim"]
 
 
-def test_a_stopped_run_goes_on(folders, monkeypatch, capsys):
+def test_a_stopped_run_resumes(folders, monkeypatch, capsys):
     real = anomaly.measure
     calls: list[int] = []
 
@@ -126,7 +130,7 @@ def test_a_stopped_run_goes_on(folders, monkeypatch, capsys):
 
     monkeypatch.setattr(anomaly, "measure", interrupted)
     assert run(folders) == 130
-    assert "goes on from there" in capsys.readouterr().out
+    assert "the same command resumes" in capsys.readouterr().out
 
     def counted(*args, **options):
         calls.append(options["seed"])

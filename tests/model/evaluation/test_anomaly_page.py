@@ -37,7 +37,7 @@ REPORT: dict[str, Any] = {
         "rate": [0.1 * i for i in range(25)],
         "rmse": [float(t) for t in range(24, -1, -1)],
     },
-    "two_ways": {
+    "bound_and_flow": {
         "images": 24,
         "terms": 100,
         "steps": 64,
@@ -64,12 +64,12 @@ def leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [path]
 
 
-UNTOLD = {("test", key, 1) for key in ("prior", "decoder")}
-"""Errors of parts of the bound: only their means are told."""
-TOLD = [path for path in leaves(REPORT) if path[0] != "curve" and path not in UNTOLD]
+NOT_REPORTED = {("test", key, 1) for key in ("prior", "decoder")}
+"""Errors of parts of the bound: only their means are reported."""
+REPORTED = [path for path in leaves(REPORT) if path[0] != "curve" and path not in NOT_REPORTED]
 
 
-@pytest.mark.parametrize("path", TOLD, ids=lambda path: ".".join(map(str, path)))
+@pytest.mark.parametrize("path", REPORTED, ids=lambda path: ".".join(map(str, path)))
 def test_everything_that_was_found_is_on_the_page(path: tuple[Any, ...]) -> None:
     changed = copy.deepcopy(REPORT)
     place: Any = changed
@@ -90,5 +90,5 @@ def test_the_curve_is_thinned_and_keeps_its_ends() -> None:
 
 def test_the_parts_of_the_bound_add_up_to_it() -> None:
     assert "**2.750 ± 0.050 bits per dimension**" in markdown(REPORT)
-    assert "1.500 for the way down" in " ".join(markdown(REPORT).split())
+    assert "1.500 for the steps down" in " ".join(markdown(REPORT).split())
     assert json.loads(json.dumps(REPORT)) == REPORT

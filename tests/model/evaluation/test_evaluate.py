@@ -101,8 +101,8 @@ def test_the_table_is_written_and_finished_rows_are_kept(model, data, monkeypatc
         assert row["frechet"] > 0
         assert 0 <= row["precision"] <= 1
         assert 0 <= row["recall"] <= 1
-    assert first["floor"]["draws"] == 5
-    assert first["floor"]["frechet"] < min(row["frechet"] for row in first["rows"])
+    assert first["real_baseline"]["draws"] == 5
+    assert first["real_baseline"]["frechet"] < min(row["frechet"] for row in first["rows"])
 
     page = (model / "evaluation.md").read_text()
     assert "python -m model.evaluation.evaluate --model" in page
@@ -228,7 +228,7 @@ def test_rows_survive_an_interruption(model, data, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "sample", interrupted)
     assert run(model, data) == 130
     assert len(json.loads((model / "evaluation.json").read_text())["rows"]) == 2
-    assert "goes on" in capsys.readouterr().out
+    assert "resumes" in capsys.readouterr().out
     assert run(model, data) == 0
     assert len(calls) == 3 + 2
     assert len(json.loads((model / "evaluation.json").read_text())["rows"]) == 4

@@ -34,7 +34,7 @@ def drawn(count: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize(("steps", "within"), [(32, 0.02), (128, 0.0015)])
 def test_the_density_of_a_gaussian(steps: int, within: float) -> None:
     z = drawn(5) + float(SCHEDULE.snr[0]) ** -0.5
-    found = flow.log_density(RUNTIME.guess, SCHEDULE, z, range(5), steps)
+    found = flow.log_density(RUNTIME.predict_x0, SCHEDULE, z, range(5), steps)
     assert found.dtype == torch.float64
     np.testing.assert_allclose(found / DIMS, flow_log_density(SCHEDULE, z.numpy()) / DIMS, atol=within)
 
@@ -43,7 +43,7 @@ def test_heun_is_of_second_order() -> None:
     z = drawn(3)
     exact = flow_log_density(SCHEDULE, z.numpy())
     off = [
-        np.abs(flow.log_density(RUNTIME.guess, SCHEDULE, z, range(3), steps).numpy() - exact).mean()
+        np.abs(flow.log_density(RUNTIME.predict_x0, SCHEDULE, z, range(3), steps).numpy() - exact).mean()
         for steps in (25, 50, 100)
     ]
     assert off[0] > 3 * off[1] > 9 * off[2]
@@ -70,7 +70,7 @@ def test_hutchinsons_estimate_is_unbiased() -> None:
 
 def test_bits_of_dequantised_levels() -> None:
     x0 = torch.from_numpy(to_pixels(drawn(40))).double() / 127.5 - 1
-    found = flow.uniform_bits(RUNTIME.guess, SCHEDULE, x0, range(40), 100)
+    found = flow.uniform_bits(RUNTIME.predict_x0, SCHEDULE, x0, range(40), 100)
     # −log₂ of the density times the width of a level, with the level's own spread about its middle.
     variance = GaussianRuntime.variance
     density = flow_log_density(SCHEDULE, x0.numpy()) - DIMS * flow.BIN**2 / 24 / variance
@@ -82,9 +82,9 @@ def test_bits_of_dequantised_levels() -> None:
 def test_the_noise_of_an_image_is_its_seeds() -> None:
     x0 = drawn(3)
     for bits in (flow.uniform_bits, flow.noised_bits):
-        together = bits(RUNTIME.guess, SCHEDULE, x0, [5, 6, 7], 10)
-        torch.testing.assert_close(bits(RUNTIME.guess, SCHEDULE, x0[1:2], [6], 10), together[1:2])
-        assert not torch.allclose(bits(RUNTIME.guess, SCHEDULE, x0[1:2], [9], 10), together[1:2])
+        together = bits(RUNTIME.predict_x0, SCHEDULE, x0, [5, 6, 7], 10)
+        torch.testing.assert_close(bits(RUNTIME.predict_x0, SCHEDULE, x0[1:2], [6], 10), together[1:2])
+        assert not torch.allclose(bits(RUNTIME.predict_x0, SCHEDULE, x0[1:2], [9], 10), together[1:2])
 
 
 def test_the_bound_lies_above_the_flow_by_what_its_steps_cost() -> None:
@@ -96,7 +96,7 @@ def test_the_bound_lies_above_the_flow_by_what_its_steps_cost() -> None:
     images = to_pixels(torch.randn(count, *shape, generator=random) * GaussianRuntime.variance**0.5)
     x0 = torch.from_numpy(images).double() / 127.5 - 1
 
-    by_flow = flow.noised_bits(runtime.guess, schedule, x0, range(count), 150).numpy()
+    by_flow = flow.noised_bits(runtime.predict_x0, schedule, x0, range(count), 150).numpy()
     level, highest = 1 / schedule.snr[0], 1 / schedule.snr[-1]
     scale = schedule.alphas_cumprod[-1] * (GaussianRuntime.variance + highest)
     variance = (GaussianRuntime.variance + level) / scale
@@ -116,9 +116,9 @@ def test_the_bound_lies_above_the_flow_by_what_its_steps_cost() -> None:
     assert rate.mean() > 1.1 * exact
 
 
-def test_the_guess_of_a_checkpoint_is_the_one_that_sampling_clips() -> None:
+def test_the_x0_predictor_a_checkpoint_is_the_one_that_sampling_clips() -> None:
     model = tiny_checkpoint()
-    guess = flow.guess_of(model)
+    guess = flow.x0_predictor(model)
     x, t = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([999, 10])
     out = model.unet(x, t, torch.tensor([3, 3]))
     ac = torch.from_numpy(model.schedule.alphas_cumprod)[t].view(2, 1, 1, 1)

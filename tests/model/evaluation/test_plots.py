@@ -108,7 +108,7 @@ def test_a_sheet_leaves_a_model_in_training_as_it_was(training):
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
-def test_a_trajectory_begins_with_noise_and_its_last_guess_is_the_sample():
+def test_a_trajectory_begins_with_noise_and_its_last_x0_prediction_is_the_sample():
     model = tiny_model()
     strip = plots.trajectory_strip(model, [0, 2], steps=5, columns=3, seed=4, scale=1, runtime="torch")
     step = 8 + GAP
@@ -144,7 +144,7 @@ def test_a_quality_plot_draws_every_row(agreement):
     rows = [row("ddim", 10, 1.0, 3.0), row("ddim", 50, 1.0, 2.0), row("ddpm", 100, 2.0, 1.5)]
     evaluation = {
         "classifier": {"accuracy": 0.95},
-        "floor": {"frechet": 0.5, "precision": 0.9, "recall": 0.9},
+        "real_baseline": {"frechet": 0.5, "precision": 0.9, "recall": 0.9},
         "rows": rows,
     }
     picture = pixels(plots.quality_plot(evaluation))
@@ -182,19 +182,19 @@ def test_guidance_has_a_name(row, name):
 
 def test_the_lines_of_a_plot_over_guidance():
     plain, zero, two, four = guided(), guided(0.0), guided(2.0), guided(4.0)
-    part, half, led, more = (
+    part, half, by_classifier, more = (
         guided(2.0, low=0.3, high=5.0),
         guided(1.0, 0.5),
         guided(1.0, 2.0),
         guided(2.0, 3.0),
     )
-    led_in_part = guided(1.0, 2.0, 0.3, 5.0)
-    lines = plots.guidance_lines([more, led_in_part, four, led, plain, half, two, part, zero])
+    guided_in_part = guided(1.0, 2.0, 0.3, 5.0)
+    lines = plots.guidance_lines([more, guided_in_part, four, by_classifier, plain, half, two, part, zero])
     assert lines == {
         "classifier-free": [(0, zero), (1, plain), (2, two), (4, four)],
         "classifier-free at σ 0.3–5": [(1, plain), (2, part)],
-        "classifier": [(0, plain), (0.5, half), (2, led)],
-        "classifier at σ 0.3–5": [(0, plain), (2, led_in_part)],
+        "classifier": [(0, plain), (0.5, half), (2, by_classifier)],
+        "classifier at σ 0.3–5": [(0, plain), (2, guided_in_part)],
         "classifier beside guidance 2": [(0, two), (3, more)],
     }
 
@@ -216,7 +216,7 @@ def test_a_quality_plot_over_guidance_draws_every_row():
 
     evaluation = {
         "classifier": {"accuracy": 0.95},
-        "floor": {"frechet": 0.5, "precision": 0.9, "recall": 0.9},
+        "real_baseline": {"frechet": 0.5, "precision": 0.9, "recall": 0.9},
         "rows": [row(1.0), row(2.0), row(1.0, 2.0)],
     }
     picture = pixels(plots.quality_plot(evaluation, "guidance"))

@@ -13,7 +13,7 @@ from model.evaluation.report import Setting
 from model.samplers import Guidance
 
 JUDGE = {"accuracy": 0.95, "interval": [0.94, 0.96], "features": 64, "by_class": {"cat": 0.9, "dog": 1.0}}
-FLOOR = {"draws": 5, "frechet": 4.5, "frechet_sd": 0.4, "precision": 0.87, "recall": 0.88}
+REAL_BASELINE = {"draws": 5, "frechet": 4.5, "frechet_sd": 0.4, "precision": 0.87, "recall": 0.88}
 
 
 def row(sampler: str = "ddim", steps: int = 20, scale: float = 1.0, **more: Any) -> dict[str, Any]:
@@ -27,7 +27,8 @@ def row(sampler: str = "ddim", steps: int = 20, scale: float = 1.0, **more: Any)
 def evaluation(*rows: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {
         "model": "tiny", "weights_sha256": "abc", "conditional": True, "samples": 200, "seed": 7,
-        "train_images": 60, "test_images": 30, "classifier": JUDGE, "floor": FLOOR, "commands": ["a command"],
+        "train_images": 60, "test_images": 30, "classifier": JUDGE, "real_baseline": REAL_BASELINE,
+        "commands": ["a command"],
         "rows": list(rows), **more,
     }  # fmt: skip
 
@@ -70,7 +71,7 @@ def test_an_unconditional_page_has_no_agreement() -> None:
 
 
 @pytest.mark.parametrize("over", ["evaluations", "guidance"])
-def test_what_is_written_is_in_order_and_can_be_gone_on_from(tmp_path: Path, over: Any) -> None:
+def test_what_is_written_is_in_order_and_can_be_resumed(tmp_path: Path, over: Any) -> None:
     path = tmp_path / "deep" / "guided.json"
     rows = [
         row("sde_dpmpp_2m"),
