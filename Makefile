@@ -57,10 +57,10 @@ check: install ## formatting, lint, types, container and alert files
 	fi
 
 train: install ## train the default model; stops and resumes (DATA, OUT, ARGS)
-	$(RUN) -m model.train --data $(DATA) --out $(OUT) --bf16 --compile $(ARGS)
+	$(RUN) -m model.training.train --data $(DATA) --out $(OUT) --bf16 --compile $(ARGS)
 
 evaluate: install ## measure a trained model (DATA, OUT, ARGS)
-	$(RUN) -m model.evaluate --data $(DATA) --model $(OUT) $(ARGS)
+	$(RUN) -m model.evaluation.evaluate --data $(DATA) --model $(OUT) $(ARGS)
 
 simulate: install ## simulate load on the scheduler
 	$(RUN) -m bench.simulate $(ARGS)

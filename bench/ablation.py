@@ -3,8 +3,8 @@
 The same small network is trained for the same number of steps on the same images in the same order, to
 predict ε, the posterior mean μ̃, x₀ or v, by L_simple or by the variational bound itself, and with a variance
 that it learns (by the bound, or by L_hybrid, Nichol & Dhariwal 2021). Each is sampled by DDPM with every
-variance that it allows, and judged as `model.evaluate` does, by the judge of a shipped model. Beside that
-stands the bound on held-out images.
+variance that it allows, and judged as `model.evaluation.evaluate` does, by the judge of a shipped model.
+Beside that stands the bound on held-out images.
 
 What is trained is thrown away, and nothing that is served depends on it, so this is no part of model/.
 Whatever is finished is kept in --work: the same command goes on from there. The table is printed as Markdown.
@@ -26,13 +26,15 @@ import torch
 from safetensors import safe_open
 
 from bench.quality import Judge
-from model import checkpoint, diffusion, plots, train
+from model import checkpoint, diffusion
 from model.checkpoint import Checkpoint
-from model.data import DataError, Dataset
-from model.evaluate import load_splits
+from model.evaluation.sampling import denoiser_of
+from model.likelihood import prior_bits
 from model.runtimes import keep_torch_off
 from model.samplers import build_plan
 from model.schedule import VarianceType
+from model.training import train
+from model.training.data import DataError, Dataset, load_splits
 
 NAMES = {
     "epsilon": "ε",
@@ -46,7 +48,7 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Choice:
-    """What a network is trained for: options of model.train."""
+    """What a network is trained for: options of model.training.train."""
 
     prediction: str
     objective: str
@@ -92,7 +94,7 @@ CHOICES = (
 
 def steps_done(folder: Path) -> int:
     """How far a training has come."""
-    path = folder / "training" / train.STATE
+    path = folder / "training" / train.Trainer.state_file
     if not path.exists():
         return 0
     with safe_open(path, "pt") as file:
@@ -105,19 +107,20 @@ def bits_per_dimension(
 ) -> tuple[float, float]:
     """The bound L_T + Σ L_t + L_0 of the first `count` images, and its standard error over them.
 
-    L_T and L_0 are those of every image; the terms between are estimated from `draws` timesteps an image,
-    spread evenly over all. Guesses are clipped, as in sampling. Bits per dimension, given the class.
+    L_T and L_0 are those of every image; the terms between are estimated from `draws` stratified timesteps an
+    image. x₀ predictions are clipped, as in sampling. Bits per dimension, given the class.
     """
     schedule, unet = model.schedule, model.unet
     count = min(count, len(dataset))
     rng = torch.Generator().manual_seed(0)
-    between = 1 + diffusion.spread_timesteps(count * draws, schedule.timesteps - 1, rng).view(draws, count)
+    between = diffusion.stratified_timesteps(count * draws, schedule.timesteps - 1, rng)
+    between = 1 + between.view(draws, count)
     bits = np.zeros(count)
     for start in range(0, count, 100):
         index = np.arange(start, min(start + 100, count))
         x0 = torch.from_numpy(dataset.batch(index))
         y = torch.from_numpy(dataset.labels[index]) if unet.config.num_class_embeds is not None else None
-        bits[index] += diffusion.prior_term(schedule, x0).numpy()
+        bits[index] += [prior_bits(schedule, image) for image in x0.numpy()]
         for draw in range(-1, draws):
             t = (
                 torch.zeros(len(index), dtype=torch.int64)
@@ -126,10 +129,10 @@ def bits_per_dimension(
             )
             x = diffusion.q_sample(schedule, x0, t, torch.randn(x0.shape, generator=rng))
             mean, *rest = unet(x, t, y).split(x0.shape[1], dim=1)
-            guess = diffusion.predict_x0(schedule, x, t, mean).clamp(-schedule.clip, schedule.clip)
+            x0_pred = diffusion.predict_x0(schedule, x, t, mean).clamp(-schedule.clip, schedule.clip)
             learned = variance == "learned_range"
             log_variance = diffusion.learned_log_variance(schedule, t, rest[0]) if learned else None
-            terms = diffusion.vlb_terms(schedule, x0, guess, t, variance, log_variance).numpy()
+            terms = diffusion.vlb_terms(schedule, x0, x0_pred, t, variance, log_variance).numpy()
             bits[index] += terms if draw < 0 else terms * (schedule.timesteps - 1) / draws
     return float(bits.mean()), float(bits.std(ddof=1) / count**0.5)
 
@@ -137,7 +140,7 @@ def bits_per_dimension(
 def sampled(model: Checkpoint, variance: VarianceType, steps: int, judge: Judge) -> dict[str, Any]:
     """The measures of a trained network's samples."""
     threads = torch.get_num_threads()
-    denoiser = plots.denoiser_of(model)
+    denoiser = denoiser_of(model)
     try:
         keep_torch_off(denoiser.runtime)
         return judge.of_plan(denoiser, build_plan(model.schedule, "ddpm", steps, variance=variance))
@@ -208,14 +211,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser("python -m bench.ablation", description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--data", type=Path, required=True, help="as for model.evaluate")
+    add("--data", type=Path, required=True, help="as for model.evaluation.evaluate")
     add("--work", type=Path, default=Path("build/ablation"), help="where networks and measures are kept")
     add("--judge", type=Path, default=Path("weights/fashion-mnist"), help="model folder whose judge it is")
     add("--steps", type=int, default=800, help="of every training")
     add(
         "--train",
         default="--channels 16,32,64 --attention 8 --learning-rate 2e-3 --warmup-steps 100 --ema-decay 0.99",
-        help="other options of model.train, for all alike",
+        help="other options of model.training.train, for all alike",
     )
     add("--samples", type=int, default=500, help="images of every row")
     add("--sampling-steps", type=int, default=50, help="of DDPM")

@@ -16,13 +16,14 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 
+from service.scheduler import Policy, Scheduler, StepTimes
+from service.streams import Stream
+from service.warmup import warm_up
+
 from bench.simulation import draw, jobs_of, request
 from bench.workload import trace
 from model import checkpoint
-from service.scheduler import Policy, Scheduler, StepTimes
 from service.settings import Settings
-from service.streams import Stream
-from service.warmup import warm_up
 
 WAITING = (10, 1_000, 100_000)
 POLICIES: tuple[Policy, ...] = ("remaining", "fifo", "sharing")

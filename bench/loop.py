@@ -24,17 +24,18 @@ from time import perf_counter
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
+from service.jobs import Job
+from service.warmup import warm_up
 
 from bench.roofline import inputs
 from bench.servers import SERVICE, Model, Server, running
 from model import checkpoint
+from model.chain import Chain
 from model.checkpoint import Checkpoint
-from model.denoiser import Chain, Denoiser
+from model.denoiser import Denoiser
 from model.samplers import build_plan
 from service.engine import Engine
-from service.jobs import Job
 from service.settings import Settings
-from service.warmup import warm_up
 
 CLIENTS = 6
 IMAGES = 4

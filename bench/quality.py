@@ -1,12 +1,14 @@
-"""What `model.evaluate` would say of images made in some other way."""
+"""What `model.evaluation.evaluate` would say of images made in some other way."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from model import checkpoint, classifier, evaluate
+from model import checkpoint
 from model.denoiser import Denoiser
+from model.evaluation import evaluate, judge
+from model.evaluation.sampling import sample
 from model.runtimes import Runtime
 from model.samplers import Plan, build_plan
 
@@ -14,7 +16,7 @@ from model.samplers import Plan, build_plan
 class Judge:
     """The judge and the test images of an evaluation with these samples, at guidance 1.
 
-    Raises DataError as `model.evaluate` does.
+    Raises DataError as `model.evaluation.evaluate` does.
     """
 
     def __init__(self, folder: Path, data: Path, samples: int) -> None:
@@ -31,5 +33,5 @@ class Judge:
         """Measures of the images that a denoiser makes, which may be another model's of the same classes."""
         wanted = self._reference.labels
         labels = [None] * self.samples if wanted is None else [int(label) for label in wanted]
-        images = evaluate.sample(denoiser, plan, labels, seed=0, batch=32, tick=lambda _rows: None)
-        return evaluate.measure(classifier.judge(self._judge, images), self._reference)
+        images = sample(denoiser, plan, labels, seed=0, batch=32, tick=lambda _rows: None)
+        return evaluate.measure(judge.judge(self._judge, images), self._reference)

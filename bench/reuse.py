@@ -3,7 +3,8 @@
 Only every N-th step runs the whole network; those between take what the deeper blocks gave in the last
 whole one and run the blocks at full resolution alone. `python -m bench.reuse --data PATH` sets its quality
 against that of fewer whole steps, which save work too: each line has what an image costs, in whole network
-calls, by operations and by this machine's clock, and the measures of `model.evaluate` for the same seeds.
+calls, by operations and by this machine's clock, and the measures of `model.evaluation.evaluate` for the same
+seeds.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from bench.quality import Judge
 from bench.roofline import inputs, timed
 from model import checkpoint
 from model.checkpoint import Checkpoint
-from model.lowering import lowered, to_graph
 from model.runtimes import OpenVinoRuntime, TorchRuntime
+from model.runtimes.lowering import lowered, to_graph
 from model.unet import Level, UNet
 
 
@@ -157,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table as Markdown."""
     parser = argparse.ArgumentParser("python -m bench.reuse", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, default=Path("weights/fashion-mnist"))
-    parser.add_argument("--data", type=Path, required=True, help="as for model.evaluate")
+    parser.add_argument("--data", type=Path, required=True, help="as for model.evaluation.evaluate")
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--sampler", default="ddim")
     parser.add_argument("--steps", type=int, nargs="*", default=(10, 20, 50), help="of whole steps alone")

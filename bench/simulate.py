@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from service.scheduler import StepTimes
 
 from bench.simulation import (
     CURVES,
@@ -27,7 +28,6 @@ from bench.simulation import (
     run,
 )
 from bench.workload import WORKLOADS, trace
-from service.scheduler import StepTimes
 
 LOADS = (0.3, 0.5, 0.7, 0.9, 1.0, 1.2)
 TURNS = {2: "2", 4: "4", 8: "8", 16: "16", 64: "64", 10**9: "never"}

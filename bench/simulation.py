@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-
-from bench.workload import Ask, trace
 from service.events import Event, Finished, Picture
 from service.jobs import Job, Sample
 from service.scheduler import Draw, Policy, Scheduler, StepPlan, StepTimes
+
+from bench.workload import Ask, trace
 
 Curve = tuple[tuple[int, float], ...]
 """(rows, seconds of a step), by rows."""

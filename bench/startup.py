@@ -42,8 +42,9 @@ def parts(folder: Path) -> dict[str, float]:
 
     model = checkpoint.load(folder)
     done("load the weights")
-    from model.runtimes import OpenVinoRuntime, keep_torch_off
     from service.warmup import cpu_widths
+
+    from model.runtimes import OpenVinoRuntime, keep_torch_off
 
     runtime = OpenVinoRuntime(model, "auto")
     keep_torch_off(runtime)

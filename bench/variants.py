@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from bench.quality import Judge
 from bench.roofline import timed
 from model import checkpoint
+from model.chain import Chain
 from model.checkpoint import Checkpoint
-from model.denoiser import Chain, Denoiser, trajectory
-from model.lowering import REWRITES, Rewrites, lowered, to_graph
+from model.denoiser import Denoiser, trajectory
 from model.runtimes import DtypeName, OpenVinoRuntime, TorchRuntime, keep_torch_off
+from model.runtimes.lowering import REWRITES, Rewrites, lowered, to_graph
 from model.samplers import build_plan
 from model.unet import ResBlock, UNet, Upsample
 
@@ -220,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--variant", action="append", choices=[name for name in VARIANTS if name != "shipped"]
     )
-    parser.add_argument("--data", type=Path, help="as for model.evaluate; measures quality too")
+    parser.add_argument("--data", type=Path, help="as for model.evaluation.evaluate; measures quality too")
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--sampler", default="ddim")
     parser.add_argument("--steps", type=int, default=50)

@@ -2,9 +2,9 @@
 
 Nested (`unet/`, `scheduler/`, `model_index.json`) and flat (config and weights at the root) folders
 are read; nested ones are written. Weights are safetensors, never pickles, which can run code when
-read. A `SHA256SUMS` beside them is checked when there is one. Two things of ours may lie beside them, which
-diffusers leaves alone: a `typicality.json` says what training images are like under the network
-(model/typicality.py), and a `classifier/` guides it (model/encoder.py).
+read. A `SHA256SUMS` beside them is checked when there is one. Two things of ours may lie there too, which
+diffusers ignores: `typicality.json`, statistics of the training images (model/typicality.py), and
+`classifier/`, for classifier guidance (model/encoder.py).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import nn
 
 from model import typicality
 from model.encoder import EncoderConfig, NoiseClassifier
+from model.files import replace_text, replacing
 from model.schedule import SCHEDULERS, NoiseSchedule
 from model.typicality import Typicality, TypicalityError
 from model.unet import ConfigError, UNet, UNetConfig
@@ -61,7 +62,7 @@ class Checkpoint:
 
 
 def load(folder: Path) -> Checkpoint:
-    """Load a diffusers folder. Raises CheckpointError, with one clear line, when anything is off."""
+    """Load a diffusers folder. Raises CheckpointError, with one clear line, when anything is wrong."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     check_manifest(folder)
@@ -77,7 +78,7 @@ def load(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{place / 'config.json'}: {error}") from error
     try:
         schedule = NoiseSchedule.from_diffusers(scheduler_config)
-    except (TypeError, ValueError) as error:  # a ScheduleError, or a number that is none
+    except (TypeError, ValueError) as error:  # a ScheduleError, or something that is not a number
         raise CheckpointError(f"{scheduler_folder / 'scheduler_config.json'}: {error}") from error
     learned = schedule.variance_type == "learned_range"
     if config.out_channels not in (config.in_channels, 2 * config.in_channels) or (
@@ -98,8 +99,8 @@ def load(folder: Path) -> Checkpoint:
 def save(folder: Path, checkpoint: Checkpoint) -> None:
     """Write a folder that diffusers loads too, with a manifest of its checksums.
 
-    Each file is replaced whole, and the manifest goes first and comes back last, so that the folder loads
-    whenever this is cut short. Statistics of the weights that were there before go for good.
+    Each file is replaced whole, and the manifest is removed first and written last, so that the folder loads
+    even if this is interrupted. Statistics of the earlier weights are removed.
     """
     (folder / "unet").mkdir(parents=True, exist_ok=True)
     (folder / "scheduler").mkdir(exist_ok=True)
@@ -117,7 +118,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         (folder / "unet" / "config.json", checkpoint.unet.config.to_diffusers()),
         (folder / "scheduler" / "scheduler_config.json", dict(checkpoint.scheduler_config)),
     ):
-        _replace(path, json.dumps(content, indent=2) + "\n")
+        replace_text(path, json.dumps(content, indent=2) + "\n")
     _save_weights(folder / "unet" / WEIGHTS, checkpoint.unet)
     if checkpoint.classifier is not None:
         _save_classifier(folder, checkpoint.classifier)
@@ -125,7 +126,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def save_classifier(folder: Path, classifier: NoiseClassifier) -> None:
-    """Put a classifier into a model folder, in place of any other, with the care that `save` takes."""
+    """Put a classifier into a model folder, replacing any other, as safely as `save` does."""
     (folder / MANIFEST).unlink(missing_ok=True)
     _save_classifier(folder, classifier)
     write_manifest(folder)
@@ -134,13 +135,13 @@ def save_classifier(folder: Path, classifier: NoiseClassifier) -> None:
 def write_manifest(folder: Path) -> None:
     """Record the sha256 of the files that make up the model, as `sha256sum` prints it.
 
-    What else lies in the folder (a training state, an evaluation) comes and goes without it.
+    Other files in the folder (a training state, an evaluation) are not part of it.
     """
     places = [folder, folder / "unet", folder / "scheduler", folder / CLASSIFIER]
     found = [path for place in places for path in place.glob("*")]
     files = sorted(path for path in found if path.suffix == ".safetensors" or path.name in CONFIGS)
     lines = [f"{_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
-    _replace(folder / MANIFEST, "".join(lines))
+    replace_text(folder / MANIFEST, "".join(lines))
 
 
 def weights_sha256(folder: Path) -> str:
@@ -161,26 +162,18 @@ def check_manifest(folder: Path) -> None:
             raise CheckpointError(f"{path}: its sha256 is not the one in {MANIFEST}")
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write the file anew: all of it or none."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
-
-
 def _save_weights(path: Path, module: nn.Module) -> None:
     state = {name: tensor.detach().contiguous() for name, tensor in module.state_dict().items()}
-    part = path.with_name(path.name + ".part")
-    save_file(state, part, metadata={"format": "pt"})
-    part.chmod(0o644)  # safetensors keeps it to its owner, and a service often runs as someone else
-    part.replace(path)
+    with replacing(path) as part:
+        save_file(state, part, metadata={"format": "pt"})
+        part.chmod(0o644)  # safetensors makes it private, and a service often runs as another user
 
 
 def _save_classifier(folder: Path, classifier: NoiseClassifier) -> None:
-    part = folder / f"{CLASSIFIER}.part"  # both of its files or none: each would be useless without the other
+    part = folder / f"{CLASSIFIER}.part"  # both files or none: each is useless without the other
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
-    _replace(part / "config.json", json.dumps(classifier.config.to_dict(), indent=2) + "\n")
+    replace_text(part / "config.json", json.dumps(classifier.config.to_dict(), indent=2) + "\n")
     _save_weights(part / CLASSIFIER_WEIGHTS, classifier)
     shutil.rmtree(folder / CLASSIFIER, ignore_errors=True)
     part.rename(folder / CLASSIFIER)
@@ -216,7 +209,7 @@ def _load_typicality(folder: Path) -> Typicality | None:
         raise CheckpointError(f"{path}: {error}") from error
     if found.weights_sha256 != weights_sha256(folder):
         raise CheckpointError(
-            f"{path}: it is about other weights: remove it, and run python -m model.anomaly anew"
+            f"{path}: it is about other weights: remove it, and run python -m model.evaluation.anomaly again"
         )
     return found
 
@@ -263,7 +256,7 @@ def _load_classifier(place: Path, network: UNetConfig, classes: int) -> NoiseCla
 
 
 def _fill(module: nn.Module, path: Path) -> None:
-    """Read a network's weights. Raises CheckpointError where they are not all, and nothing but, its own."""
+    """Read a network's weights. Raises CheckpointError unless they are exactly its own."""
     try:
         state = load_file(path)
     except (SafetensorError, OSError) as error:

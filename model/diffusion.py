@@ -37,7 +37,7 @@ def q_sample(schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor) -> Ten
 
 
 def predict_x0(schedule: NoiseSchedule, x: Tensor, t: Tensor, out: Tensor) -> Tensor:
-    """The x₀ guess that the output implies, unclipped: eq. 15 for ε, 7 for μ̃; Salimans & Ho 2022 for v.
+    """The x₀ prediction that the output implies, unclipped: eq. 15 for ε, 7 for μ̃; Salimans & Ho 2022 for v.
 
     x, out: [B, C, H, W]; t: [B] int64. Returns [B, C, H, W].
     """
@@ -59,10 +59,10 @@ def training_target(schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor)
             return q_posterior(schedule, x0, q_sample(schedule, x0, t, eps), t)[0]
 
 
-def spread_timesteps(batch: int, timesteps: int, rng: torch.Generator) -> Tensor:
-    """Uniform timesteps, spread evenly over the batch: less variance, same mean (Kingma et al. 2021, §I.1).
+def stratified_timesteps(batch: int, timesteps: int, rng: torch.Generator) -> Tensor:
+    """Uniform timesteps, one in each of `batch` equal strata: the same mean, with less variance.
 
-    Returns [batch] int64 in [0, timesteps), in random order.
+    Kingma et al. 2021, §I.1. Returns [batch] int64 in [0, timesteps), in random order.
     """
     device = rng.device
     offset = torch.rand(1, generator=rng, device=device)
@@ -79,25 +79,25 @@ def objective(
     eps: Tensor,
     out: Tensor,
 ) -> Tensor:
-    """What training makes small, for each row: [B] float32.
+    """The loss of each row: [B] float32.
 
     *simple* is L_simple, and for a network that learns its variance L_hybrid = L_simple + 0.001 L_vlb, where
     the bound moves the variance alone, the mean being detached (Nichol & Dhariwal 2021, eq. 16). *vlb* is the
     bound's own term at t, in bits per dimension: its weight of the squared error is β²/(2σ²α(1 − ᾱ)) for ε
-    (Ho et al. 2020, eq. 12). Nothing is clipped there, or a wild guess would have no gradient.
+    (Ho et al. 2020, eq. 12). Nothing is clipped there, because a clipped x₀ prediction has no gradient.
     x0, x, eps: [B, C, H, W], x being `q_sample`'s; out: [B, C or 2C, H, W], the network's at (x, t).
     """
     mean, *rest = torch.split(out.float(), x0.shape[1], dim=1)
     learned = schedule.variance_type == "learned_range"
     log_variance = learned_log_variance(schedule, t, rest[0]) if learned else None
     if kind == "vlb":
-        guess = predict_x0(schedule, x, t, mean)
-        return vlb_terms(schedule, x0, guess, t, schedule.variance_type, log_variance).float()
+        x0_pred = predict_x0(schedule, x, t, mean)
+        return vlb_terms(schedule, x0, x0_pred, t, schedule.variance_type, log_variance).float()
     simple = l_simple(training_target(schedule, x0, t, eps), mean)
     if log_variance is None:
         return simple
-    guess = predict_x0(schedule, x, t, mean.detach()).clamp(-schedule.clip, schedule.clip)
-    terms = vlb_terms(schedule, x0, guess, t, schedule.variance_type, log_variance)
+    x0_pred = predict_x0(schedule, x, t, mean.detach()).clamp(-schedule.clip, schedule.clip)
+    terms = vlb_terms(schedule, x0, x0_pred, t, schedule.variance_type, log_variance)
     return simple + VLB_WEIGHT * schedule.timesteps * terms.float()
 
 
@@ -116,22 +116,23 @@ def q_posterior(schedule: NoiseSchedule, x0: Tensor, x: Tensor, t: Tensor) -> tu
     return mean, _at(schedule.posterior_variance("fixed_small"), t, x)
 
 
-def learned_log_variance(schedule: NoiseSchedule, t: Tensor, spread: Tensor) -> Tensor:
-    """Log σ² of p(x_{t−1} | x_t) where the network says it (Nichol & Dhariwal 2021, eq. 15).
+def learned_log_variance(schedule: NoiseSchedule, t: Tensor, values: Tensor) -> Tensor:
+    """Log σ² of p(x_{t−1} | x_t) of a network that learns it (Nichol & Dhariwal 2021, eq. 15).
 
-    spread: [B, C, H, W], the second half of the output: −1 for the small variance, 1 for the large one.
-    Returns [B, C, H, W] float64. At t = 0, where the small one is zero, β̃_1 stands in for it.
+    values: [B, C, H, W], the second half of the output: −1 for the small variance, 1 for the large one.
+    Returns [B, C, H, W] float64. At t = 0, where the small one is zero, β̃_1 takes its place.
     """
     small = schedule.posterior_variance("fixed_small").copy()
     small[0] = small[1]
-    v = (spread.double() + 1) / 2
-    return v * _at(np.log(schedule.betas), t, v) + (1 - v) * _at(np.log(small), t, v)
+    variance_frac = (values.double() + 1) / 2
+    large = _at(np.log(schedule.betas), t, variance_frac)
+    return variance_frac * large + (1 - variance_frac) * _at(np.log(small), t, variance_frac)
 
 
 def vlb_terms(
     schedule: NoiseSchedule,
     x0: Tensor,
-    guess: Tensor,
+    x0_pred: Tensor,
     t: Tensor,
     variance: VarianceType,
     log_variance: Tensor | None = None,
@@ -139,13 +140,13 @@ def vlb_terms(
     """L_{t} of the variational bound in bits per dimension (Ho et al. 2020, eq. 5).
 
     For t > 0 the divergence of p(x_{t−1} | x_t) from the posterior; for t = 0 the discretised
-    decoder's −log p(x_0 | x_1), eq. 13. Both depend on x_t through the guess at x_0 alone, since the two
-    means share its term. x0: [B, C, H, W] exactly on the 256 levels of [-1, 1]; guess: the network's x₀ at
-    x_t, clipped as in sampling; t: [B] int64; log_variance: of each pixel, in place of the schedule's
-    `variance`, which of a learned one is the least. Returns [B] float64.
+    decoder's −log p(x_0 | x_1), eq. 13. Both depend on x_t through the x₀ prediction alone, since the
+    two means share its term. x0: [B, C, H, W] exactly on the 256 levels of [-1, 1]; x0_pred: the network's x₀
+    at x_t, clipped as in sampling; t: [B] int64; log_variance: of each pixel, instead of the schedule's
+    `variance`; a learned one without it is taken at its smallest. Returns [B] float64.
     """
-    x0, guess = x0.double(), guess.double()
-    off = _at(schedule.posterior_weights[0], t, x0) * (x0 - guess)  # the difference of the means
+    x0, x0_pred = x0.double(), x0_pred.double()
+    off = _at(schedule.posterior_weights[0], t, x0) * (x0 - x0_pred)  # the difference of the means
     true_variance = _at(schedule.posterior_variance("fixed_small"), t, x0)
     # β̃_0 is zero; the decoder at t = 0 takes β̃_1 instead, for both variances, as the original code does.
     variances = schedule.posterior_variance(variance).copy()
@@ -155,15 +156,8 @@ def vlb_terms(
     ratio = true_variance / model_variance
     # where() keeps log(0) at t = 0 out of the result; that row takes the decoder's term.
     divergence = 0.5 * (torch.where(ratio > 0, ratio, 1.0).log().neg() + ratio - 1 + off**2 / model_variance)
-    decoder = -discretised_gaussian_log_likelihood(x0, guess, model_variance.sqrt())
+    decoder = -discretised_gaussian_log_likelihood(x0, x0_pred, model_variance.sqrt())
     nats = torch.where(t.view(-1, *[1] * (x0.ndim - 1)) == 0, decoder, divergence)
-    return nats.flatten(1).mean(1) / math.log(2)
-
-
-def prior_term(schedule: NoiseSchedule, x0: Tensor) -> Tensor:
-    """L_T = KL(q(x_T | x_0) ‖ N(0, I)) in bits per dimension. x0: [B, C, H, W]. Returns [B] float64."""
-    last = float(schedule.alphas_cumprod[-1])
-    nats = 0.5 * (-math.log(1 - last) + (1 - last) - 1 + last * x0.double() ** 2)
     return nats.flatten(1).mean(1) / math.log(2)
 
 
@@ -175,7 +169,7 @@ def discretised_gaussian_log_likelihood(x: Tensor, mean: Tensor, std: Tensor) ->
     """
     upper = torch.special.ndtr((x - mean + 1 / 255) / std)
     lower = torch.special.ndtr((x - mean - 1 / 255) / std)
-    # Where the difference of two CDFs near 1 cancels, it is below the floor that hides it.
+    # Where the difference of two CDFs near 1 cancels, it is below the clamp.
     upper_tail = torch.special.ndtr(-(x - mean - 1 / 255) / std)
     probability = torch.where(x < -0.999, upper, torch.where(x > 0.999, upper_tail, upper - lower))
     return probability.clamp(min=1e-12).log()

@@ -1,9 +1,9 @@
-"""A classifier that sees through noise: the encoder half of the U-Net, for guidance by its gradient.
+"""A classifier of noisy images: the encoder half of the U-Net, for guidance by its gradient.
 
 ∇ log p(x_t | y) = ∇ log p(x_t) + ∇ log p(y | x_t), so a classifier of noisy images that knows the timestep
-leads a chain towards a class (Dhariwal & Nichol 2021, §4). It takes part in every step that it guides, so it
-is small: it halves the image at once, and has residual blocks from there on. `model/noise_classifier.py`
-trains it.
+guides a chain towards a class (Dhariwal & Nichol 2021, §4). It runs in every step that it guides, so it is
+small: it halves the image first, and its residual blocks follow at that size. It is trained by
+`model/training/noise_classifier.py`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch.nn import functional as F
 from model.unet import ConfigError, Downsample, Level, TimeMLP, UNetConfig, timestep_embedding
 
 ROWS = 4
-"""Rows of every call for a gradient: torch gives a row the same bits only at the same shape."""
+"""Rows of every call for a gradient: torch gives a row the same bits only at the same batch shape."""
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Its shape. block_out_channels: widths per level; the first is that of the stem, which has no blocks."""
+    """The shape. block_out_channels: widths per level; the first is that of the stem, which has no blocks."""
 
     sample_size: int
     in_channels: int
@@ -104,8 +104,8 @@ class NoiseClassifier(nn.Module):
     def gradient(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """∇ₓ log p(y | x_t). x: [B, C, H, W] float32; t, y: [B] int64. Returns as x, float32.
 
-        Rows are taken a few at a time, always as many, so that on a CPU a row's bits depend on that row
-        alone. May be called in inference mode.
+        Rows are taken ROWS at a time, so that on a CPU a row's bits depend on that row alone. Works in
+        inference mode.
         """
         parts: list[Tensor] = []
         with torch.inference_mode(mode=False), torch.enable_grad():

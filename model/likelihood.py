@@ -1,15 +1,14 @@
-"""What an image costs under the model, from the terms of the variational bound, in bits per dimension.
+"""The variational bound of an image from all or some of its terms, in bits per dimension.
 
-−log₂ p(x₀) ≤ L_T + Σ_t L_t (Ho et al. 2020, eq. 5), of which `diffusion.vlb_terms` gives single terms from a
-network call each, and L_T is known in closed form. Every term is an unbiased estimate of its expectation from
-one draw of noise. All T of them give the sum as it is for that noise; a subset gives an unbiased estimate of
-it, with a standard error: t = 0, which is the largest, and from each of some strata of the other timesteps
-two draws or more.
+−log₂ p(x₀) ≤ L_T + Σ_t L_t (Ho et al. 2020, eq. 5), where `diffusion.vlb_terms` gives one term
+per network call and L_T has a closed form. Each term is an unbiased estimate of its expectation from one draw
+of noise. All T terms give the exact sum for that noise. A subset gives an unbiased estimate with a standard
+error: it has t = 0, the largest term, and at least two timesteps of each stratum of the others.
 
-The same terms say what each bit buys (§4.3 and Fig. 5). Whoever holds x_t has paid L_T and the terms of the
-higher timesteps for it, the rate, and can guess x₀ with an error, the distortion. Those are rates of a code
-in this sense: to send one sample of q to a receiver who holds p takes KL(q ‖ p) bits in expectation and a
-logarithmic overhead, by minimal random coding (Harsha et al. 2007; Havasi et al. 2019) or relative entropy
+The same terms give the rate-distortion curve (§4.3 and Fig. 5). Sending x_t costs L_T and the terms of the
+higher timesteps, the rate; the x₀ prediction from x_t has an error, the distortion. The rate is that of a
+code in this sense: to send one sample of q to a receiver that holds p takes KL(q ‖ p) bits in expectation and
+a logarithmic overhead, by minimal random coding (Harsha et al. 2007; Havasi et al. 2019) or relative entropy
 coding (Flamich et al. 2020). Nothing is encoded here: the figures are those of the bound, for one draw of
 noise.
 """
@@ -25,6 +24,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from model.noise import NoiseStream
 from model.schedule import NoiseSchedule
 
 Floats = NDArray[np.float64]
@@ -32,11 +32,9 @@ Timesteps = NDArray[np.int64]
 
 DEFAULT_TERMS = 100
 FEWEST_TERMS = 3
-"""Of a subset: t = 0, and two draws that differ by how much is not known."""
+"""Of a subset: t = 0, and the two draws that a variance needs."""
 LEVELS = 127.5
 """Grey levels in a distance of 1 between pixels in [-1, 1]."""
-STREAM = 2
-"""Of the random bits of a seed (model/noise.py has 0 and 1): which timesteps are asked for."""
 
 
 def strata(total: int, terms: int) -> Timesteps:
@@ -56,7 +54,7 @@ def strata(total: int, terms: int) -> Timesteps:
 
 
 def choose_timesteps(total: int, terms: int, seed: int) -> Timesteps:
-    """The timesteps to ask about, highest first: all of them, or a subset drawn by `seed`.
+    """The timesteps to measure, highest first: all of them, or a subset drawn by `seed`.
 
     0 is always among them. Of each stratum there are two, of the last one three where `terms` is even. The
     same arguments give the same timesteps on every machine. Returns [min(terms, total)] int64; raises as
@@ -65,7 +63,7 @@ def choose_timesteps(total: int, terms: int, seed: int) -> Timesteps:
     if terms >= total:
         return np.arange(total)[::-1]
     edges = strata(total, terms)
-    rank = np.random.Philox(key=seed, counter=[0, 0, 0, STREAM]).random_raw(total)
+    rank = np.random.Philox(key=seed, counter=[0, 0, 0, NoiseStream.TIMESTEPS]).random_raw(total)
     chosen = [np.zeros(1, np.int64)]
     for place, (start, end) in enumerate(pairwise(edges)):
         draws = 3 if terms % 2 == 0 and place == len(edges) - 2 else 2
@@ -74,12 +72,12 @@ def choose_timesteps(total: int, terms: int, seed: int) -> Timesteps:
 
 
 def chunks(timesteps: ArrayLike, count: int) -> list[list[int]]:
-    """Timesteps cut into `count` stretches of one length, or one less, so that they can be asked at once."""
+    """Timesteps cut into `count` chunks of equal length, or one less, to be measured side by side."""
     return [part.tolist() for part in np.array_split(np.asarray(timesteps, np.int64), count)]
 
 
 def prior_bits(schedule: NoiseSchedule, x0: ArrayLike) -> float:
-    """L_T = KL(q(x_T | x_0) ‖ N(0, I)) in bits per dimension, as `diffusion.prior_term`. x0: one image."""
+    """L_T = KL(q(x_T | x_0) ‖ N(0, I)) in bits per dimension. x0: one image, in [-1, 1]."""
     last = float(schedule.alphas_cumprod[-1])
     square = float(np.square(np.asarray(x0, np.float64)).mean())
     return 0.5 * (-math.log1p(-last) - last + last * square) / math.log(2)
@@ -88,11 +86,11 @@ def prior_bits(schedule: NoiseSchedule, x0: ArrayLike) -> float:
 def continuous_rate(
     schedule: NoiseSchedule, prior: float, timesteps: Sequence[int], mse: Sequence[float]
 ) -> float:
-    """What L_T and the bound's terms above t = 0 would come to in ever finer steps, in bits per dimension.
+    """The limit of L_T and the bound's terms above t = 0 in ever finer steps, in bits per dimension.
 
     L_T + ½ ∫ E‖x₀ − x̂₀‖² dSNR between the same noise levels (Kingma et al. 2021, eq. 18), by the trapezoidal
-    rule in log SNR over the errors mse at some timesteps, both [n]. A chain of T steps pays more, as every
-    step is priced by the error at its noisier end; by how much, most of it near t = 0, this tells.
+    rule in log SNR over the errors mse at some timesteps, both [n]. The bound of a chain of T steps
+    is larger, because every step is priced by the error at its noisier end, and most so near t = 0.
     """
     order = np.argsort(timesteps)
     snr = schedule.snr[np.asarray(timesteps)[order]]
@@ -109,8 +107,8 @@ def rmse(mse: ArrayLike) -> Floats:
 class Bound:
     """The bound of one image, in bits per dimension.
 
-    prior: L_T. terms: L_t for every timestep, [T]; where it was not asked for, the mean of its stratum.
-    standard_error: of the choice of timesteps, the noise being what it is; 0 when all were asked for.
+    prior: L_T. terms: L_t for every timestep, [T]; where it was not measured, the mean of its stratum.
+    standard_error: of the choice of timesteps, for the given noise; 0 when all were measured.
     """
 
     prior: float
@@ -124,7 +122,7 @@ class Bound:
 
     @cached_property
     def rates(self) -> Floats:
-        """What x_t costs, for every timestep t: [T], falling with t; the whole bound less L_0 at t = 0."""
+        """The rate of x_t for every timestep t: [T], falling with t; the whole bound less L_0 at t = 0."""
         higher = np.cumsum(self.terms[::-1])[::-1] - self.terms
         return self.prior + higher
 
@@ -136,21 +134,21 @@ def estimate(total: int, prior: float, timesteps: Sequence[int], bits: Sequence[
     Σ N (N − n) s² / n (Cochran 1977, eq. 5.13), s² being the sample variance in a stratum. Raises ValueError
     when they are not such timesteps.
     """
-    terms, asked = np.zeros(total), np.zeros(total, bool)
+    terms, measured = np.zeros(total), np.zeros(total, bool)
     terms[np.asarray(timesteps)] = bits
-    asked[np.asarray(timesteps)] = True
-    count = int(asked.sum())
-    if count != len(timesteps) or not asked[0]:
+    measured[np.asarray(timesteps)] = True
+    count = int(measured.sum())
+    if count != len(timesteps) or not measured[0]:
         raise ValueError("the timesteps must be different ones, 0 among them")
     if count == total:
         return Bound(prior, terms, 0.0)
     variance = 0.0
     edges = strata(total, count)
     for start, end in pairwise(edges):
-        drawn = terms[start:end][asked[start:end]]
+        drawn = terms[start:end][measured[start:end]]
         if len(drawn) < 2:
             raise ValueError(f"fewer than two timesteps from {start} to {end - 1}")
         size, n = end - start, len(drawn)
-        terms[start:end][~asked[start:end]] = drawn.mean()
+        terms[start:end][~measured[start:end]] = drawn.mean()
         variance += float(size * (size - n) * drawn.var(ddof=1) / n)
     return Bound(prior, terms, math.sqrt(variance))

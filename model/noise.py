@@ -1,7 +1,7 @@
-"""The noise of a sample: a function of its seed and row, and of nothing else.
+"""The noise of a sample: a function of its seed, row and stream, and of nothing else.
 
-A counter-based generator (Philox, Salmon et al. 2011) keyed by the seed, with the row in its counter,
-gives the bits; NumPy fixes that stream for good. The bits become normal numbers here and not in a
+A counter-based generator (Philox, Salmon et al. 2011) keyed by the seed, with row and stream in its counter,
+gives the bits; NumPy fixes that stream. The bits become normal numbers here and not in a
 library, with additions, multiplications, divisions and square roots only: IEEE 754 fixes those to the
 last bit, while logarithms differ between processors and would let the same seed give other bytes.
 """
@@ -13,6 +13,24 @@ from enum import IntEnum
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+class NoiseStream(IntEnum):
+    """What the random bits of a seed are for. Every use of a seed takes them from a stream of its own.
+
+    Two uses with the same number would draw the same bits, and nothing would fail: the results would only be
+    correlated. So all numbers stand here. They are part of every result: never change one.
+    """
+
+    STEP = 0
+    """The starting noise x_T and the noise of the steps."""
+    KNOWN_PIXELS = 1
+    """The noise on pixels that are given."""
+    TIMESTEPS = 2
+    """Which timesteps estimate a bound (model/likelihood.py)."""
+    PROBABILITY_FLOW = 3
+    """The probability flow (model/evaluation/flow.py): row 0 for Hutchinson's vector, 1 and 2 for images."""
+
 
 START = -1
 """The row of the starting noise x_T."""
@@ -42,31 +60,20 @@ _FAR_TAIL = (
 Floats = NDArray[np.float64]
 
 
-class NoiseStream(IntEnum):
-    """Independent random streams of one seed. Two uses of one stream would share bits without any error."""
-
-    STEP = 0
-    """The starting noise and that of every step."""
-    KNOWN_PIXELS = 1
-    TIMESTEPS = 2
-    """Which timesteps a likelihood is estimated at (model/likelihood.py)."""
-    PROBABILITY_FLOW = 3
-
-
-def normal(seed: int, row: int, shape: Sequence[int], stream: int = 0) -> NDArray[np.float32]:
+def normal(seed: int, row: int, shape: Sequence[int], stream: int = NoiseStream.STEP) -> NDArray[np.float32]:
     """Standard normal noise of a sample's row (START, 0, 1, …): float32 of `shape`.
 
-    seed: 0 … MAX_SEED, else ValueError. stream: another gives other noise. The same arguments give the same
-    bytes on every machine.
+    seed: 0 … MAX_SEED, else ValueError. stream: a NoiseStream. The same arguments give the same bytes on
+    every machine.
     """
     drawn: NDArray[np.float32] = normals([seed], [row], shape, stream)[0]
     return drawn
 
 
 def normals(
-    seeds: Sequence[int], rows: Sequence[int], shape: Sequence[int], stream: int = 0
+    seeds: Sequence[int], rows: Sequence[int], shape: Sequence[int], stream: int = NoiseStream.STEP
 ) -> NDArray[np.float32]:
-    """`normal` of each seed and row: [N, *shape] float32, bit for bit, in less time than one by one."""
+    """`normal` of each seed and row, in one pass: [N, *shape] float32, with the same bits."""
     count = int(np.prod(shape))
     bits = np.empty((len(seeds), count), np.uint64)
     for i, (seed, row) in enumerate(zip(seeds, rows, strict=True)):

@@ -23,7 +23,7 @@ Spacing = Literal["leading", "trailing", "linspace", "quadratic", "logsnr"]
 PREDICTION_TYPES: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample", "posterior_mean")
 VARIANCE_TYPES: tuple[VarianceType, ...] = ("fixed_small", "fixed_large", "learned_range")
 SPACINGS: tuple[Spacing, ...] = ("leading", "trailing", "linspace", "quadratic", "logsnr")
-SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")  # others clip, space or even noise in other ways
+SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")  # others clip, space or add noise differently
 
 
 class ScheduleError(ValueError):
@@ -52,7 +52,7 @@ class NoiseSchedule:
     """The forward process, and what the checkpoint says about reversing it.
 
     betas: [T] float64 in (0, 1). `prediction_type` is what the network's output means. `clip` bounds
-    the x₀ guess to [−clip, clip]; infinity leaves it alone. `variance_type` and `timestep_spacing`
+    the x₀ prediction to [−clip, clip]; infinity leaves it alone. `variance_type` and `timestep_spacing`
     are the checkpoint's defaults for sampling.
     """
 
@@ -173,7 +173,7 @@ class NoiseSchedule:
         if not config.get("set_alpha_to_one", True):
             raise ScheduleError("set_alpha_to_one=false is not supported")
         clip = float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample", True) else math.inf
-        predicts_epsilon = config.get("predict_epsilon", True)  # the old way to say prediction_type
+        predicts_epsilon = config.get("predict_epsilon", True)  # the old form of prediction_type
         return cls(
             betas=_betas_from(config),
             prediction_type=config.get("prediction_type", "epsilon" if predicts_epsilon else "sample"),
@@ -189,7 +189,7 @@ def _apart(wanted: Array, total: int) -> NDArray[np.int64]:
     chosen = np.round(wanted).astype(np.int64)
     steps = np.arange(len(chosen))
     chosen = np.maximum.accumulate(chosen - steps) + steps  # each at least one above the one before
-    chosen = np.minimum(chosen, total - len(chosen) + steps)  # and room for those that follow
+    chosen = np.minimum(chosen, total - len(chosen) + steps)  # and low enough for those that follow
     return chosen[::-1]
 
 

@@ -1,14 +1,14 @@
-"""Does an image belong to those the network was trained on? How well it is denoised, by noise level.
+"""Does an image resemble the training images? Its denoising errors, by noise level.
 
-The likelihood alone answers that badly: simpler images than the training set's get more of it (Nalisnick et
-al. 2019), because images of a set are not where its density is highest but where it is typical. So an image
-is unusual when it is denoised *otherwise* than training images, better or worse, at any noise level: coarse
-structure shows at high ones, texture at low ones. That takes several statistics (Morningstar et al. 2021; of
-a diffusion model's errors by noise level, Graham et al. 2023). Here they are the errors of the x₀ guesses:
-their logarithms, less the training images' mean at the same timestep, averaged over bands of timesteps. The
-score is the squared Mahalanobis distance from the training images' mean, divided by the number of bands.
+The likelihood alone answers that badly: images simpler than the training set have a higher one (Nalisnick et
+al. 2019), because a set lies where its density is typical, not where it is highest. So an image is unusual
+when it is denoised *differently* from training images, better or worse, at any noise level: high levels show
+coarse structure, low ones texture. That takes several statistics (Morningstar et al. 2021; for a diffusion
+model's errors by noise level, Graham et al. 2023). Here they are the errors of the x₀ predictions: their
+logarithms, less the training images' mean at the same timestep, averaged over bands of timesteps. The score
+is the squared Mahalanobis distance from the training images' mean, divided by the number of bands.
 
-`python -m model.anomaly` fits this to a training set and writes it beside the weights.
+`python -m model.evaluation.anomaly` fits this to a training set and writes it beside the weights.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from model.files import replace_text
+
 Floats = NDArray[np.float64]
 
 FILE = "typicality.json"
 BANDS = 8
 KNOTS = 24
 """Points of the curve of mean errors over the timesteps."""
-FLOOR = 1e-8
+LOG_OFFSET = 1e-8
 """Added to squared errors before their logarithm: an image all black has none at low noise levels."""
 FEWEST_IMAGES = 10 * BANDS
 
@@ -44,7 +46,7 @@ class Typicality:
     edges: [K + 1] rising, of the bands of timesteps, from 0 to T. knots, curve: [G] each, log(1 + t) and the
     mean logarithm of the squared error there. mean: [K], precision: [K, K], of the bands' averages.
     quantiles: [101], of the training images' own scores, by percent. images: how many there were.
-    weights_sha256: whose network it is. All of it is about the network without a class.
+    weights_sha256: of the network. All figures are of the network without a class.
     """
 
     edges: Floats
@@ -59,7 +61,9 @@ class Typicality:
     def features(self, timesteps: ArrayLike, mse: ArrayLike) -> Floats | None:
         """An image's averages in the bands, [K]; None when a band has no timestep. Both given: [n]."""
         t = np.asarray(timesteps, np.float64)
-        excess = np.log(np.asarray(mse, np.float64) + FLOOR) - np.interp(np.log1p(t), self.knots, self.curve)
+        excess = np.log(np.asarray(mse, np.float64) + LOG_OFFSET) - np.interp(
+            np.log1p(t), self.knots, self.curve
+        )
         band = np.searchsorted(self.edges, t, side="right") - 1
         counts = np.bincount(band, minlength=len(self.mean))
         if not counts.all():
@@ -87,7 +91,7 @@ def fit(total: int, timesteps: ArrayLike, mse: ArrayLike, weights_sha256: str) -
     t, errors = np.asarray(timesteps, np.float64), np.asarray(mse, np.float64)
     if len(t) < FEWEST_IMAGES:
         raise TypicalityError(f"{len(t)} images are too few; there must be at least {FEWEST_IMAGES}")
-    knots, curve = _curve(np.log1p(t).ravel(), np.log(errors + FLOOR).ravel())
+    knots, curve = _curve(np.log1p(t).ravel(), np.log(errors + LOG_OFFSET).ravel())
     edges = np.expm1(np.linspace(0, math.log1p(total), BANDS + 1))
     edges[-1] = total
     blank = Typicality(
@@ -115,14 +119,12 @@ def _curve(x: Floats, y: Floats) -> tuple[Floats, Floats]:
 
 
 def save(path: Path, typicality: Typicality) -> None:
-    """Write it as JSON, all of it or none."""
+    """Write it as JSON, completely or not at all."""
     content = {
         name: value.tolist() if isinstance(value, np.ndarray) else value
         for name, value in vars(typicality).items()
     }
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    part.replace(path)
+    replace_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def load(path: Path) -> Typicality:

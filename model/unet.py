@@ -102,7 +102,7 @@ class UNetConfig:
                 options[name] = tuple(value) if isinstance(value, list) else value
             else:
                 raise ConfigError(f"{name}={value!r} is not an option this network has")
-        size = options.setdefault("sample_size", None)  # diffusers' default; ours would be a guess
+        size = options.setdefault("sample_size", None)  # diffusers' default is None; ours would be wrong
         if isinstance(size, tuple) and len(set(size)) == 1:  # (height, width)
             options["sample_size"] = size[0]
         return cls(**options)
@@ -115,7 +115,7 @@ class UNetConfig:
 def timestep_embedding(t: Tensor, dim: int, freq_shift: int = 0, flip_sin_to_cos: bool = False) -> Tensor:
     """Transformer sinusoidal position embedding of the timestep (Vaswani et al. 2017, §3.5).
 
-    t: [B], any real dtype. Returns [B, dim] float32: sines then cosines, or the other way round.
+    t: [B], any real dtype. Returns [B, dim] float32: sines then cosines, or the reverse.
     """
     half = dim // 2
     exponent = torch.arange(half, dtype=torch.float32, device=t.device) * (
@@ -309,7 +309,7 @@ class UNet(nn.Module):
         if config.num_class_embeds is not None:
             self.class_embedding = nn.Embedding(config.num_class_embeds, emb)
 
-        # Down: remember the width of every map left for the way up.
+        # Down: remember the width of every skip connection.
         self.down_blocks = nn.ModuleList()
         skips = [channels[0]]
         width = channels[0]
@@ -322,7 +322,7 @@ class UNet(nn.Module):
 
         self.mid_block = MidBlock(config, emb) if config.mid_block_type else None
 
-        # Up: one block more per level, each fed the next map from the way down.
+        # Up: one block more per level, each fed the next skip connection.
         self.up_blocks = nn.ModuleList()
         for i, kind in enumerate(config.up_block_types):
             outputs = channels[-1 - i]
@@ -337,7 +337,7 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
 
     def embed(self, t: Tensor, y: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """What the blocks are told of the timestep and the class: [B], [B] → [B, emb], past its SiLU."""
+        """The embedding of timestep and class that the blocks take: [B], [B] → [B, emb], after its SiLU."""
         config = self.config
         sinusoids = timestep_embedding(
             t, config.block_out_channels[0], config.freq_shift, config.flip_sin_to_cos
@@ -359,7 +359,7 @@ class UNet(nn.Module):
         return self.after(x, self.embed(t, y, x.dtype))
 
     def after(self, x: Tensor, emb: Tensor) -> Tensor:
-        """The network behind its embedding. x: [B, C, H, W]; emb: [B, emb]. Returns [B, C_out, H, W]."""
+        """The network after its embedding. x: [B, C, H, W]; emb: [B, emb]. Returns [B, C_out, H, W]."""
         if self.config.center_input_sample:
             x = 2 * x - 1
         x = self.conv_in(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -80,6 +81,54 @@ def test_only_what_is_copied_goes_to_the_builder():
     assert ignore[0] == "*"
     assert {line[1:] for line in ignore if line.startswith("!")} == copied
     assert all((ROOT / source).exists() for source in copied)
+
+
+LEFT_OUT = ("model/training", "model/evaluation")
+
+
+def test_the_image_has_no_training_or_evaluation_code():
+    ignore = (ROOT / ".dockerignore").read_text().splitlines()
+    # The last matching rule decides, so the exclusion must come after what lets model/ in.
+    assert all(ignore.index("!model") < ignore.index(folder) for folder in LEFT_OUT)
+    assert not [line for line in ignore if line.startswith(tuple(f"!{folder}" for folder in LEFT_OUT))]
+    assert all((ROOT / folder / "__init__.py").exists() for folder in LEFT_OUT)
+
+
+def in_the_image() -> list[Path]:
+    """The Python files of our packages that the image holds."""
+    left_out = tuple(f"{folder}/" for folder in LEFT_OUT)
+    files = [path for package in ("model", "service") for path in (ROOT / package).rglob("*.py")]
+    return [path for path in files if not path.relative_to(ROOT).as_posix().startswith(left_out)]
+
+
+def imported(source: str) -> set[str]:
+    """Every module that a source file may import, wherever in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+@pytest.mark.parametrize("path", in_the_image(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_nothing_in_the_image_imports_what_it_lacks(path):
+    development = ("model.training", "model.evaluation", "bench", "tests", "matplotlib", "tqdm")
+    names = imported(path.read_text())
+    assert not [name for name in names if name.startswith(development)]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import model.training.data",
+        "from model.evaluation import plots",
+        "def f():\n    from model import training",
+    ],
+)
+def test_such_an_import_is_found(source):
+    assert any(name.startswith(("model.training", "model.evaluation")) for name in imported(source))
 
 
 class Ready(BaseHTTPRequestHandler):

@@ -60,7 +60,7 @@ SERVICE = {
     ),
     # Between the two: threads, queues and pictures, and neither HTTP nor tensors.
     "service.streams": f"service.jobs service.events {LEAVES}",
-    "service.images": "service.events service.errors numpy PIL",
+    "service.images": "service.events service.errors model.sheets numpy PIL",
     "service.uploads": "service.events service.errors numpy PIL",
     "service.worker": f"{BELOW_WORKER} service.streams {LEAVES}",
     # The engine owns the tensors; what is below it has never heard of them.
@@ -71,20 +71,42 @@ SERVICE = {
     "service.errors": "",
     "service.telemetry": "prometheus_client",
 }
+PROGRAMS = "model model.* numpy torch safetensors PIL tqdm matplotlib"
 MODEL = {
+    "model": "",
     "model.unet": "torch",
     "model.encoder": "model.unet torch",
     "model.schedule": "numpy",
     "model.noise": "numpy",
     "model.samplers": "model.schedule model.diffusion numpy",
-    "model.lowering": "model.unet torch openvino",
-    "model.likelihood": "model.schedule numpy",
-    "model.runtimes": "model.checkpoint model.lowering model.unet model.schedule torch numpy openvino",
+    "model.diffusion": "model.schedule torch numpy",
+    "model.files": "",
+    "model.sheets": "numpy",
+    "model.likelihood": "model.noise model.schedule numpy",
+    "model.typicality": "model.files numpy",
+    "model.checkpoint": (
+        "model.encoder model.files model.schedule model.typicality model.unet torch safetensors"
+    ),
+    "model.interpolation": "model.denoiser numpy",
+    "model.runtimes": "model.runtimes.*",
+    "model.runtimes.base": "torch",
+    "model.runtimes.lowering": "model.unet torch openvino",
+    "model.runtimes.torch": "model.checkpoint model.runtimes.base torch",
+    "model.runtimes.openvino": (
+        "model.checkpoint model.runtimes.base model.runtimes.lowering torch numpy openvino"
+    ),
+    "model.runtimes.load": (
+        "model.checkpoint model.runtimes.base model.runtimes.openvino model.runtimes.torch torch"
+    ),
     "model.denoiser": (
         "model.runtimes model.checkpoint model.diffusion model.samplers model.schedule model.noise"
         " torch numpy"
     ),
-    "model*": "model model.* numpy torch safetensors PIL tqdm matplotlib",
+    # Programs for developers; not in the image.
+    "model.training": "",
+    "model.training.*": PROGRAMS,
+    "model.evaluation": "",
+    "model.evaluation.*": PROGRAMS,
 }
 ALLOWED = SERVICE | MODEL
 
@@ -152,8 +174,8 @@ KNOWN = {"service", "model", *(key for key in ALLOWED if "*" not in key)}
     ("name", "source", "found"),
     [
         ("model.unet", "import service", {"service"}),
-        ("model.train", "from service import jobs", {"service.jobs"}),
-        ("model.train", "import fastapi", {"fastapi"}),
+        ("model.training.train", "from service import jobs", {"service.jobs"}),
+        ("model.training.train", "import fastapi", {"fastapi"}),
         ("service.scheduler", "import torch.nn as nn", {"torch"}),
         ("service.scheduler", "from torch import Tensor", {"torch"}),
         ("service.scheduler", "from service import engine", {"service.engine"}),
@@ -185,7 +207,7 @@ def test_a_forbidden_import_is_caught(name, source, found):
         ("service.engine", "import torch\nfrom model.denoiser import Chain"),
         ("service.routes.generate", "from fastapi import APIRouter\nfrom service import __version__"),
         ("service.app", "from model import runtimes"),
-        ("model.train", "from model import checkpoint"),
+        ("model.training.train", "from model import checkpoint"),
     ],
 )
 def test_a_rightful_import_is_not(name, source):

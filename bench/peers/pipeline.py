@@ -23,7 +23,8 @@ from PIL import Image
 from pydantic import BaseModel
 
 from model import checkpoint
-from model.denoiser import Chain, Denoiser, generate, to_pixels
+from model.chain import Chain
+from model.denoiser import Denoiser, generate, to_pixels
 from model.runtimes import DtypeName, keep_torch_off, load_runtime
 from model.samplers import Guidance, Plan, build_plan
 

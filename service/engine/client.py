@@ -17,8 +17,8 @@ from service.engine.jobs import JobSpec
 from service.engine.messages import (
     AbortAll,
     AddJob,
-    Cancelled,
     CancelJob,
+    Cancelled,
     Command,
     Drain,
     EngineInfo,

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 
-from service.engine.messages import Command, Drain, Event, Progress, Ready, Report, Stopped, StepReport
+from service.engine.messages import Command, Drain, Event, Progress, Ready, Report, StepReport, Stopped
 from service.engine.warmup import Warm
 
 logger = logging.getLogger(__name__)

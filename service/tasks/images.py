@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from io import BytesIO
 from typing import Any, Literal
 
-import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from model.sheets import contact_sheet, enlarge
 from service.engine.messages import Pixels
+
+__all__ = ["MEDIA_TYPES", "ImageFormat", "contact_sheet", "encode", "enlarge"]
 
 ImageFormat = Literal["png", "jpeg", "webp"]
 MEDIA_TYPES: dict[ImageFormat, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
@@ -48,22 +49,3 @@ def encode(
     buffer = BytesIO()
     picture.save(buffer, image_format, **options)
     return buffer.getvalue()
-
-
-def enlarge(pixels: Pixels, scale: int) -> Pixels:
-    """Every pixel as a square of scale × scale, without smoothing: [H, W, C] → [H·scale, W·scale, C]."""
-    return pixels if scale == 1 else pixels.repeat(scale, axis=0).repeat(scale, axis=1)
-
-
-def contact_sheet(pictures: Sequence[Pixels], gap: int = 2, columns: int | None = None) -> Pixels:
-    """Pictures of one size [H, W, C] side by side on white: in so many columns, or about as wide as high."""
-    if len(pictures) == 1:
-        return pictures[0]
-    columns = columns or math.ceil(math.sqrt(len(pictures)))
-    rows = math.ceil(len(pictures) / columns)
-    height, width, channels = pictures[0].shape
-    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, channels), 255, np.uint8)
-    for i, pixels in enumerate(pictures):
-        top, left = i // columns * (height + gap), i % columns * (width + gap)
-        sheet[top : top + height, left : left + width] = pixels
-    return sheet

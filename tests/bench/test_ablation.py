@@ -12,13 +12,15 @@ import torch
 
 from bench import ablation
 from bench.ablation import CHOICES, Choice, bits_per_dimension, steps_done
-from model import checkpoint, train
-from model.data import Dataset
-from model.diffusion import prior_term, q_posterior
+from model import checkpoint
+from model.diffusion import q_posterior
 from model.schedule import NoiseSchedule
-from model.train import Trainer
+from model.training import train
+from model.training.data import Dataset
+from model.training.train import Trainer
 from tests.model.conftest import SCHEDULER, tiny_checkpoint
-from tests.model.test_evaluate import data, model  # noqa: F401 (fixtures)
+from tests.model.evaluation.test_evaluate import data, model  # noqa: F401 (fixtures)
+from tests.model.gaussian import prior_divergence
 
 SHORT = (
     "--steps 2 --samples 12 --sampling-steps 2 --bound-images 4"
@@ -152,7 +154,7 @@ def test_the_bound_is_the_sum_of_its_terms(variance: Any) -> None:
     middle = np.exp((np.log(np.append(small[1], small[1:])) + np.log(large)) / 2)
     variances = {"fixed_small": small, "fixed_large": large, "learned_range": middle}[variance]
     x0 = torch.from_numpy(dataset.batch(np.arange(3))).double()
-    total = float(prior_term(schedule, x0).mean())
+    total = float(np.mean([prior_divergence(schedule, image) for image in x0]))
     for t in range(1, 40):
         times = torch.full((3,), t)
         means = [q_posterior(schedule, guess, x0, times)[0] for guess in (x0, 0 * x0)]

@@ -6,9 +6,9 @@ import pytest
 
 from bench.quality import Judge
 from model import checkpoint
-from model.classifier import ClassifierConfig
+from model.evaluation.judge import ClassifierConfig
 from model.runtimes import TorchRuntime
-from tests.model.test_evaluate import data, model, run  # noqa: F401 (two are fixtures)
+from tests.model.evaluation.test_evaluate import data, model, run  # noqa: F401 (two are fixtures)
 
 
 def test_it_says_what_an_evaluation_says(model, data):  # noqa: F811

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from service.scheduler import Scheduler, StepTimes
 
 from bench import simulate
 from bench.simulation import CURVES, POLICIES, Case, RunToCompletion, drive, jobs_of, request, run
 from bench.workload import WORKLOADS, trace
-from service.scheduler import Scheduler, StepTimes
 
 SECOND = StepTimes([(1, 1.0), (2, 1.0)])  # every step takes a second
 NEVER = 10**9

@@ -284,7 +284,9 @@ def test_what_the_network_cannot_do_is_refused_at_the_start(
 def test_known_pixels_come_back_exactly() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 1), np.uint8)
     plan = build_repaint(SCHEDULE, "ddpm", 5, jump_length=2, jump_n_sample=2)
-    (image,) = to_pixels(generate(fake(), [Chain(plan, 3, known=KnownPixels(from_pixels(pixels), HALF[None]))]))
+    (image,) = to_pixels(
+        generate(fake(), [Chain(plan, 3, known=KnownPixels(from_pixels(pixels), HALF[None]))])
+    )
     assert (image[0][HALF] == pixels[..., 0][HALF]).all()
     assert (image[0][~HALF] != pixels[..., 0][~HALF]).any()
 
@@ -321,7 +323,9 @@ def test_measurements_compare_with_their_image() -> None:
     schedule = denoiser.schedule
     assert schedule is not None
     levels = from_pixels(np.random.default_rng(1).integers(0, 256, (8, 8, 1), np.uint8))
-    chains = [measuring(build_measurement(schedule, timesteps), levels, 5) for timesteps in ([700, 0], [3, 40])]
+    chains = [
+        measuring(build_measurement(schedule, timesteps), levels, 5) for timesteps in ([700, 0], [3, 40])
+    ]
     for row, latents in enumerate(trajectory(denoiser, chains)):
         found = denoiser.measure(chains, latents, [row, row])
         for chain, latent, (bits, error) in zip(chains, latents, found, strict=True):

@@ -15,10 +15,9 @@ from model.diffusion import (
     learned_log_variance,
     objective,
     predict_x0,
-    prior_term,
     q_posterior,
     q_sample,
-    spread_timesteps,
+    stratified_timesteps,
     training_target,
     vlb_terms,
 )
@@ -146,13 +145,6 @@ def test_a_perfect_guess_costs_nothing_after_the_first_step() -> None:
     assert terms.abs().max() < 1e-9
 
 
-def test_prior_term_is_the_divergence_from_pure_noise() -> None:
-    x0 = levels(2, 1, 4, 4)
-    last = Normal(AC[-1] ** 0.5 * x0, torch.tensor((1 - AC[-1]) ** 0.5).double())
-    expected = kl_divergence(last, Normal(torch.zeros(()).double(), 1.0)).flatten(1).mean(1) / math.log(2)
-    torch.testing.assert_close(prior_term(SCHEDULE, x0), expected, rtol=1e-6, atol=1e-12)
-
-
 def test_discretised_levels_sum_to_one() -> None:
     x = torch.arange(256).double() / 127.5 - 1
     for mean, std in ((0.0, 0.5), (-0.98, 0.01), (1.3, 0.2), (0.1234, 0.003)):
@@ -167,7 +159,7 @@ def test_discretised_levels_sum_to_one() -> None:
 
 def test_timesteps_are_uniform_and_spread() -> None:
     rng = torch.Generator().manual_seed(0)
-    drawn = torch.stack([spread_timesteps(8, 1000, rng) for _ in range(4000)])
+    drawn = torch.stack([stratified_timesteps(8, 1000, rng) for _ in range(4000)])
     assert int(drawn.min()) == 0
     assert int(drawn.max()) == 999
     # One in each eighth, whichever row it falls to.

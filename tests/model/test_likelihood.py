@@ -11,12 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.anomaly import measure
 from model.denoiser import Denoiser, to_pixels
-from model.diffusion import prior_term
-from model.likelihood import FEWEST_TERMS, choose_timesteps, estimate, prior_bits, rmse, strata, stretches
+from model.evaluation.anomaly import measure
+from model.likelihood import FEWEST_TERMS, choose_timesteps, chunks, estimate, prior_bits, rmse, strata
 from model.schedule import NoiseSchedule, linear_betas
-from tests.model.gaussian import GaussianRuntime, expected_terms
+from tests.model.gaussian import GaussianRuntime, expected_terms, prior_divergence
 
 SCHEDULE = NoiseSchedule(linear_betas(1000))
 
@@ -65,8 +64,8 @@ def test_too_few_terms_have_no_error_and_are_refused(terms: int) -> None:
         choose_timesteps(1000, terms, 0)
 
 
-def test_stretches_are_of_one_length_and_in_order() -> None:
-    parts = stretches(choose_timesteps(1000, 100, 0), 8)
+def test_chunks_are_of_one_length_and_in_order() -> None:
+    parts = chunks(choose_timesteps(1000, 100, 0), 8)
     assert sorted({len(part) for part in parts}) == [12, 13]
     assert list(chain.from_iterable(parts)) == choose_timesteps(1000, 100, 0).tolist()
 
@@ -142,11 +141,13 @@ def test_grey_levels() -> None:
     assert rmse([0, 1, 4]).tolist() == [0, 127.5, 255]
 
 
-def test_the_prior_is_that_of_diffusion() -> None:
-    x0 = np.random.default_rng(0).uniform(-1, 1, (1, 8, 8)).astype(np.float32)
-    expected = prior_term(SCHEDULE, torch.from_numpy(x0)[None]).item()
-    assert prior_bits(SCHEDULE, x0) == pytest.approx(expected, rel=1e-12)
-    assert expected > 0
+def test_the_prior_is_the_divergence_from_pure_noise() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 1, 8, 8))
+    pixels[:, 0, 0, :2] = 0, 255
+    for x0 in (pixels / 127.5 - 1).astype(np.float32):
+        expected = prior_divergence(SCHEDULE, x0)
+        assert prior_bits(SCHEDULE, x0) == pytest.approx(expected, rel=1e-6, abs=1e-12)
+        assert expected > 0
 
 
 # ── A model whose bound is known ───────────────────────────────────────────────────────────────

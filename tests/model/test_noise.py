@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.noise import MAX_SEED, START, inverse_normal_cdf, normal, normals
+from model.noise import MAX_SEED, START, NoiseStream, inverse_normal_cdf, normal, normals
 
 # The bytes that every machine and every version must give: a change here breaks every user's seeds.
 GOLDEN = {
@@ -109,3 +109,15 @@ def test_the_lowest_and_highest_bits_stay_finite(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(np.random, "Philox", Extremes)
     low, high = normal(0, 0, (2,)).tolist()
     assert low == -high == pytest.approx(NormalDist().inv_cdf(2**-53), rel=1e-6)
+
+
+def test_streams_have_the_numbers_they_always_had() -> None:
+    """They are part of every result: a change would give other images for the same seeds, in silence."""
+    numbers = {"STEP": 0, "KNOWN_PIXELS": 1, "TIMESTEPS": 2, "PROBABILITY_FLOW": 3}
+    assert {name: int(stream) for name, stream in NoiseStream.__members__.items()} == numbers
+
+
+def test_no_two_streams_share_bits() -> None:
+    drawn = [normal(7, 0, (64,), stream) for stream in NoiseStream]
+    assert len({values.tobytes() for values in drawn}) == len(NoiseStream)
+    assert drawn[0].tobytes() == normal(7, 0, (64,)).tobytes()

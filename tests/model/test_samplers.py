@@ -348,7 +348,9 @@ def test_a_learned_variance_has_the_small_and_the_large_one_as_ends() -> None:
     kinds: tuple[VarianceType, ...] = ("fixed_small", "fixed_large", "learned_range")
     small, large, learned = (build_plan(schedule, "ddpm", 40, variance=kind).table for kind in kinds)
     np.testing.assert_array_equal(learned["c_n"], small["c_n"])
-    np.testing.assert_allclose(learned["c_n"][:-1] * np.exp(learned["c_v"][:-1]), large["c_n"][:-1], rtol=1e-12)
+    np.testing.assert_allclose(
+        learned["c_n"][:-1] * np.exp(learned["c_v"][:-1]), large["c_n"][:-1], rtol=1e-12
+    )
     assert not small["c_v"].any()
     assert not large["c_v"].any()
 

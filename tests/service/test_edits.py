@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 from pydantic import ValidationError
-
-from model.denoiser import Chain, Mix, from_pixels
-from model.samplers import K_0, build_inversion, build_repaint
 from service.edits import MAX_ROWS, EditRequest, InterpolateRequest, editing, to_edit, to_interpolation
-from service.errors import InvalidRequestError
 from service.events import Picture
 from service.jobs import Job
 from service.schemas import MAX_SEED, Catalogue, Order
+
+from model.denoiser import Chain, Mix, from_pixels
+from model.samplers import K_0, build_inversion, build_repaint
+from service.errors import InvalidRequestError
 from tests.service.fakes import EVERYWHERE, SIZE, tiny_model
 from tests.service.test_schemas import catalogue
 from tests.service.test_uploads import file, halves, noise

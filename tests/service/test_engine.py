@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from service.events import Cancelled, Event, Failed, Finished, Preview
+from service.jobs import Job, PreviewKind, Sequel, State
 
 from model.denoiser import Chain, Latent, probing
 from model.samplers import build_probe
 from service.engine import Engine, FatalError, StepReport, to_pictures
 from service.errors import ComputeError, DeadlineError, NonFiniteError
-from service.events import Cancelled, Event, Failed, Finished, Preview
-from service.jobs import Job, PreviewKind, Sequel, State
 from tests.service.fakes import SCHEDULE, SIZE, FakeDenoiser, counting_job, fake_engine, job_of
 
 MATES = range(8)

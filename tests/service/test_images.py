@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-
 from service.events import Pixels
 from service.images import MEDIA_TYPES, ImageFormat, contact_sheet, encode, enlarge
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
-
 from service.jobs import IllegalTransitionError, Job, Sequel, State
+
 from tests.service.fakes import Counting, Steps, counting_job
 
 LEGAL = {

@@ -14,11 +14,11 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from service.events import Pixels
+from service.warmup import warm_up
 
 from service import uploads
 from service.app import MAX_BODY_BYTES, MAX_UPLOAD_BYTES
-from service.events import Pixels
-from service.warmup import warm_up
 from tests.service.fakes import SIZE, FakeDenoiser, until
 from tests.service.live import Serve, Threaded, serving, sse
 from tests.service.test_app import MARK, problem

@@ -16,15 +16,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-from model import noise
-from model.denoiser import from_pixels
-from model.diffusion import predict_x0, prior_term, q_sample, vlb_terms
-from model.likelihood import choose_timesteps, stretches
 from service.events import Finished, Measure
 from service.routes.answers import drawn
 from service.schemas import MAX_SEED
 from service.warmup import warm_up
+
+from model import noise
+from model.denoiser import from_pixels
+from model.diffusion import predict_x0, q_sample, vlb_terms
+from model.likelihood import choose_timesteps, chunks
+from model.noise import NoiseStream
+from tests.model.gaussian import prior_divergence
 from tests.service.fakes import SIZE, FakeDenoiser, tiny_model, until
 from tests.service.live import Serve, Threaded, sse
 from tests.service.test_app import problem
@@ -234,9 +236,9 @@ def offline(pixels: np.ndarray, label: int, terms: int, seed: int) -> list[tuple
     model = tiny_model()
     x0 = torch.from_numpy(from_pixels(pixels[..., None]))[None]
     found = []
-    for place, part in enumerate(stretches(choose_timesteps(100, terms, seed), 8)):
+    for place, part in enumerate(chunks(choose_timesteps(100, terms, seed), 8)):
         for row, timestep in enumerate(part):
-            where = (noise.START, 0) if row == 0 else (row - 1, noise.KNOWN)
+            where = (noise.START, NoiseStream.STEP) if row == 0 else (row - 1, NoiseStream.KNOWN_PIXELS)
             eps = noise.normal(seed + place * (MAX_SEED + 1), where[0], (1, SIZE, SIZE), where[1])
             t = torch.tensor([timestep])
             x = q_sample(model.schedule, x0, t, torch.from_numpy(eps)[None])
@@ -261,8 +263,7 @@ def test_scores_are_those_of_plain_equations(
             assert term["timestep"] == timestep
             assert term["bits"] == pytest.approx(bits, rel=1e-4, abs=1e-9)
             assert term["mse"] == pytest.approx(mse, rel=1e-4, abs=1e-9)
-        x0 = torch.from_numpy(picture(index) / 127.5 - 1)[None, None]
-        prior = prior_term(tiny_model().schedule, x0).item()
+        prior = prior_divergence(tiny_model().schedule, picture(index) / 127.5 - 1)
         assert score["prior"] == pytest.approx(prior, rel=1e-5)
         if terms == 100:
             assert score["bits_per_dim"] == pytest.approx(

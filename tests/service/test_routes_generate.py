@@ -17,10 +17,10 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-
-from service.errors import NotAcceptableError
 from service.events import Finished, Picture
 from service.routes.answers import choose_answer, drawn
+
+from service.errors import NotAcceptableError
 from tests.service.fakes import EVERYWHERE, SIZE, FakeDenoiser, until
 from tests.service.live import Serve, Sse, Threaded, sse
 from tests.service.test_app import problem

@@ -9,10 +9,10 @@ from http.client import HTTPConnection
 
 import httpx
 import pytest
+from service.warmup import Warm
 
 from model.checkpoint import Checkpoint
 from service.settings import Settings
-from service.warmup import Warm
 from tests.service.fakes import PATIENCE_S, FakeDenoiser, fake_warm, until
 from tests.service.live import Serve
 from tests.service.test_telemetry import DOCUMENTED, families

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-
-from service.errors import ComputeError, DeadlineError
 from service.events import Cancelled, Event, Failed, Finished, Preview, Queued, Terminal
 from service.jobs import Job, Sequel, State
 from service.scheduler import KeyedSums, Policy, Scheduler, StepPlan, StepTimes
+
+from service.errors import ComputeError, DeadlineError
 from tests.service.fakes import blank, counting_job
 
 STEP_S = 1.0

@@ -12,12 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from pydantic import ValidationError
-
-from model.checkpoint import Checkpoint
-from model.samplers import A_G, SAMPLERS, Plan
-from model.schedule import SPACINGS
-from service.app import describe_model
-from service.errors import InvalidRequestError
 from service.events import Finished, Picture, Preview, Queued
 from service.schemas import (
     DEFAULT_STEPS,
@@ -31,6 +25,12 @@ from service.schemas import (
     queued_body,
     to_job,
 )
+
+from model.checkpoint import Checkpoint
+from model.samplers import A_G, SAMPLERS, Plan
+from model.schedule import SPACINGS
+from service.app import describe_model
+from service.errors import InvalidRequestError
 from tests.service.fakes import EVERYWHERE, tiny_classifier, tiny_model
 from tests.service.live import settings
 

@@ -12,6 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from pydantic import ValidationError
+from service.events import Finished, Measure, Picture, Preview
+from service.jobs import Sample
+from service.schemas import MAX_SEED, Catalogue
+from service.scores import STRETCHES, ScoreOrder, ScoreRequest, scoring, to_score
 
 from model.checkpoint import Checkpoint
 from model.denoiser import Chain
@@ -19,10 +23,6 @@ from model.likelihood import FEWEST_TERMS, choose_timesteps, estimate, prior_bit
 from model.typicality import fit
 from service.app import describe_model
 from service.errors import InvalidRequestError
-from service.events import Finished, Measure, Picture, Preview
-from service.jobs import Sample
-from service.schemas import MAX_SEED, Catalogue
-from service.scores import STRETCHES, ScoreOrder, ScoreRequest, scoring, to_score
 from tests.service.fakes import SIZE, tiny_model
 from tests.service.live import settings
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from service.worker import Phase
 
 from service.app import create_app
 from service.server import FLUSH_S
 from service.server import serve as run_server
-from service.worker import Phase
 from tests.service.fakes import PATIENCE_S, FakeDenoiser, fake_warm, job_of, tiny_model, until
 from tests.service.live import Process, Serve, Threaded, settings, sse
 from tests.service.test_app import problem

@@ -8,10 +8,10 @@ from collections.abc import Awaitable, Callable, Iterator
 
 import numpy as np
 import pytest
-
-from service.errors import ComputeError
 from service.events import Cancelled, Event, Failed, Finished, Picture, Preview, Queued
 from service.streams import Numbered, Stream, Streams
+
+from service.errors import ComputeError
 
 QUEUED = Queued("job", 0, 1.0)
 FINISHED = Finished("job", (), 0.0, 1.0)

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from service.events import Pixels
+from service.uploads import MAX_PIXELS, decode, decode_masked, unpack
 
 from service import uploads
 from service.errors import InvalidRequestError
-from service.events import Pixels
-from service.uploads import MAX_PIXELS, decode, decode_masked, unpack
 
 GREY, RGB = (1, 8, 8), (3, 8, 8)
 ORIENTATION = 0x0112

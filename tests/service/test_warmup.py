@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from service.events import Failed, Finished
+from service.schemas import GenerateRequest, to_job
+from service.warmup import Invariance, Warm, measure_invariance, warm_up
 
 from model import runtimes
 from model.checkpoint import Checkpoint
@@ -16,9 +19,6 @@ from model.encoder import NoiseClassifier
 from service import warmup
 from service.app import describe, describe_model
 from service.errors import ComputeError
-from service.events import Failed, Finished
-from service.schemas import GenerateRequest, to_job
-from service.warmup import Invariance, Warm, measure_invariance, warm_up
 from tests.service.fakes import FakeDenoiser, job_of, tiny_classifier, tiny_model
 from tests.service.live import settings
 

@@ -9,6 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
+from service.events import Cancelled, Event, Failed, Finished, Picture, Preview, Queued, Terminal
+from service.jobs import Job, Sequel, State
+from service.scheduler import StepTimes
+from service.worker import Phase, Worker
 
 from model.denoiser import Chain
 from model.samplers import build_plan
@@ -21,11 +25,7 @@ from service.errors import (
     QueueFullError,
     WorkerDeadError,
 )
-from service.events import Cancelled, Event, Failed, Finished, Picture, Preview, Queued, Terminal
-from service.jobs import Job, Sequel, State
-from service.scheduler import StepTimes
 from service.telemetry import Telemetry
-from service.worker import Phase, Worker
 from tests.service.fakes import PATIENCE_S, SCHEDULE, FakeDenoiser, fake_engine, job_of, until
 
 
