@@ -21,9 +21,8 @@ Case = Mapping[str, Any]
 HOW = """\
 Open loop: Poisson arrivals from a seeded trace (`bench/workload.py`) are sent at their scheduled times,
 whatever the state of earlier requests, and latency is counted from the scheduled time.
-Load 1 is the capacity: {capacity:.0f} rows of network calls a second, which a bare loop over
-the runtime ({runtime}, {dtype}) reaches at its best batch size of {rows} rows on this machine; *all at once* is a
-burst of {burst:.0f} s of that, whose clients wait until it is done. One server at
+Load 1 is the capacity: {capacity:.0f} rows of network calls a second, which a bare loop over the runtime
+({runtime}, {dtype}) reaches at its best batch size of {rows} rows on this machine; *all at once* is a burst of {burst:.0f} s of that, whose clients wait until it is done. One server at
 a time, restarted and warmed up for every row; clients and server share the machine. `service` is
 this repository's, with every client streaming; with `/json` clients get a single answer, as from every
 other server; with `/fifo` and `/sharing` it has another policy. A peer runs over diffusers as
@@ -33,9 +32,9 @@ clients wait at most {patience:.0f} s. Times in seconds; rows/s count the comple
 LEGEND = """\
 ≥: some requests timed out; they count with the time the client waited, so the figure is a lower bound,
 and the case was ended there. *rejected*: 429 or 503. *CPU*: cores that the server kept busy on
-average. *memory*: peak resident memory, including child processes. *ETA error*: median and p95 of the error of
-the estimated completion time, as a share of the actual time. *pace*: the machine's capacity just before the case,
-as a share of the capacity above; other guests share its processor.
+average. *memory*: peak resident memory, including child processes. *ETA error*: median and p95 of the error
+of the estimated completion time, as a share of the actual time. *pace*: the machine's capacity just before
+the case, as a share of the capacity above; other guests share its processor.
 """
 HEADER = (
     "server|requests|offered rows/s|done rows/s|mean|p50|p95|p99|first byte p50|first preview p50 / p95"

@@ -77,5 +77,5 @@ def measuring(plan: Plan, image: Image, seed: int, label: int | None = None) -> 
 
 
 def from_pixels(pixels: NDArray[np.uint8]) -> Image:
-    """An 8-bit image [H, W, C] as a sample [C, H, W] in [-1, 1]; `denoiser.to_pixels` is its exact inverse."""
+    """An 8-bit image [H, W, C] as a sample [C, H, W] in [-1, 1]; `denoiser.to_pixels` inverts it exactly."""
     return np.ascontiguousarray(pixels.transpose(2, 0, 1).astype(np.float32) / np.float32(127.5) - 1)

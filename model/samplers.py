@@ -2,8 +2,8 @@
 
 At step k of its plan a sample at x does
 
-    out = unet(x, t, y)                              two evaluations where w ≠ 1: out = out_∅ + w (out_y − out_∅)
-    x0  = clip(a_x·x + a_o·out + a_g·∇ log p(y | x))                                    to [−clip, clip]
+    out = unet(x, t, y)                              where w ≠ 1 out = out_∅ + w (out_y − out_∅), 2 evaluations
+    x0  = clip(a_x·x + a_o·out + a_g·∇ log p(y | x))                                       to [−clip, clip]
     x   ← c_x·x + c_0·x0 + c_p·x0_prev + c_n·e^(c_v·v)·z        z ~ N(0, I), x0_prev = the previous step's x0
     x   ← k_0·image + k_n·z′                         where the image's pixels are known
 
@@ -14,7 +14,7 @@ improved-diffusion does), which is why only x and x₀ appear. Coefficients come
 never from re-spaced betas.
 
 Chains that do not start from noise are tables too: an edit starts midway, inversion goes up, RePaint's jumps
-fold the forward process into a row, and a measurement is made of rows whose results are not used for the next.
+fold the forward process into a row, and a measurement consists of rows that do not build on one another.
 
 Some solvers do not fit and are left out. The state of a chain is x and one earlier x0, so a solver may look
 back by one prediction: second-order multistep methods, and two-stage ones like Heun's (Karras et al. 2022,
@@ -239,8 +239,8 @@ def build_repaint(
 
     After every `jump_length` steps the chain goes back up by as many, until that segment has been done
     `jump_n_sample` times, so that new and known pixels come to agree. Going up is the forward process, folded
-    into the step before it: x ← √r x + √(1 − r) z with r the ratio of the two ᾱ. The noise of such a step is a
-    sum of two, for which a learned variance counts as the small one.
+    into the step before it: x ← √r x + √(1 − r) z with r the ratio of the two ᾱ. The noise of such a step is
+    a sum of two, for which a learned variance counts as the small one.
     Raises ValueError for a sampler that looks back (not in SINGLE_STEP) or a jump below 1.
     """
     if sampler not in SINGLE_STEP:

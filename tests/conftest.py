@@ -4,8 +4,8 @@ import pytest
 from hypothesis import settings
 
 # Examples are timed by the wall clock, which on a busy machine says nothing about the code.
-settings.register_profile("house", deadline=None)
-settings.load_profile("house")
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 
 def pytest_collection_modifyitems(items):

@@ -1,8 +1,8 @@
 """The lock files: every package that pyproject.toml asks for, directly or not, at the version installed here.
 
-`python -m tests.locks FILE...` rewrites them from the environment it runs in (`make lock`); test_house.py
+`python -m tests.locks FILE...` rewrites them from the environment it runs in (`make lock`); test_layers.py
 compares. The servers of the comparison need other versions of a few packages than the service is tested with,
-so they have an environment of their own, and test_house.py looks at their lock as far as .venv has them.
+so they have an environment of their own, and test_layers.py looks at their lock as far as .venv has them.
 """
 
 from __future__ import annotations

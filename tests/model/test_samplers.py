@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -340,7 +341,7 @@ def test_guidance_outside_its_interval_costs_one_evaluation() -> None:
     left = plan.remaining
     assert left[0] == sum(plan.evaluations)
     assert left[-1] == 0
-    assert [before - after for before, after in zip(left, left[1:], strict=False)] == list(plan.evaluations)
+    assert [before - after for before, after in pairwise(left)] == list(plan.evaluations)
 
 
 def test_a_learned_variance_has_the_small_and_the_large_one_as_ends() -> None:

@@ -1,0 +1,343 @@
+"""The layers as tests: who may import whom, how long a file gets, what the lock files hold."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from fnmatch import fnmatch
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+from packaging.utils import canonicalize_name
+
+from tests import locks
+
+ROOT = Path(__file__).parent.parent
+OURS = ("model", "service")
+MAX_LINES = 450
+
+# ----------------------------------------------------------------------------------------------------
+# Layers, from the top down: wiring, http, tasks, engine, model. A module may import what its line names and the
+# standard library; its line is the one of its own name, else that of its folder.
+
+HTTP = "fastapi starlette pydantic"
+
+SERVICE = {
+    "service": "",
+    # Wiring: the one place where all layers meet.
+    "service.__main__": (
+        "service.app service.server service.settings service.telemetry model.checkpoint model.runtimes"
+    ),
+    "service.app": (
+        "service service.engine.client service.engine.streams service.engine.warmup service.http.answers"
+        " service.http.middleware service.http.problems service.http.routes.* service.http.state"
+        " service.settings service.tasks.sampling service.telemetry model.checkpoint fastapi"
+    ),
+    "service.server": (
+        "service.engine.client service.errors service.http.state service.settings uvicorn starlette"
+    ),
+    "service.settings": "pydantic pydantic_settings",
+    # HTTP: no tensors.
+    "service.http": "",
+    "service.http.*": (
+        "service service.http.* service.tasks.* service.engine.client service.engine.jobs"
+        " service.engine.messages service.engine.streams service.errors service.settings service.telemetry"
+        f" model.likelihood model.samplers {HTTP}"
+    ),
+    # From a request to a job: no HTTP, and nothing of the engine but what a job is.
+    "service.tasks": "",
+    "service.tasks.*": (
+        "service.tasks.* service.engine.jobs service.engine.messages service.errors model.chain"
+        " model.interpolation model.likelihood model.samplers model.schedule model.sheets model.typicality"
+        " numpy PIL pydantic"
+    ),
+    # The engine: no HTTP. Tensors are in engine.py and warmup.py alone.
+    "service.engine": "",
+    "service.engine.client": (
+        "service service.engine.jobs service.engine.messages service.engine.process service.engine.warmup"
+        " service.errors service.telemetry"
+    ),
+    "service.engine.process": "service.engine.messages service.engine.warmup",
+    "service.engine.warmup": (
+        "service.engine.engine service.engine.estimates service.engine.jobs service.engine.messages"
+        " service.engine.scheduler service.settings model.chain model.checkpoint model.denoiser"
+        " model.runtimes model.samplers numpy"
+    ),
+    "service.engine.engine": (
+        "service.engine.jobs service.engine.messages service.engine.scheduler service.errors model.chain"
+        " model.denoiser numpy torch"
+    ),
+    "service.engine.scheduler": (
+        "service.engine.estimates service.engine.jobs service.engine.messages service.errors sortedcontainers"
+    ),
+    "service.engine.estimates": "service.engine.jobs numpy",
+    "service.engine.streams": "service.engine.messages service.errors msgspec",
+    "service.engine.messages": "service.engine.jobs service.errors msgspec numpy",
+    "service.engine.jobs": "model.chain msgspec numpy",
+    # Leaves.
+    "service.errors": "",
+    "service.telemetry": "prometheus_client",
+}
+MODEL = {
+    "model": "",
+    # Data and pure functions: no torch.
+    "model.schedule": "numpy",
+    "model.noise": "numpy",
+    "model.samplers": "model.schedule numpy",
+    "model.chain": "model.samplers numpy",
+    "model.interpolation": "model.chain numpy",
+    "model.likelihood": "model.noise model.schedule numpy",
+    "model.typicality": "model.files numpy",
+    "model.sheets": "numpy",
+    "model.files": "",
+    # Networks and what runs them.
+    "model.unet": "torch",
+    "model.encoder": "model.unet torch",
+    "model.diffusion": "model.schedule torch numpy",
+    "model.checkpoint": (
+        "model.encoder model.files model.schedule model.typicality model.unet torch safetensors"
+    ),
+    "model.runtimes": "model.runtimes.base model.runtimes.load model.runtimes.openvino model.runtimes.torch",
+    "model.runtimes.base": "torch",
+    "model.runtimes.lowering": "model.unet torch openvino",
+    "model.runtimes.torch": "model.checkpoint model.runtimes.base torch",
+    "model.runtimes.openvino": (
+        "model.checkpoint model.runtimes.base model.runtimes.lowering torch numpy openvino"
+    ),
+    "model.runtimes.load": (
+        "model.checkpoint model.runtimes.base model.runtimes.openvino model.runtimes.torch torch"
+    ),
+    "model.denoiser": (
+        "model.chain model.checkpoint model.diffusion model.interpolation model.noise model.runtimes"
+        " model.samplers model.schedule torch numpy"
+    ),
+    # Programs for developers, not in the image; nothing above imports them.
+    "model.training": "",
+    "model.training.*": (
+        "model.checkpoint model.diffusion model.encoder model.files model.schedule model.training.*"
+        " model.unet model.evaluation.plots numpy torch safetensors PIL tqdm"
+    ),
+    "model.evaluation": "",
+    "model.evaluation.*": (
+        "model.chain model.checkpoint model.denoiser model.diffusion model.evaluation.* model.files"
+        " model.likelihood model.noise model.runtimes model.samplers model.schedule model.sheets"
+        " model.training.data model.typicality numpy torch safetensors PIL tqdm matplotlib"
+    ),
+}
+ALLOWED = SERVICE | MODEL
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name → file of every module of ours."""
+    found = {}
+    for path in sorted(path for package in OURS for path in (ROOT / package).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(source: str, name: str, is_package: bool, known: set[str]) -> set[str]:
+    """What a module imports, wherever in it: our modules by dotted name, others by their top one."""
+    found = set()
+    package = name.split(".") if is_package else name.split(".")[:-1]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            origin = ".".join([*base, *(node.module or "").split(".")]).rstrip(".")
+            # `from service import engine` imports a module, `from service import __version__` a name in one
+            for alias in node.names:
+                inner = f"{origin}.{alias.name}"
+                found.add(inner if inner in known else origin)
+    return {module if module.split(".")[0] in OURS else module.split(".")[0] for module in found}
+
+
+def line_of(name: str) -> str | None:
+    """The key in the table that a module goes by: its own name first, then the first pattern that fits."""
+    if name in ALLOWED:
+        return name
+    return next((key for key in ALLOWED if "*" in key and fnmatch(name, key)), None)
+
+
+def forbidden(source: str, name: str, is_package: bool = False, known: set[str] | None = None) -> set[str]:
+    """What this module imports and may not. Raises LookupError for a module that the table doesn't know."""
+    line = line_of(name)
+    if line is None:
+        raise LookupError(f"{name}: a new module; add it to this table")
+    allowed = ALLOWED[line].split()
+    found = imports(source, name, is_package, known if known is not None else set(modules()))
+    return {
+        module
+        for module in found
+        if module not in sys.stdlib_module_names and not any(fnmatch(module, entry) for entry in allowed)
+    }
+
+
+@pytest.mark.parametrize("name", modules())
+def test_imports_point_downward(name):
+    path = modules()[name]
+    found = forbidden(path.read_text(), name, path.name == "__init__.py")
+    assert not found, (
+        f"{name} may not import {', '.join(sorted(found))}: see the table in {Path(__file__).name}"
+    )
+
+
+@pytest.mark.parametrize("key", ALLOWED)
+def test_the_table_allows_nothing_that_is_not_used(key):
+    members = [name for name in modules() if line_of(name) == key]
+    assert members, f"{key} does not exist"
+    used = set()
+    for name in members:
+        path = modules()[name]
+        used |= imports(path.read_text(), name, path.name == "__init__.py", set(modules()))
+    unused = [entry for entry in ALLOWED[key].split() if not any(fnmatch(module, entry) for module in used)]
+    assert not unused, f"{key} does not import {', '.join(unused)}"
+
+
+KNOWN = set(modules())
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "found"),
+    [
+        ("model.unet", "import service", {"service"}),
+        ("model.chain", "import torch", {"torch"}),
+        ("model.denoiser", "from model.evaluation import plots", {"model.evaluation.plots"}),
+        ("model.training.train", "from service.engine import jobs", {"service.engine.jobs"}),
+        ("model.training.train", "import fastapi", {"fastapi"}),
+        ("service.engine.scheduler", "import torch.nn as nn", {"torch"}),
+        ("service.engine.scheduler", "from torch import Tensor", {"torch"}),
+        ("service.engine.scheduler", "from service.engine import engine", {"service.engine.engine"}),
+        ("service.engine.scheduler", "from . import engine, jobs", {"service.engine.engine"}),
+        ("service.engine.scheduler", "from .engine import Engine", {"service.engine.engine"}),
+        ("service.engine.scheduler", "def f():\n    import service.engine.engine", {"service.engine.engine"}),
+        ("service.engine.engine", "import fastapi.sse", {"fastapi"}),
+        ("service.engine.engine", "from model.training import data", {"model.training.data"}),
+        ("service.engine.process", "from service.engine.client import Phase", {"service.engine.client"}),
+        ("service.engine.jobs", "import pydantic", {"pydantic"}),
+        ("service.tasks.edit", "from service.http import forms", {"service.http.forms"}),
+        ("service.tasks.edit", "import torch", {"torch"}),
+        ("service.tasks.edit", "from service.engine import engine", {"service.engine.engine"}),
+        ("service.http.routes.generate", "import torch", {"torch"}),
+        ("service.http.routes.generate", "from ...app import create_app", {"service.app"}),
+        ("service.http.answers", "from service.engine import scheduler", {"service.engine.scheduler"}),
+        ("service.errors", "from service.engine.messages import Event", {"service.engine.messages"}),
+        ("service.telemetry", "from service import errors", {"service.errors"}),
+    ],
+)
+def test_a_forbidden_import_is_caught(name, source, found):
+    assert forbidden(source, name, known=KNOWN) == found
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        (
+            "service.engine.scheduler",
+            "import math\nfrom collections.abc import Sequence\nfrom . import jobs, messages",
+        ),
+        ("service.engine.engine", "import torch\nfrom model.chain import Chain"),
+        ("service.http.routes.generate", "from fastapi import APIRouter\nfrom service import __version__"),
+        ("model.training.train", "from model import checkpoint"),
+    ],
+)
+def test_an_allowed_import_is_not(name, source):
+    assert forbidden(source, name, known=KNOWN) == set()
+
+
+def test_an_unknown_module_is_not_in_the_table():
+    with pytest.raises(LookupError, match="add it to this table"):
+        forbidden("", "service.brandnew", known=KNOWN)
+
+
+def test_requests_become_jobs_without_torch():
+    """Imported for real, so that what is imported by what is imported counts too."""
+    tasks = [name for name in modules() if name.startswith("service.tasks")]
+    program = f"import sys, {', '.join(tasks)}\nsys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=60).returncode == 0
+
+
+def import_graph() -> dict[str, set[str]]:
+    known = modules()
+    return {
+        name: {
+            module
+            for module in imports(path.read_text(), name, path.name == "__init__.py", set(known))
+            if module in known and module != name
+        }
+        for name, path in known.items()
+    }
+
+
+def test_no_two_modules_import_each_other():
+    try:
+        TopologicalSorter(import_graph()).prepare()
+    except CycleError as error:
+        pytest.fail(f"a cycle of imports: {' → '.join(error.args[1])}")
+
+
+# ----------------------------------------------------------------------------------------------------
+# Files.
+
+
+def test_the_packages_are_there():
+    assert {"model.samplers", "service.engine.scheduler", "service.http.routes"} <= set(modules())
+
+
+@pytest.mark.parametrize("path", modules().values(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_is_about_one_thing(path):
+    lines = len(path.read_text().splitlines())
+    assert lines <= MAX_LINES, f"{lines} lines: is there a second module in it?"
+
+
+def test_no_file_is_called_utils():
+    junk = {"utils", "util", "helpers", "helper", "manager", "common", "misc"}
+    ours = [path for package in (*OURS, "tests", "bench", "docker") for path in (ROOT / package).rglob("*")]
+    assert not [path for path in ours if path.stem.lower() in junk]
+
+
+# ----------------------------------------------------------------------------------------------------
+# The lock files.
+
+
+def pins(file: str) -> dict[str, str]:
+    lines = (ROOT / file).read_text().splitlines()
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+
+@pytest.mark.parametrize("file", locks.FILES)
+def test_a_lock_names_all_that_is_needed_and_no_more(file):
+    found = locks.closure(locks.FILES[file])
+    assert pins(file) == found, "run `make lock`, or install what the lock says"
+
+
+@pytest.mark.parametrize("file", locks.FILES | locks.PEERS)
+def test_a_lock_is_within_the_ranges(file):
+    for requirement in locks.direct((locks.FILES | locks.PEERS)[file]):
+        version = pins(file)[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version), f"{requirement} does not take {version}"
+
+
+def test_what_is_served_is_what_is_tested():
+    assert pins("requirements-serve.txt").items() <= pins("requirements.txt").items()
+
+
+# BentoML's instrumentation is not there yet for the version that the service is tested with.
+OTHER_IN_THE_COMPARISON = {"opentelemetry-api"}
+
+
+def test_what_is_compared_is_what_is_tested():
+    ours, theirs = pins("requirements.txt"), pins("requirements-bench.txt")
+    differing = {name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]}
+    assert differing == OTHER_IN_THE_COMPARISON
+
+
+@pytest.mark.parametrize("file", locks.PEERS)
+def test_the_lock_of_the_comparison_names_all_that_is_known_to_be_needed(file):
+    missing: set[str] = set()
+    found = locks.closure(locks.PEERS[file], missing=missing)
+    assert (found.keys() | missing) - pins(file).keys() == set()
+    assert {"torch", "diffusers"} <= found.keys()
