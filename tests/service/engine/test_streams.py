@@ -8,17 +8,18 @@ from collections.abc import Awaitable, Callable, Iterator
 
 import numpy as np
 import pytest
-from service.events import Cancelled, Event, Failed, Finished, Picture, Preview, Queued
-from service.streams import Numbered, Stream, Streams
 
-from service.errors import ComputeError
+from service.engine.jobs import SnapshotKind
+from service.engine.messages import Cancelled, Event, Failed, Finished, Picture, Preview, Queued
+from service.engine.streams import SequencedEvent, Stream, Streams
+from service.errors import ComputeError, QueueFullError
 
 QUEUED = Queued("job", 0, 1.0)
 FINISHED = Finished("job", (), 0.0, 1.0)
 ENDS = [FINISHED, Failed("job", ComputeError("no")), Cancelled("job")]
 
 
-def preview(step: int, *indices: int, kind: str = "x0") -> Preview:
+def preview(step: int, *indices: int, kind: SnapshotKind = "x0") -> Preview:
     pictures = tuple(Picture(i, i, kind, np.zeros((1, 1, 1), np.uint8)) for i in indices or (0,))
     return Preview("job", step, 50, 50 - step, 1.0, pictures)
 
@@ -30,15 +31,15 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(bounded())
 
 
-def a_stream() -> Stream:
-    return Stream("job", asyncio.get_running_loop(), None)
+def a_stream() -> Stream[None]:
+    return Stream("job", None, asyncio.get_running_loop())
 
 
-async def read(stream: Stream) -> list[Numbered]:
-    return [item async for item in stream.events(stream.attach()) if item is not None]
+async def read(stream: Stream[None]) -> list[SequencedEvent]:
+    return [item async for item in stream.attach()]
 
 
-def told(items: list[Numbered]) -> list[tuple[str, int | None, list[int]]]:
+def described(items: list[SequencedEvent]) -> list[tuple[str, int | None, list[int]]]:
     """(type, step, images) of each."""
     return [
         (
@@ -59,7 +60,7 @@ def test_a_late_reader_gets_the_first_the_latest_and_the_last(last: Event) -> No
             stream.publish(event)
         items = await read(stream)
         assert [item.event for item in items][::2] == [QUEUED, last]
-        assert told(items)[1] == ("Preview", 49, [0])
+        assert described(items)[1] == ("Preview", 49, [0])
         assert [item.number for item in items] == [1, 2, 3]
 
     run(test)
@@ -71,23 +72,22 @@ def test_a_reader_that_keeps_up_misses_nothing() -> None:
         items = []
         coming: Iterator[Event] = iter([QUEUED, *(preview(step) for step in range(1, 20)), FINISHED])
         stream.publish(next(coming))
-        async for item in stream.events(stream.attach()):
-            assert item is not None
+        async for item in stream.attach():
             items.append(item)
             if (event := next(coming, None)) is not None:
                 stream.publish(event)
         assert [item.number for item in items] == list(range(1, 22))
-        assert [step for _, step, _ in told(items)][1:-1] == list(range(1, 20))
+        assert [step for _, step, _ in described(items)][1:-1] == list(range(1, 20))
 
     run(test)
 
 
-def test_each_image_keeps_its_own_latest_look() -> None:
+def test_each_image_keeps_its_own_latest_snapshot() -> None:
     async def test() -> None:
         stream = a_stream()
         for event in (preview(1, 0, 1), preview(2, 1), preview(1, 2), preview(2, 2, kind="xt"), FINISHED):
             stream.publish(event)
-        assert told(await read(stream)) == [
+        assert described(await read(stream)) == [
             ("Preview", 1, [0, 2]),
             ("Preview", 2, [1, 2]),
             ("Finished", None, []),
@@ -96,12 +96,12 @@ def test_each_image_keeps_its_own_latest_look() -> None:
     run(test)
 
 
-def test_previews_come_in_the_order_of_their_latest_looks() -> None:
+def test_previews_come_in_the_order_of_their_latest_snapshots() -> None:
     async def test() -> None:
         stream = a_stream()
         for event in (preview(1, 0), preview(2, 1), preview(3, 0), FINISHED):
             stream.publish(event)
-        assert told(await read(stream))[:2] == [("Preview", 2, [1]), ("Preview", 3, [0])]
+        assert described(await read(stream))[:2] == [("Preview", 2, [1]), ("Preview", 3, [0])]
 
     run(test)
 
@@ -125,8 +125,8 @@ def test_publishing_from_another_thread_wakes_the_reader() -> None:
     run(test)
 
 
-def test_publishing_after_the_loop_is_gone_is_harmless() -> None:
-    streams: list[Stream] = []
+def test_publishing_after_the_loop_is_closed_is_harmless() -> None:
+    streams: list[Stream[None]] = []
 
     async def test() -> None:
         streams.append(a_stream())
@@ -136,10 +136,10 @@ def test_publishing_after_the_loop_is_gone_is_harmless() -> None:
     assert streams[0].over
 
 
-def test_a_reader_is_told_that_nothing_happens() -> None:
+def test_a_reader_learns_that_nothing_happens() -> None:
     async def test() -> None:
         stream = a_stream()
-        events = stream.events(stream.attach(), idle_s=0.01)
+        events = stream.attach().with_idle(0.01)
         assert [await anext(events) for _ in range(2)] == [None, None]
         stream.publish(QUEUED)
         item = await anext(events)
@@ -157,7 +157,7 @@ def test_the_last_event_alone() -> None:
         stream = a_stream()
         for event in (QUEUED, preview(1), FINISHED):
             stream.publish(event)
-        assert await stream.last(stream.attach()) is FINISHED
+        assert await stream.attach().last() is FINISHED
 
     run(test)
 
@@ -165,12 +165,11 @@ def test_the_last_event_alone() -> None:
 # ── Readers who leave and come back ────────────────────────────────────────────────────────────
 
 
-def test_numbers_go_on_after_a_reconnect() -> None:
+def test_numbers_continue_after_a_reconnect() -> None:
     async def test() -> None:
         stream = a_stream()
         stream.publish(QUEUED)
-        async for item in stream.events(stream.attach()):
-            assert item is not None
+        async for item in stream.attach():
             assert item.number == 1
             break
         stream.publish(preview(1))
@@ -218,32 +217,42 @@ def test_nothing_is_delivered_before_the_last_event_is_numbered() -> None:
     run(test)
 
 
-# ── The house of streams ───────────────────────────────────────────────────────────────────────
+# ── Subscriptions ──────────────────────────────────────────────────────────────────────────────
 
 
-def test_who_leaves_for_good_abandons_the_job() -> None:
+def streams_of(abandoned: list[str]) -> Streams[str]:
+    return Streams(abandoned.append)
+
+
+async def until_abandoned(abandoned: list[str]) -> None:
+    while not abandoned:  # noqa: ASYNC110 (a callback on a timer sets no event)
+        await asyncio.sleep(0.001)
+
+
+def test_after_the_grace_period_the_job_is_abandoned() -> None:
     async def test() -> None:
         abandoned: list[str] = []
-        streams = Streams(0.01, abandoned.append)
-        stream = streams.open("job")
-        streams.leave(stream, stream.attach())
-        assert streams.find("job") is stream
-        assert streams.unread == 0
-        while not abandoned:  # noqa: ASYNC110 (a call back on a timer sets no event)
-            await asyncio.sleep(0.001)
+        streams = streams_of(abandoned)
+        async with streams.subscribe("job", "context", 0.01):
+            assert streams.followed == 1
+        found = streams.find("job")
+        assert found is not None
+        assert found.context == "context"  # kept for a reader that comes back
+        assert streams.followed == 0
+        await until_abandoned(abandoned)
         assert abandoned == ["job"]
         assert streams.find("job") is None
 
     run(test)
 
 
-def test_without_grace_at_once() -> None:
+def test_without_a_grace_period_at_once() -> None:
     async def test() -> None:
         abandoned: list[str] = []
-        streams = Streams(60, abandoned.append)
-        stream = streams.open("job")
-        streams.leave(stream, stream.attach(), grace_s=0)
-        assert abandoned == ["job"]
+        streams = streams_of(abandoned)
+        async with streams.subscribe("job", "context"):
+            pass
+        assert (abandoned, streams.find("job")) == (["job"], None)
 
     run(test)
 
@@ -251,72 +260,119 @@ def test_without_grace_at_once() -> None:
 def test_a_job_that_is_over_is_not_abandoned() -> None:
     async def test() -> None:
         abandoned: list[str] = []
-        streams = Streams(0, abandoned.append)
-        stream = streams.open("job")
-        streams.publish(FINISHED)
-        streams.leave(stream, stream.attach())
+        streams = streams_of(abandoned)
+        async with streams.subscribe("job", "context") as events:
+            streams.publish(FINISHED)
+            assert await events.last() is FINISHED
         assert (abandoned, streams.find("job")) == ([], None)
         streams.publish(FINISHED)  # to nobody
 
     run(test)
 
 
-def test_who_comes_back_in_time_keeps_the_job() -> None:
+def test_a_stream_that_is_over_is_kept_for_the_grace_period() -> None:
     async def test() -> None:
         abandoned: list[str] = []
-        streams = Streams(0.02, abandoned.append)
-        stream = streams.open("job")
-        streams.leave(stream, stream.attach())
-        reader = stream.attach()
-        streams.stay(stream, reader)
-        assert streams.unread == 1
-        await asyncio.sleep(0.06)  # longer than the grace: nothing is what must happen
+        streams = streams_of(abandoned)
+        async with streams.subscribe("job", "context", 60) as events:
+            streams.publish(FINISHED)
+            last = await events.first()
+        async with streams.subscribe("job", "context", 0.01) as events:
+            assert await events.first() == last  # it may not have arrived
+        while streams.find("job") is not None:  # noqa: ASYNC110 (a callback on a timer sets no event)
+            await asyncio.sleep(0.001)
         assert abandoned == []
-        streams.leave(stream, reader, grace_s=0)
+
+    run(test)
+
+
+def test_a_reader_that_comes_back_in_time_keeps_the_job() -> None:
+    async def test() -> None:
+        abandoned: list[str] = []
+        streams = streams_of(abandoned)
+        async with streams.subscribe("job", "context", 0.02) as events:
+            streams.publish(QUEUED)
+            assert (await events.first()).event is QUEUED
+        async with streams.subscribe("job", "context") as events:
+            assert streams.followed == 1
+            await asyncio.sleep(0.06)  # longer than the grace period: nothing is what must happen
+            assert abandoned == []
+            streams.publish(preview(1))
+            assert (await events.first()).number == 2
         assert abandoned == ["job"]
 
     run(test)
 
 
-def test_a_reader_that_was_taken_over_from_has_no_say() -> None:
-    """Its connection may be noticed to be gone long after the new one has come."""
+def test_a_reader_that_was_taken_over_from_leaves_nothing_to_do() -> None:
+    """Its connection may be found to be lost long after the new one has come."""
 
     async def test() -> None:
         abandoned: list[str] = []
-        streams = Streams(0, abandoned.append)
-        stream = streams.open("job")
-        former = stream.attach()
-        later = stream.attach()
-        streams.leave(stream, former)
-        assert (abandoned, streams.unread) == ([], 1)
-        streams.leave(stream, later, grace_s=60)
-        streams.stay(stream, former)
-        assert streams.unread == 0
+        streams = streams_of(abandoned)
+        taken_over, leave = asyncio.Event(), asyncio.Event()
+
+        async def former() -> None:
+            async with streams.subscribe("job", "context") as events:
+                taken_over.set()
+                await leave.wait()
+                assert not events.current
+
+        task = asyncio.create_task(former())
+        await taken_over.wait()
+        async with streams.subscribe("job", "context", 60) as later:
+            leave.set()
+            await task
+            assert later.current
+            assert (abandoned, streams.followed) == ([], 1)
+        assert (abandoned, streams.followed) == ([], 0)
         streams.close()
 
     run(test)
 
 
-def test_closing_abandons_nobody() -> None:
+def test_a_refused_job_is_forgotten_at_once_whatever_the_grace_period() -> None:
     async def test() -> None:
         abandoned: list[str] = []
-        streams = Streams(0.001, abandoned.append)
-        stream = streams.open("job")
-        streams.leave(stream, stream.attach())
-        streams.close()
-        await asyncio.sleep(0.01)
-        assert abandoned == []
+        streams = streams_of(abandoned)
+        with pytest.raises(QueueFullError):
+            async with streams.subscribe("job", "context", 60):
+                raise QueueFullError("full", 1.0)
         assert streams.find("job") is None
 
     run(test)
 
 
-def test_the_tag_is_kept_for_who_comes_back() -> None:
+def test_a_disconnect_leaves_the_grace_period() -> None:
     async def test() -> None:
-        streams = Streams(1, lambda _: None)
-        streams.open("job", tag={"any": "thing"})
-        found = streams.find("job")
-        assert found is not None
-        assert found.tag == {"any": "thing"}
+        abandoned: list[str] = []
+        streams = streams_of(abandoned)
+
+        async def follow() -> None:
+            async with streams.subscribe("job", "context", 60) as events:
+                await events.last()
+
+        task = asyncio.create_task(follow())
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert streams.find("job") is not None
+        assert abandoned == []
+        streams.close()
+
+    run(test)
+
+
+def test_closing_abandons_no_job() -> None:
+    async def test() -> None:
+        abandoned: list[str] = []
+        streams = streams_of(abandoned)
+        async with streams.subscribe("job", "context", 0.001):
+            pass
+        streams.close()
+        await asyncio.sleep(0.01)
+        assert abandoned == []
+        assert streams.find("job") is None
 
     run(test)
