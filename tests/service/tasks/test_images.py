@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from service.events import Pixels
-from service.images import MEDIA_TYPES, ImageFormat, contact_sheet, encode, enlarge
+
+from service.engine.messages import Pixels
+from service.tasks.images import MEDIA_TYPES, ImageFormat, contact_sheet, encode, enlarge
 
 PARAMETERS: dict[str, Any] = {"seed": 7, "sampler": "ddim", "class_label": "T-shirt/\u00e9\u4e2d"}
 USER_COMMENT = (0x8769, 0x9286)

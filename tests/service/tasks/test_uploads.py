@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from service.events import Pixels
-from service.uploads import MAX_PIXELS, decode, decode_masked, unpack
 
-from service import uploads
+from service.engine.messages import Pixels
 from service.errors import InvalidRequestError
+from service.tasks import uploads
+from service.tasks.uploads import MAX_PIXELS, decode, decode_masked, unpack
 
 GREY, RGB = (1, 8, 8), (3, 8, 8)
 ORIENTATION = 0x0112
@@ -211,7 +211,7 @@ def test_what_is_damaged(data: bytes) -> None:
 
 @pytest.mark.parametrize("data", NO_PICTURE.values(), ids=NO_PICTURE)
 def test_what_is_no_picture_or_of_another_kind(data: bytes) -> None:
-    assert refusal(data) == "It is no PNG, JPEG or WebP."
+    assert refusal(data) == "It is not a PNG, JPEG or WebP file."
 
 
 @pytest.mark.parametrize("data", ANIMATED.values(), ids=ANIMATED)
@@ -332,9 +332,9 @@ def test_a_mask_is_fitted_as_its_image_is() -> None:
 @pytest.mark.parametrize(
     ("mask", "reason"),
     [
-        (file(halves(16)), "as wide and as high"),
-        (file(halves(8, right=127)), "Nothing of it is white"),
-        (b"", "no PNG"),
+        (file(halves(16)), "the same width and height"),
+        (file(halves(8, right=127)), "It has no white"),
+        (b"", "not a PNG"),
     ],
     ids=["another size", "black", "no picture"],
 )
