@@ -78,12 +78,12 @@ def generate(client: httpx.Client, **request: Any) -> list[str]:
 
 
 def test_the_service_says_what_it_serves(client: httpx.Client) -> None:
-    facts = client.get("/info").json()
-    assert facts["model"]["name"] == "fashion-mnist"
-    assert len(facts["model"]["classes"]) == 10
-    assert facts["model"]["guidance"]
-    assert facts["model"]["classifier"]
-    assert facts["batch_invariance"]["invariant"], facts["batch_invariance"]
+    info = client.get("/info").json()
+    assert info["model"]["name"] == "fashion-mnist"
+    assert len(info["model"]["classes"]) == 10
+    assert info["model"]["guidance"]
+    assert info["model"]["classifier"]
+    assert info["batch_invariance"]["invariant"], info["batch_invariance"]
 
 
 def company(count: int) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from service import errors
-from service.app import STATUS, to_problem
+from service.http.problems import STATUS, to_problem
 
 CODES = {
     "InvalidRequestError": ("invalid_request", 422),
@@ -15,7 +15,7 @@ CODES = {
     "QueueFullError": ("queue_full", 429),
     "LoadingError": ("loading", 503),
     "DrainingError": ("draining", 503),
-    "WorkerDeadError": ("worker_dead", 503),
+    "EngineDeadError": ("worker_dead", 503),
     "DeadlineError": ("deadline_exceeded", 504),
     "CancelledError": ("cancelled", 499),
     "ComputeError": ("compute_failed", 500),

@@ -12,14 +12,14 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from service.worker import Phase
 
 from service.app import create_app
+from service.engine.client import Phase
 from service.server import FLUSH_S
 from service.server import serve as run_server
 from tests.service.fakes import PATIENCE_S, FakeDenoiser, fake_warm, job_of, tiny_model, until
+from tests.service.http.test_problems import problem
 from tests.service.live import Process, Serve, Threaded, settings, sse
-from tests.service.test_app import problem
 
 Launch = Callable[..., Process]
 
@@ -38,7 +38,7 @@ def test_running_work_is_finished_and_new_work_refused_while_the_listener_stays_
         events = sse(stream)
         next(events)
         posted = pool.submit(server.client.post, "/generate", json={"n": 2, "num_inference_steps": 3})
-        until(lambda: len(server.house.worker._held) == 2, "the second job")
+        until(lambda: len(server.state.engine._in_flight) == 2, "the second job")
         sigterm(server)
         until(lambda: server.client.get("/readyz").status_code == 503, "the drain")
         for refused in (
@@ -54,7 +54,7 @@ def test_running_work_is_finished_and_new_work_refused_while_the_listener_stays_
         assert [event.name for event in events] == ["completed"]
         assert len(posted.result().json()["images"]) == 2
     server.wait_for_exit()
-    assert server.house.worker.phase is Phase.STOPPED
+    assert server.state.engine.phase is Phase.STOPPED
 
 
 def test_an_idle_server_leaves_soon(serve: Serve) -> None:
@@ -106,17 +106,17 @@ def test_a_second_signal_leaves_at_once(serve: Serve) -> None:
         assert time.monotonic() - begun < FLUSH_S
 
 
-def test_a_dead_worker_takes_the_server_with_it() -> None:
+def test_a_failed_engine_takes_the_server_with_it() -> None:
     denoiser = FakeDenoiser(raises={1: torch.AcceleratorError})
     chosen = settings()
     app = create_app(tiny_model(), chosen, fake_warm(denoiser))
-    house = app.state.house
+    state = app.state.ddpm
     with ThreadPoolExecutor(1) as pool:
-        code = pool.submit(run_server, app, house, chosen)
-        until(lambda: house.worker.phase is Phase.READY)
-        house.worker.submit(job_of("fatal", [1]))
+        code = pool.submit(run_server, app, state, chosen)
+        until(lambda: state.engine.phase is Phase.READY)
+        state.engine.submit(job_of("fatal", [1]))
         assert code.result(PATIENCE_S) == 1
-    assert house.worker.phase is Phase.DEAD
+    assert state.engine.phase is Phase.DEAD
 
 
 # ── A process ──────────────────────────────────────────────────────────────────────────────────
@@ -172,9 +172,9 @@ def test_a_second_sigterm_leaves_at_once(launch: Launch, tiny_folder: Path) -> N
     assert process.wait() == 0
 
 
-def test_a_dead_worker_exits_1(launch: Launch, tiny_folder: Path) -> None:
+def test_a_failed_engine_exits_1(launch: Launch, tiny_folder: Path) -> None:
     # Found out only while the network is being built: OpenVINO has no float16 on a CPU.
     process = launch("--model", str(tiny_folder), "--runtime", "openvino", "--dtype", "float16")
     assert process.wait() == 1
-    assert "the worker has failed" in process.log
+    assert "the engine has failed" in process.log
     assert "float16" in process.log

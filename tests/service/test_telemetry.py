@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
-from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.telemetry import JsonFormatter, Observe, Telemetry, configure_logging, request_id
+from service.telemetry import JsonFormatter, Telemetry, configure_logging, request_id
 
 DOCUMENTED = {
     "ddpm_requests_total": ["route", "outcome"],
@@ -94,67 +91,3 @@ def test_the_log_goes_to_standard_error(style: str, capsys: pytest.CaptureFixtur
     line = capsys.readouterr().err.strip()
     assert "hello" in line
     assert line.startswith("{") == (style == "json")
-
-
-# ── The middleware ─────────────────────────────────────────────────────────────────────────────
-
-
-def call(
-    app: Any, headers: Sequence[tuple[bytes, bytes]] = (), kind: str = "http"
-) -> tuple[Telemetry, list[Any]]:
-    telemetry = Telemetry()
-    sent: list[Any] = []
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    async def receive() -> Any:
-        return {"type": "http.disconnect"}
-
-    scope: dict[str, Any] = {"type": kind, "headers": headers}
-    with suppress(KeyError):
-        asyncio.run(Observe(app, telemetry)(scope, receive, send))
-    return telemetry, sent
-
-
-async def answering(scope: Any, receive: Any, send: Any) -> None:
-    await send({"type": "http.response.start", "status": 204, "headers": [(b"a", b"b")]})
-    await send({"type": "http.response.body"})
-
-
-async def breaking(scope: Any, receive: Any, send: Any) -> None:
-    raise KeyError("a bug")
-
-
-async def silent(scope: Any, receive: Any, send: Any) -> None:
-    return
-
-
-@pytest.mark.parametrize(("app", "outcome"), [(answering, "2xx"), (breaking, "5xx"), (silent, "4xx")])
-def test_outcomes(app: Any, outcome: str) -> None:
-    telemetry, _ = call(app)
-    labels = {"route": "unmatched", "outcome": outcome}
-    assert telemetry.registry.get_sample_value("ddpm_requests_total", labels) == 1
-    duration = telemetry.registry.get_sample_value(
-        "ddpm_request_duration_seconds_count", {"route": "unmatched"}
-    )
-    assert duration == 1
-
-
-@pytest.mark.parametrize("given", [b"x", b"a-1.b_2:3", b"~" * 128])
-def test_a_request_id_is_passed_through(given: bytes) -> None:
-    _, sent = call(answering, [(b"x-request-id", given)])
-    assert sent[0]["headers"] == [(b"a", b"b"), (b"x-request-id", given)]
-
-
-@pytest.mark.parametrize("given", [b"", b"a b", b"a\nb", b"\xff", b"x" * 129])
-def test_one_that_is_not_fit_for_a_log_is_replaced(given: bytes) -> None:
-    _, sent = call(answering, [(b"x-request-id", given)])
-    (made,) = [value for name, value in sent[0]["headers"] if name == b"x-request-id"]
-    assert made != given
-    assert len(made) == 16
-
-
-def test_what_is_no_request_is_left_alone() -> None:
-    telemetry, _ = call(silent, kind="lifespan")
-    assert not next(iter(telemetry.requests.collect())).samples

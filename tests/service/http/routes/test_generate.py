@@ -17,13 +17,13 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from service.events import Finished, Picture
-from service.routes.answers import choose_answer, drawn
 
+from service.engine.messages import Picture
 from service.errors import NotAcceptableError
+from service.http.answers import choose_media_type, encoded
 from tests.service.fakes import EVERYWHERE, SIZE, FakeDenoiser, until
+from tests.service.http.test_problems import problem
 from tests.service.live import Serve, Sse, Threaded, sse
-from tests.service.test_app import problem
 
 FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP"}
 
@@ -65,7 +65,7 @@ def test_json_is_the_default(serve: Serve) -> None:
     assert server.denoiser.widths == [6] * 4
 
 
-def test_one_seed_gives_the_same_bytes_alone_and_in_company(serve: Serve) -> None:
+def test_one_seed_gives_the_same_bytes_alone_and_among_others(serve: Serve) -> None:
     client = serve().client
     many = client.post("/generate", json={"n": 4, "seed": 10, "num_inference_steps": 3}).json()["images"]
     for image in many:
@@ -162,7 +162,7 @@ def test_no_answer_in_that_form(serve: Serve) -> None:
     ],
 )
 def test_the_form_of_the_answer(accept: str, answer: str) -> None:
-    assert choose_answer(accept) == answer
+    assert choose_media_type(accept) == answer
 
 
 @pytest.mark.parametrize(
@@ -170,13 +170,13 @@ def test_the_form_of_the_answer(accept: str, answer: str) -> None:
 )
 def test_no_form(accept: str) -> None:
     with pytest.raises(NotAcceptableError):
-        choose_answer(accept)
+        choose_media_type(accept)
 
 
 # ── Refusals ───────────────────────────────────────────────────────────────────────────────────
 
 
-def test_exactly_as_many_as_there_is_room_for(serve: Serve) -> None:
+def test_exactly_as_many_as_there_are_slots_for(serve: Serve) -> None:
     server = serve(max_queue=4)
     server.gate.shut()
 
@@ -227,7 +227,7 @@ def test_a_deadline_that_passes_while_running(serve: Serve) -> None:
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(server.client.post, "/generate", json={"num_inference_steps": 50})
         server.gate.wait_for_arrival(1)
-        (job,) = server.house.worker._held.values()
+        (job,) = server.state.engine._in_flight.values()
         until(lambda: time.monotonic() > (job.deadline or 0), "the deadline")
         server.gate.allow(1)
         problem(asked.result(), 504, "deadline_exceeded")
@@ -318,7 +318,7 @@ def test_a_reader_that_does_not_keep_up_gets_the_latest(serve: Serve) -> None:
 
 
 def test_a_quiet_stream_is_kept_open_by_pings(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.routes.answers.PING_S", 0.02)
+    monkeypatch.setattr("service.http.respond.PING_S", 0.02)
     server = serve()
     server.gate.shut()
     with server.client.stream("GET", "/stream?num_inference_steps=2") as response:
@@ -335,7 +335,7 @@ def test_large_pictures_are_encoded_on_another_thread(size: int, scale: int, inl
     def thread() -> bytes:
         return str(threading.get_ident()).encode()
 
-    found = asyncio.run(drawn(Finished("job", pictures, 0.0, 0.0), thread, scale=scale))
+    found = asyncio.run(encoded(thread, pictures, scale))
     assert (found == thread()) == inline
 
 
@@ -420,9 +420,9 @@ def test_a_malformed_number_does_not_disturb_the_job(serve: Serve) -> None:
 # ── Clients that go ────────────────────────────────────────────────────────────────────────────
 
 
-def test_who_leaves_a_post_leaves_the_batch(serve: Serve) -> None:
-    mate_alone = FakeDenoiser()
-    serve(mate_alone).client.post("/generate", json={"seed": 9, "num_inference_steps": 6})
+def test_client_disconnect_cancels_its_post(serve: Serve) -> None:
+    neighbour_alone = FakeDenoiser()
+    serve(neighbour_alone).client.post("/generate", json={"seed": 9, "num_inference_steps": 6})
 
     server = serve()
     server.gate.shut()
@@ -431,44 +431,44 @@ def test_who_leaves_a_post_leaves_the_batch(serve: Serve) -> None:
         server.gate.wait_for_arrival(1)
         going = httpx.Client(base_url=server.url, timeout=httpx.Timeout(60, read=0.2), verify=False)
         leaving = pool.submit(going.post, "/generate", json={"seed": 1, "num_inference_steps": 60})
-        until(lambda: len(server.house.worker._held) == 2, "the second job")
+        until(lambda: len(server.state.engine._in_flight) == 2, "the second job")
         server.gate.allow(1)
         server.gate.wait_for_arrival(2)
         assert sorted({seed for seed, _ in server.denoiser.seen}) == [9]
         with pytest.raises(httpx.ReadTimeout):
             leaving.result()
         going.close()
-        until(lambda: len(server.house.streams._streams) == 1, "the disconnect")
+        until(lambda: len(server.state.streams._streams) == 1, "the disconnect")
         server.gate.open()
         assert staying.result().status_code == 200
     steps_of_the_gone = sum(seed == 1 for seed, _ in server.denoiser.seen)
     assert steps_of_the_gone <= 2
-    assert {key: x for key, x in server.denoiser.seen.items() if key[0] == 9} == mate_alone.seen
-    until(lambda: server.house.worker.idle)
+    assert {key: x for key, x in server.denoiser.seen.items() if key[0] == 9} == neighbour_alone.seen
+    until(lambda: server.state.engine.idle)
     assert cancelled(server) == 1
 
 
-def test_who_leaves_a_stream_may_come_back_for_a_while(serve: Serve) -> None:
+def test_client_disconnect_of_a_stream_leaves_a_grace_period(serve: Serve) -> None:
     server = serve(stream_grace_s=0.2)
     server.gate.shut()
     with server.client.stream("GET", "/stream?num_inference_steps=60") as response:
         next(sse(response))
         server.gate.wait_for_arrival(1)
-    until(lambda: server.house.streams.unread == 0, "the disconnect")
-    assert len(server.house.streams._streams) == 1  # within the grace
-    until(lambda: not server.house.streams._streams, "the end of the grace")
+    until(lambda: server.state.streams.followed == 0, "the disconnect")
+    assert len(server.state.streams._streams) == 1  # within the grace
+    until(lambda: not server.state.streams._streams, "the end of the grace")
     server.gate.open()
-    until(lambda: server.house.worker.idle)
+    until(lambda: server.state.engine.idle)
     assert cancelled(server) == 1
     assert len(server.denoiser.seen) <= 2
 
 
-def test_who_stays_is_not_cancelled(serve: Serve) -> None:
+def test_a_client_that_stays_is_not_cancelled(serve: Serve) -> None:
     server = serve(stream_grace_s=0)
     server.client.post("/generate", json={"num_inference_steps": 3})
     with server.client.stream("GET", "/stream?num_inference_steps=3") as response:
         list(sse(response))
-    until(lambda: server.house.worker.idle and not server.house.streams._streams)
+    until(lambda: server.state.engine.idle and not server.state.streams._streams)
     assert cancelled(server) == 0
 
 

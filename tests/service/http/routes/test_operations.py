@@ -1,4 +1,4 @@
-"""Health, readiness, metrics, facts and the page, over real sockets."""
+"""Health, readiness, metrics, info and the page, over real sockets."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from http.client import HTTPConnection
 
 import httpx
 import pytest
-from service.warmup import Warm
 
 from model.checkpoint import Checkpoint
+from service.engine.warmup import Warm
 from service.settings import Settings
 from tests.service.fakes import PATIENCE_S, FakeDenoiser, fake_warm, until
 from tests.service.live import Serve
@@ -91,9 +91,9 @@ def test_the_event_loops_lag_is_watched(serve: Serve) -> None:
     until(lambda: server.metric("ddpm_event_loop_lag_seconds") > 0)
 
 
-def test_the_facts(serve: Serve) -> None:
-    facts = serve(max_images=5, deadline_s=60.0).client.get("/info").json()
-    assert facts["model"] == {
+def test_the_info(serve: Serve) -> None:
+    info = serve(max_images=5, deadline_s=60.0).client.get("/info").json()
+    assert info["model"] == {
         "name": "tiny",
         "classes": ["cat", "dog", "Ankle Boot"],
         "guidance": True,
@@ -101,13 +101,13 @@ def test_the_facts(serve: Serve) -> None:
         "channels": 1,
         "height": 8,
         "width": 8,
-        "parameters": facts["model"]["parameters"],
+        "parameters": info["model"]["parameters"],
         "timesteps": 100,
         "prediction_type": "epsilon",
     }
-    assert facts["model"]["parameters"] > 100
-    assert facts["samplers"] == ["ddpm", "ddim", "dpmpp_2m", "sde_dpmpp_2m"]
-    assert facts["defaults"] == {
+    assert info["model"]["parameters"] > 100
+    assert info["samplers"] == ["ddpm", "ddim", "dpmpp_2m", "sde_dpmpp_2m"]
+    assert info["defaults"] == {
         "sampler": "dpmpp_2m",
         "num_inference_steps": 20,
         "steps_by_sampler": {"ddpm": 50, "ddim": 50, "dpmpp_2m": 20, "sde_dpmpp_2m": 20},
@@ -118,9 +118,9 @@ def test_the_facts(serve: Serve) -> None:
         "classifier_scale": 0.0,
         "timestep_spacing": "trailing",
     }
-    assert facts["limits"] == {"max_images": 5, "max_batch": 8, "max_queue": 256, "deadline_s": 60.0}
-    assert facts["runtime"]["name"] == "fake"
-    assert facts["batch_invariance"] == {"invariant": True, "max_abs_difference": 0.0, "batch_sizes": [2]}
+    assert info["limits"] == {"max_images": 5, "max_batch": 8, "max_queue": 256, "deadline_s": 60.0}
+    assert info["runtime"]["name"] == "fake"
+    assert info["batch_invariance"] == {"invariant": True, "max_abs_difference": 0.0, "batch_sizes": [2]}
 
 
 def test_the_pages_and_their_files(serve: Serve) -> None:

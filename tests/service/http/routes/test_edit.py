@@ -14,15 +14,15 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from service.events import Pixels
-from service.warmup import warm_up
 
-from service import uploads
-from service.app import MAX_BODY_BYTES, MAX_UPLOAD_BYTES
+from service.engine.messages import Pixels
+from service.engine.warmup import warm_up
+from service.http.middleware import MAX_BODY_BYTES, MAX_UPLOAD_BYTES
+from service.tasks import uploads
 from tests.service.fakes import SIZE, FakeDenoiser, until
+from tests.service.http.test_problems import MARK, problem
 from tests.service.live import Serve, Threaded, serving, sse
-from tests.service.test_app import MARK, problem
-from tests.service.test_uploads import ANIMATED, DAMAGED, NO_PICTURE, claims, file, halves, noise
+from tests.service.tasks.test_uploads import ANIMATED, DAMAGED, NO_PICTURE, claims, file, halves, noise
 
 GREY, OTHER = noise(SIZE, SIZE), 255 - noise(SIZE, SIZE)
 IMAGE, SECOND = file(Image.fromarray(GREY)), file(Image.fromarray(OTHER))
@@ -289,8 +289,8 @@ def test_the_other_refusals_are_those_of_generate(serve: Serve) -> None:
         # It begins with two images; the room for the third is asked for as well.
         problem(server.client.post("/interpolate", json=pair), 429, "queue_full")
         server.gate.open()
-    server.house.worker.drain()
-    until(lambda: server.house.worker.refusal() is not None)
+    server.state.engine.drain()
+    until(lambda: server.state.engine.refusal() is not None)
     problem(server.client.post("/edit", json=body), 503, "draining")
 
 
@@ -342,7 +342,7 @@ def test_a_lost_stream_is_resumed_by_get(serve: Serve, method: str) -> None:
     pair = {"images": [text(IMAGE), text(SECOND)], "method": method, "points": 3, "num_inference_steps": 4}
     with server.client.stream("POST", "/interpolate", json=pair, headers=EVENTS) as first:
         queued = next(sse(first))
-    until(lambda: server.house.streams.unread == 0, "the disconnect")
+    until(lambda: server.state.streams.followed == 0, "the disconnect")
     server.gate.open()
     with server.client.stream("GET", "/stream", headers={"last-event-id": queued.id}) as second:
         rest = list(sse(second))
@@ -408,7 +408,7 @@ BODIES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("path", "steps"), [("/edit", 1), ("/interpolate", 1), ("/interpolate", 8)], ids=["edit", "up", "down"]
 )
-def test_who_leaves_a_post_leaves_the_batch(serve: Serve, path: str, steps: int) -> None:
+def test_client_disconnect_cancels_its_post(serve: Serve, path: str, steps: int) -> None:
     server = serve()
     server.gate.shut()
     with ThreadPoolExecutor(1) as pool:
@@ -420,9 +420,9 @@ def test_who_leaves_a_post_leaves_the_batch(serve: Serve, path: str, steps: int)
         with pytest.raises(httpx.ReadTimeout):
             leaving.result()
         going.close()
-    until(lambda: not server.house.streams._streams, "the disconnect")
+    until(lambda: not server.state.streams._streams, "the disconnect")
     server.gate.open()
-    until(lambda: server.house.worker.idle)
+    until(lambda: server.state.engine.idle)
     assert server.gate.arrived <= steps + 1
     assert server.metric("ddpm_cancelled_total") == 1
     assert server.client.post("/generate", json={"num_inference_steps": 1}).status_code == 200
@@ -448,7 +448,7 @@ def test_a_failure_in_the_first_part_is_the_answer(serve: Serve) -> None:
     server = serve(FakeDenoiser(gives_nan={7}))
     body = {**BODIES["/interpolate"], "seed": 7}
     problem(server.client.post("/interpolate", json=body), 500, "non_finite")
-    until(lambda: server.house.worker.idle)
+    until(lambda: server.state.engine.idle)
 
 
 def test_the_time_of_both_parts_is_told(serve: Serve) -> None:
@@ -480,9 +480,9 @@ def test_pictures_are_decoded_on_another_thread(serve: Serve, monkeypatch: pytes
 # ── What is said of it ─────────────────────────────────────────────────────────────────────────
 
 
-def test_the_facts_of_editing(real: Threaded) -> None:
-    facts = real.client.get("/info").json()["editing"]
-    assert facts == {
+def test_the_info_of_editing(real: Threaded) -> None:
+    info = real.client.get("/info").json()["editing"]
+    assert info == {
         "pictures": {"formats": ["png", "jpeg", "webp"], "max_pixels": 1 << 24},
         "edit": {"strength": 0.6},
         "inpainting": {

@@ -16,25 +16,26 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from service.events import Finished, Measure
-from service.routes.answers import drawn
-from service.schemas import MAX_SEED
-from service.warmup import warm_up
 
 from model import noise
-from model.denoiser import from_pixels
+from model.chain import from_pixels
 from model.diffusion import predict_x0, q_sample, vlb_terms
 from model.likelihood import choose_timesteps, chunks
 from model.noise import NoiseStream
+from service.engine.messages import Finished, Measurement
+from service.engine.streams import SequencedEvent
+from service.engine.warmup import warm_up
+from service.http.answers import EventPresenter
+from service.tasks.sampling import MAX_SEED
 from tests.model.gaussian import prior_divergence
 from tests.service.fakes import SIZE, FakeDenoiser, tiny_model, until
+from tests.service.http.routes.test_generate import opened
+from tests.service.http.test_problems import problem
 from tests.service.live import Serve, Threaded, sse
-from tests.service.test_app import problem
-from tests.service.test_routes_generate import opened
-from tests.service.test_scores import picture, uploaded
+from tests.service.tasks.test_score import picture, prepare, uploaded
 
 EVENTS = {"accept": "text/event-stream"}
-FOUND = Measure(3, 0.5, 0.25)
+FOUND = Measurement(3, 0.5, 0.25)
 
 
 def body(images: int = 1, first: int = 0, **more: Any) -> dict[str, Any]:
@@ -137,7 +138,7 @@ def test_a_lost_stream_is_resumed(serve: Serve) -> None:
 
 
 def test_it_shares_its_steps_with_other_requests(serve: Serve) -> None:
-    server = serve(max_rows=64)
+    server = serve(max_batch_size=64)
     server.gate.shut()
     with ThreadPoolExecutor(2) as pool:
         scored = pool.submit(ask, server.client, terms=40)
@@ -145,7 +146,7 @@ def test_it_shares_its_steps_with_other_requests(serve: Serve) -> None:
         made = pool.submit(
             server.client.post, "/generate", json={"n": 4, "seed": 9, "num_inference_steps": 4}
         )
-        until(lambda: len(server.house.worker._held) == 2, "the second job")
+        until(lambda: len(server.state.engine._in_flight) == 2, "the second job")
         server.gate.open()
         assert made.result().status_code == 200
         scored.result()
@@ -158,27 +159,31 @@ def test_who_leaves_leaves_the_batch(serve: Serve) -> None:
     with server.client.stream("POST", "/score", json=body(1), headers=EVENTS) as response:
         next(sse(response))
     server.gate.allow(2)
-    until(lambda: not server.house.streams._streams, "the disconnect")
+    until(lambda: not server.state.streams._streams, "the disconnect")
     server.gate.open()
-    until(lambda: server.house.worker.idle)
+    until(lambda: server.state.engine.idle)
     assert server.metric("ddpm_cancelled_total") == 1
     assert len(server.denoiser.widths) < 13
 
 
-@pytest.mark.parametrize(("measures", "inline"), [((), True), (((), ()), True), (((), (FOUND,)), False)])
-def test_terms_are_added_up_on_another_thread(measures: Any, inline: bool) -> None:
-    def thread() -> bytes:
+@pytest.mark.parametrize(("measurements", "inline"), [((), True), (((), (FOUND,)), False)])
+def test_terms_are_added_up_on_another_thread(
+    measurements: Any, inline: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def thread(*_: object) -> bytes:
         return str(threading.get_ident()).encode()
 
-    made = asyncio.run(drawn(Finished("job", (), 0.0, 0.0, measures), thread))
+    monkeypatch.setattr(EventPresenter, "_chunk", thread)
+    event = SequencedEvent(1, Finished("job", (), 0.0, 0.0, measurements))
+    made = asyncio.run(EventPresenter(prepare(), "tiny").chunk(event))
     assert (made == thread()) == inline
 
 
 class NothingButNan(FakeDenoiser):
-    """A network whose guesses are not finite, while the image itself, which it was told, is."""
+    """A network whose x₀ predictions are not finite, while the known image is."""
 
-    def step(self, chains: Any, latents: Any, rows: Any) -> Any:
-        made = super().step(chains, latents, rows)
+    def step(self, chains: Any, latents: Any, steps: Any) -> Any:
+        made = super().step(chains, latents, steps)
         for latent in made:
             latent.x0[0, 0, 0] = math.nan
         return made

@@ -1,0 +1,126 @@
+"""What is counted of every request, and how large its body may be."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import APIRouter, Request
+
+from service.http.middleware import MAX_BODY_BYTES, MAX_UPLOAD_BYTES, LimitedRoute, Observe, UploadRoute
+from service.telemetry import Telemetry
+from tests.service.http.test_problems import problem
+from tests.service.live import Serve
+
+# ── Counting ─────────────────────────────────────────────────────────────────────────────
+
+
+def call(
+    app: Any, headers: Sequence[tuple[bytes, bytes]] = (), kind: str = "http"
+) -> tuple[Telemetry, list[Any]]:
+    telemetry = Telemetry()
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        return {"type": "http.disconnect"}
+
+    scope: dict[str, Any] = {"type": kind, "headers": headers}
+    with suppress(KeyError):
+        asyncio.run(Observe(app, telemetry)(scope, receive, send))
+    return telemetry, sent
+
+
+async def answering(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 204, "headers": [(b"a", b"b")]})
+    await send({"type": "http.response.body"})
+
+
+async def breaking(scope: Any, receive: Any, send: Any) -> None:
+    raise KeyError("a bug")
+
+
+async def silent(scope: Any, receive: Any, send: Any) -> None:
+    return
+
+
+@pytest.mark.parametrize(("app", "outcome"), [(answering, "2xx"), (breaking, "5xx"), (silent, "4xx")])
+def test_outcomes(app: Any, outcome: str) -> None:
+    telemetry, _ = call(app)
+    labels = {"route": "unmatched", "outcome": outcome}
+    assert telemetry.registry.get_sample_value("ddpm_requests_total", labels) == 1
+    duration = telemetry.registry.get_sample_value(
+        "ddpm_request_duration_seconds_count", {"route": "unmatched"}
+    )
+    assert duration == 1
+
+
+@pytest.mark.parametrize("given", [b"x", b"a-1.b_2:3", b"~" * 128])
+def test_a_request_id_is_passed_through(given: bytes) -> None:
+    _, sent = call(answering, [(b"x-request-id", given)])
+    assert sent[0]["headers"] == [(b"a", b"b"), (b"x-request-id", given)]
+
+
+@pytest.mark.parametrize("given", [b"", b"a b", b"a\nb", b"\xff", b"x" * 129])
+def test_a_request_id_that_is_unsafe_to_log_is_replaced(given: bytes) -> None:
+    _, sent = call(answering, [(b"x-request-id", given)])
+    (made,) = [value for name, value in sent[0]["headers"] if name == b"x-request-id"]
+    assert made != given
+    assert len(made) == 16
+
+
+def test_what_is_not_a_request_is_ignored() -> None:
+    telemetry, _ = call(silent, kind="lifespan")
+    assert not next(iter(telemetry.requests.collect())).samples
+
+
+# ── Bodies ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def server(serve: Serve) -> httpx.Client:
+    """With a route of each kind that reads its body and says how long it was."""
+    running = serve()
+    for kind, path in ((LimitedRoute, "/limited"), (UploadRoute, "/upload")):
+        router = APIRouter(route_class=kind)
+
+        @router.post(path)
+        async def length(request: Request) -> int:
+            return len(await request.body())
+
+        running.app.include_router(router)
+    return running.client
+
+
+@pytest.mark.parametrize("framing", ["length", "chunks"])
+@pytest.mark.parametrize(("path", "most"), [("/limited", MAX_BODY_BYTES), ("/upload", MAX_UPLOAD_BYTES)])
+def test_the_limit_of_a_body_belongs_to_its_route(
+    server: httpx.Client, path: str, most: int, framing: str
+) -> None:
+    def post(size: int) -> httpx.Response:
+        def chunks() -> Iterator[bytes]:
+            for start in range(0, size, 65536):
+                yield b"x" * min(65536, size - start)
+
+        return server.post(path, content=b"x" * size if framing == "length" else chunks())
+
+    assert post(most).json() == most
+    assert problem(post(most + 1), 413, "content_too_large")["title"] == "Content Too Large"
+
+
+def test_every_route_that_takes_a_body_has_a_limit(serve: Serve) -> None:
+    """Also those that nobody thought of: whatever OpenAPI says takes a body."""
+    client = serve().client
+    paths = client.get("/openapi.json").json()["paths"]
+    taking = [path for path, methods in paths.items() if "requestBody" in methods.get("post", {})]
+    assert {"/generate", "/edit", "/interpolate", "/score"} <= set(taking)
+    for path in taking:
+        large = b'{"image": "' + b"x" * MAX_UPLOAD_BYTES + b'"}'
+        response = client.post(path, content=large, headers={"content-type": "application/json"})
+        problem(response, 413, "content_too_large")
