@@ -1,13 +1,22 @@
-"""Errors as HTTP tells them: one format, true statuses, and never what was sent."""
+"""Errors over HTTP: one format for each wire format, true statuses, and never what was sent."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 
 import httpx
 import pytest
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
 
-from tests.service.live import Serve
+from service.http.middleware import MAX_BODY_BYTES, LimitedRoute
+from service.http.problems import Problem
+from service.http.respond import answer
+from service.http.state import State
+from service.tasks.generate import GenerateRequest, prepare_generate
+from tests.service.fakes import FakeDenoiser
+from tests.service.live import Serve, Threaded, sse
 
 MARK = "zebra-crossing"
 
@@ -64,7 +73,7 @@ def test_what_is_invalid_is_a_422_that_echoes_nothing(server: httpx.Client) -> N
         assert response.headers["vary"] == "Accept"
 
 
-def test_which_field_is_told(server: httpx.Client) -> None:
+def test_the_field_is_reported(server: httpx.Client) -> None:
     found = problem(server.post("/generate", json={"n": 0, "steps": 5}), 422, "invalid_request")
     errors = found["errors"]
     assert isinstance(errors, list)
@@ -127,3 +136,60 @@ def test_request_ids_come_back(server: httpx.Client) -> None:
     made = [server.get("/livez").headers["x-request-id"] for _ in range(2)]
     assert made[0] != made[1]
     assert server.get("/livez", headers={"x-request-id": "a b"}).headers["x-request-id"] != "a b"
+
+
+# ── Another wire format ────────────────────────────────────────────────────────────────────────
+
+
+def toy_error(problem: Problem, headers: Mapping[str, str]) -> Response:
+    return JSONResponse({"toy": problem.code}, problem.status, dict(headers))
+
+
+def with_toy_format(server: Threaded) -> Threaded:
+    """What a module with a format of its own does: a router, and a form for the errors below its prefix."""
+    router = APIRouter(prefix="/toy", route_class=LimitedRoute)
+
+    @router.post("/generate")
+    async def generate(body: GenerateRequest, request: Request, state: State) -> Response:
+        return await answer("application/json", prepare_generate(body, state.capabilities), request, state)
+
+    server.app.include_router(router)
+    server.app.state.error_formats.register("/toy", toy_error)
+    return server
+
+
+def toy(response: httpx.Response, status: int, code: str) -> None:
+    assert (response.status_code, response.json()) == (status, {"toy": code})
+    assert response.headers["x-request-id"]
+
+
+def test_errors_below_a_prefix_have_a_form_of_their_own(serve: Serve) -> None:
+    server = with_toy_format(serve(FakeDenoiser(raises={7: ValueError}), max_queue=1))
+    client = server.client
+    assert client.post("/toy/generate", json={"num_inference_steps": 1}).status_code == 200
+    toy(client.get("/toy/nothing"), 404, "not_found")
+    toy(client.get("/toy/generate"), 405, "method_not_allowed")
+    toy(client.post("/toy/generate", json={"n": 0}), 422, "invalid_request")
+    toy(client.post("/toy/generate", json={"class_label": "cow"}), 422, "invalid_request")
+    toy(client.post("/toy/generate", content=b" " * (MAX_BODY_BYTES + 1)), 413, "content_too_large")
+    toy(client.post("/toy/generate", json={"deadline_s": 1e-6}), 504, "deadline_exceeded")
+    toy(client.post("/toy/generate", json={"seed": 7}), 500, "compute_failed")
+    server.gate.shut()
+    with client.stream("GET", "/stream?preview=none") as running:
+        next(sse(running))
+        refused = client.post("/toy/generate", json={})
+        toy(refused, 429, "queue_full")
+        assert int(refused.headers["retry-after"]) >= 1
+        problem(client.post("/generate", json={}), 429, "queue_full")
+        server.gate.open()
+    problem(client.post("/toys"), 404, "not_found")
+    problem(client.post("/generate/toy"), 404, "not_found")
+
+
+def test_a_missing_key_is_reported_in_the_form_of_the_path(serve: Serve) -> None:
+    client = with_toy_format(serve(api_keys="sesame")).client
+    refused = client.post("/toy/generate", json={})
+    toy(refused, 401, "unauthorized")
+    assert refused.headers["www-authenticate"] == "Bearer"
+    toy(client.get("/toy/nothing"), 401, "unauthorized")
+    problem(client.post("/generate", json={}), 401, "unauthorized")
