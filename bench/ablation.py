@@ -7,7 +7,7 @@ variance that it allows, and judged as `model.evaluation.evaluate` does, by the 
 Beside that stands the bound on held-out images.
 
 What is trained is thrown away, and nothing that is served depends on it, so this is no part of model/.
-Whatever is finished is kept in --work: the same command goes on from there. The table is printed as Markdown.
+Whatever is finished is kept in --work: the same command resumes from there. The table is printed as Markdown.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def test_both_pipelines_sample_alike(tiny_folder, ours, monkeypatch):
 
     theirs = Diffusers(tiny_folder)
     monkeypatch.setattr(torch, "randn", starting_noise)
-    # As ours does; without it diffusers goes on with an ε that does not belong to the clipped x₀.
+    # As ours does; without it diffusers continues with an ε that does not belong to the clipped x₀.
     step = partial(theirs.scheduler.step, use_clipped_model_output=True)
     monkeypatch.setattr(theirs.scheduler, "step", step)
     wanted = Wanted(**body_of(BOOT)).each()
