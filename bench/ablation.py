@@ -7,7 +7,7 @@ variance that it allows, and judged as `model.evaluate` does, by the judge of a 
 stands the bound on held-out images.
 
 What is trained is thrown away, and nothing that is served depends on it, so this is no part of model/.
-Whatever is finished is kept in --work: the same command goes on from there. The table is printed as Markdown.
+Whatever is finished is kept in --work: the same command resumes from there. The table is printed as Markdown.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Choice:
 
     @property
     def title(self) -> tuple[str, str]:
-        """What it predicts and by which objective, as the table says it."""
+        """What it predicts and by which objective, as in the table."""
         hybrid = self.learned and self.objective == "simple"
         return NAMES[self.prediction], "L_hybrid" if hybrid else NAMES[self.objective]
 
@@ -106,7 +106,7 @@ def bits_per_dimension(
     """The bound L_T + Σ L_t + L_0 of the first `count` images, and its standard error over them.
 
     L_T and L_0 are those of every image; the terms between are estimated from `draws` timesteps an image,
-    spread evenly over all. Guesses are clipped, as in sampling. Bits per dimension, given the class.
+    spread evenly over all. x₀ predictions are clipped, as in sampling. Bits per dimension, given the class.
     """
     schedule, unet = model.schedule, model.unet
     count = min(count, len(dataset))
@@ -126,10 +126,10 @@ def bits_per_dimension(
             )
             x = diffusion.q_sample(schedule, x0, t, torch.randn(x0.shape, generator=rng))
             mean, *rest = unet(x, t, y).split(x0.shape[1], dim=1)
-            guess = diffusion.predict_x0(schedule, x, t, mean).clamp(-schedule.clip, schedule.clip)
+            x0_pred = diffusion.predict_x0(schedule, x, t, mean).clamp(-schedule.clip, schedule.clip)
             learned = variance == "learned_range"
             log_variance = diffusion.learned_log_variance(schedule, t, rest[0]) if learned else None
-            terms = diffusion.vlb_terms(schedule, x0, guess, t, variance, log_variance).numpy()
+            terms = diffusion.vlb_terms(schedule, x0, x0_pred, t, variance, log_variance).numpy()
             bits[index] += terms if draw < 0 else terms * (schedule.timesteps - 1) / draws
     return float(bits.mean()), float(bits.std(ddof=1) / count**0.5)
 
