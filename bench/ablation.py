@@ -72,7 +72,7 @@ class Choice:
 
     @property
     def title(self) -> tuple[str, str]:
-        """What it predicts and by which objective, as the table says it."""
+        """What it predicts and by which objective, as in the table."""
         hybrid = self.learned and self.objective == "simple"
         return NAMES[self.prediction], "L_hybrid" if hybrid else NAMES[self.objective]
 

@@ -1,6 +1,6 @@
 """What the machine can do: rows per second of a bare loop over the runtime, at its best batch.
 
-`python -m bench.capacity` prints a line for each batch width. Load 1 of the comparison is the best of them.
+`python -m bench.capacity` prints a line for each batch size. Load 1 of the comparison is the best of them.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from bench.roofline import row_rates
 from model import checkpoint
 from model.runtimes import DtypeName, load_runtime
 
-WIDTHS = (1, 2, 4, 8, 16, 32)
+BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """The best width and its rows per second; all widths tried; what ran them."""
+    """The best batch size and its rows per second; all sizes tried; what ran them."""
 
-    rows: int
+    batch_size: int
     rows_per_s: float
-    by_width: dict[int, float]
+    by_batch_size: dict[int, float]
     runtime: str
     dtype: str
 
 
 def measure(folder: Path, runtime: str = "auto", dtype: str = "auto", seconds: float = 2.0) -> Capacity:
-    """Run calls of each width for `seconds`. The median call counts: one that was disturbed says nothing."""
+    """Run calls of each batch size for `seconds`. The median call counts, whatever disturbs others."""
     model = checkpoint.load(folder)
     loaded = load_runtime(model, cast("Any", runtime), "cpu", cast("DtypeName", dtype), batch_invariant=False)
-    rates = dict(zip(WIDTHS, row_rates(loaded, model, WIDTHS, seconds), strict=True))
-    best = max(rates, key=lambda width: rates[width])
+    rates = dict(zip(BATCH_SIZES, row_rates(loaded, model, BATCH_SIZES, seconds), strict=True))
+    best = max(rates, key=lambda size: rates[size])
     return Capacity(best, rates[best], rates, loaded.name, loaded.dtype)
 
 
@@ -45,16 +45,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, default=Path("weights/fashion-mnist"), help="model folder")
     parser.add_argument("--runtime", default="auto", help="as in the service's settings")
     parser.add_argument("--dtype", default="auto", help="the same")
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each width")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each batch size")
     parser.add_argument("--json", action="store_true", help="one line for programs")
     args = parser.parse_args(arguments)
     found = measure(args.model, args.runtime, args.dtype, args.seconds)
     if args.json:
         print(json.dumps(asdict(found)))
         return
-    for width, rate in found.by_width.items():
-        best = "  best" if width == found.rows else ""
-        print(f"{found.runtime} {found.dtype}, {width:3} rows: {rate:7.1f} rows/s{best}")
+    for size, rate in found.by_batch_size.items():
+        best = "  best" if size == found.batch_size else ""
+        print(f"{found.runtime} {found.dtype}, {size:3} rows: {rate:7.1f} rows/s{best}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 `python -m bench.compare --out docs` measures the machine's capacity, then runs every server, workload and
 load (hours), and writes comparison.json, comparison.md and comparison.svg there. What is in the file
-already is not run again, so it may be stopped and started at will. `--quick` is a small version of
+already is not run again, so it can be stopped and resumed at any time. `--quick` is a small version of
 everything, in minutes.
 """
 
@@ -21,15 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from bench import report
-from bench.load import Door, drive, summarise
+from bench.load import Endpoint, drive, summarise
 from bench.machine import describe
 from bench.servers import NAMES, ROOT, Model, ServerError, find, running
-from bench.workload import MAX_IMAGES, MEAN_ROWS, WORKLOADS, Ask, trace
+from bench.workload import MAX_IMAGES, MEAN_EVALUATIONS, WORKLOADS, Request, trace
 
-LOADS = (0.7, None, 0.3, 0.5, 0.9, 1.1, 1.5)  # the ones that matter most first; None: all at once
+LOADS = (0.7, None, 0.3, 0.5, 0.9, 1.1, 1.5)  # the most important first; None: all at once
 BURST_PATIENCE_S = 600.0
 FAIR_PACE = 0.85
-"""Below this share of the capacity a case would tell of the machine's other guests."""
+"""Below this share of the capacity a case would measure the machine's other guests."""
 PATIENCE_FOR_PACE = 20
 
 
@@ -37,7 +37,7 @@ PATIENCE_FOR_PACE = 20
 class Case:
     """One server under one load, as a share of capacity; None: a burst, everything at once.
 
-    Only a burst says how fast a server can be: nobody's patience ends, so nothing that it does is in vain.
+    Only a burst measures a server's throughput: no client gives up, so everything that it computes counts.
     """
 
     server: str
@@ -50,7 +50,7 @@ class Terms:
     """What all cases have in common; a file of results holds cases of one kind only.
 
     seconds: of a trace on average. patience_s: how long a client waits. seed: of the trace. burst_s: of
-    capacity, asked for at once.
+    capacity, requested at once.
     """
 
     model: str
@@ -61,13 +61,13 @@ class Terms:
     seed: int
     burst_s: float = 20.0
 
-    def asks(self, case: Case, capacity: float) -> list[Ask]:
+    def requests(self, case: Case, capacity: float) -> list[Request]:
         """The trace of a case."""
         rate = capacity if case.load is None else case.load * capacity
         seconds = self.burst_s if case.load is None else self.seconds
-        arrivals = max(1, round(rate * seconds / MEAN_ROWS[case.workload]))
-        asks = trace(case.workload, rate, arrivals, self.seed)
-        return [replace(ask, created=0.0) for ask in asks] if case.load is None else asks
+        arrivals = max(1, round(rate * seconds / MEAN_EVALUATIONS[case.workload]))
+        requests = trace(case.workload, rate, arrivals, self.seed)
+        return [replace(each, created=0.0) for each in requests] if case.load is None else requests
 
     def patience(self, case: Case) -> float:
         """How long a client waits, in seconds."""
@@ -126,36 +126,36 @@ def measure_capacity(terms: Terms, seconds: float) -> dict[str, Any]:
     return found
 
 
-def warm(door: Door, patience_s: float) -> None:
-    """Ask for every number of images, guided and not, one step each, first one by one, then all at once.
+def warm(endpoint: Endpoint, patience_s: float) -> None:
+    """Request every number of images, guided and not, one step each, first one by one, then all at once.
 
-    A runtime compiles every width of a batch when it first sees it, and an adaptive batcher has to see some.
+    A runtime compiles every batch size when it first sees it, and an adaptive batcher has to see some.
     """
-    asks = [Ask(0.0, 1, n, guided) for guided in (False, True) for n in range(1, MAX_IMAGES + 1)]
-    for together in (*([ask] for ask in asks), asks):
-        asyncio.run(drive(door, together, patience_s))
+    requests = [Request(0.0, 1, n, guided) for guided in (False, True) for n in range(1, MAX_IMAGES + 1)]
+    for together in (*([each] for each in requests), requests):
+        asyncio.run(drive(endpoint, together, patience_s))
 
 
 def run(case: Case, terms: Terms, capacity: float) -> dict[str, Any]:
-    """Start the server, warm it up, put the load on it, stop it. What went wrong is told under `error`.
+    """Start the server, warm it up, put the load on it, stop it. A failure is reported under `error`.
 
-    Before that the capacity is measured anew, briefly: a shared machine is not always as fast.
+    Before that the capacity is measured again, briefly: a shared machine is not always as fast.
     """
     pace = steady(lambda: float(measure_capacity(terms, 0.5)["rows_per_s"]) / capacity)
-    asks = terms.asks(case, capacity)
+    requests = terms.requests(case, capacity)
     kind, pipeline = find(case.server)
     model = Model(Path(terms.model), terms.runtime, terms.dtype)
     try:
         with running(kind, model.environment(pipeline)) as server:
-            warm(server.door, terms.patience_s)
+            warm(server.endpoint, terms.patience_s)
             server.watch.reset()
-            answers = asyncio.run(drive(server.door, asks, terms.patience(case)))
+            answers = asyncio.run(drive(server.endpoint, requests, terms.patience(case)))
             usage = server.watch.usage()
             ready_s, info = server.ready_s, server.info() if kind.ours else None
     except ServerError as error:
         return {"error": str(error)}
-    rows = sum(ask.rows for ask in asks)
-    offered = None if case.load is None else rows / asks[-1].created
+    evaluations = sum(request.evaluations for request in requests)
+    offered = None if case.load is None else evaluations / requests[-1].created
     return {
         "pace": pace,
         "offered": offered,
@@ -219,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(str(error))
     results.once("machine", describe)
     capacity = results.once("capacity", lambda: measure_capacity(terms, 0.2 if args.quick else 5.0))
-    print(f"capacity: {capacity['rows_per_s']:.0f} rows/s at {capacity['rows']} rows", flush=True)
+    print(f"capacity: {capacity['rows_per_s']:.0f} rows/s at {capacity['batch_size']} rows", flush=True)
     for case in cases(args.server or NAMES, args.workload or WORKLOADS, args.load or LOADS):
         if results.has(case):
             continue

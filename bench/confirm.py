@@ -1,7 +1,7 @@
 """Does the real service do what the simulation says of it?
 
 `python -m bench.confirm docs` takes the service's cases from comparison.json there, simulates the very same
-requests under the same policy, at the width and with the step times that the service measured at its start,
+requests under the same policy, with the batch size and the step times that the service measured at its start,
 and prints both side by side, and the simulation's peer, which batches equal step counts and runs them to
 their end. The simulation knows nothing of HTTP, of pictures, and of clients on the cores.
 """
@@ -36,14 +36,14 @@ def simulated(
 ) -> tuple[Figures, Figures]:
     """(latency, time to the first step) of a case's requests, in seconds of the virtual clock.
 
-    policy: another than the case's; `peer` at its own usual width.
+    policy: another than the case's; `peer` at its own usual batch size.
     """
     curve, info = curve_of(found["info"]), found["info"]
-    width = 0 if policy == "peer" else info["limits"]["max_batch"]
-    case = Case(curve, found["workload"], policy or policy_of(found), width)
+    size = 0 if policy == "peer" else info["limits"]["max_batch"]
+    case = Case(curve, found["workload"], policy or policy_of(found), size)
     rate = found["load"] * content["capacity"]["rows_per_s"]
-    asks = trace(found["workload"], rate, found["asks"], content["terms"]["seed"])
-    outcomes = case.drive(jobs_of(asks))
+    requests = trace(found["workload"], rate, found["requests"], content["terms"]["seed"])
+    outcomes = case.drive(jobs_of(requests))
     latency = figures(outcome.latency for outcome in outcomes)
     first = figures(outcome.first - outcome.created for outcome in outcomes)
     assert latency

@@ -1,8 +1,8 @@
 """What waiting costs: the scheduler's time per step, and memory, as the number of waiting requests grows.
 
 `python -m bench.growth` fills the service's scheduler with 10 … 100,000 requests of the mixed workload, half
-of which have had a step, and times a step's own work (choosing, committing, drawing no previews) and an
-arrival with its time to completion. The share is that of a step of the shipped network at the width that the
+of which have had a step, and times a step's own work (choosing, committing, the ETA that every preview has)
+and an arrival with its ETA. The share is that of a step of the shipped network at the batch size that the
 service chooses, timed in the same run.
 """
 
@@ -16,29 +16,36 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 
-from service.scheduler import Policy, Scheduler, StepTimes
-from service.streams import Stream
-from service.warmup import warm_up
-
-from bench.simulation import draw, jobs_of, request
+from bench.simulation import job_of, jobs_of
 from bench.workload import trace
 from model import checkpoint
+from service.engine.estimates import StepTimes
+from service.engine.scheduler import Policy, Scheduler
+from service.engine.streams import Stream
+from service.engine.warmup import warm_up
 from service.settings import Settings
 
 WAITING = (10, 1_000, 100_000)
 POLICIES: tuple[Policy, ...] = ("remaining", "fifo", "sharing")
 
 
-def filled(policy: Policy, width: int, waiting: int) -> Scheduler:
+def filled(policy: Policy, batch_size: int, waiting: int) -> Scheduler:
     """A scheduler with so many requests of the mixed workload, half of which have had a step."""
-    under = Scheduler(width, StepTimes([(1, 0.01), (width, 0.02)]), policy)
+    scheduler = Scheduler(batch_size, StepTimes([(1, 0.01), (batch_size, 0.02)]), policy)
     for place, job in enumerate(jobs_of(trace("mix", 1.0, waiting, seed=0))):
-        job.preview = "x0"
-        under.add(job, 0.0)
+        scheduler.add(job, 0.0)
         if place == waiting // 2:
             for _ in range(waiting // 2):
-                under.commit(under.schedule(0.0), 0.0, draw)
-    return under
+                step(scheduler)
+    return scheduler
+
+
+def step(scheduler: Scheduler) -> None:
+    """The scheduler's part of a step after which every advanced job is due a preview."""
+    for job in scheduler.commit(scheduler.schedule(0.0).samples):
+        scheduler.eta(job)
+        if scheduler.stage_done(job):
+            scheduler.finish(job)
 
 
 def timed(action: Callable[[], object], times: int = 300) -> float:
@@ -51,15 +58,11 @@ def timed(action: Callable[[], object], times: int = 300) -> float:
     return median(taken)
 
 
-def costs(policy: Policy, width: int, waiting: int) -> tuple[float, float]:
+def costs(policy: Policy, batch_size: int, waiting: int) -> tuple[float, float]:
     """Median seconds of a step's own work and of an arrival."""
-    under = filled(policy, width, waiting)
-    arrivals = iter([request(f"late{i}", 0.0, 50, 4, 2) for i in range(300)])
-
-    def step() -> None:
-        under.commit(under.schedule(0.0), 0.0, draw)
-
-    return timed(step), timed(lambda: under.add(next(arrivals), 0.0))
+    scheduler = filled(policy, batch_size, waiting)
+    arrivals = iter([job_of(f"late{i}", 0.0, 50, 4, 2) for i in range(300)])
+    return timed(lambda: step(scheduler)), timed(lambda: scheduler.add(next(arrivals), 0.0))
 
 
 def size_of(make: Callable[[int], object], many: int = 10_000) -> float:
@@ -72,12 +75,12 @@ def size_of(make: Callable[[int], object], many: int = 10_000) -> float:
     return size
 
 
-def sizes(width: int) -> tuple[float, float]:
+def sizes(batch_size: int) -> tuple[float, float]:
     """Bytes per waiting request of one image (job, chain and the scheduler's entries), and per stream."""
-    under = Scheduler(width, StepTimes([(1, 0.01)]))
+    scheduler = Scheduler(batch_size, StepTimes([(1, 0.01)]))
     loop = asyncio.new_event_loop()
-    per_request = size_of(lambda i: under.add(request(str(i), 0.0, 50), 0.0))
-    per_stream = size_of(lambda i: Stream(str(i), loop, None))
+    per_request = size_of(lambda i: scheduler.add(job_of(str(i), 0.0, 50), 0.0))
+    per_stream = size_of(lambda i: Stream(str(i), None, loop))
     loop.close()
     return per_request, per_stream
 
@@ -89,17 +92,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--waiting", type=int, nargs="*", default=WAITING, help="requests")
     args = parser.parse_args(arguments)
     warm = warm_up(checkpoint.load(args.model), Settings(_env_file=None))
-    width = warm.engine.scheduler.max_rows
-    seconds = dict(warm.step_times)[width]
-    print(f"A step of the network has {width} rows and takes {seconds * 1e3:.1f} ms.\n")
+    batch_size = warm.info.max_batch_size
+    seconds = dict(warm.info.step_times)[batch_size]
+    print(f"A step of the network has {batch_size} rows and takes {seconds * 1e3:.1f} ms.\n")
     print("|policy|requests waiting|scheduler per step|share of a step|arrival|")
     print("|---|--:|--:|--:|--:|")
     for policy in POLICIES:
         for waiting in args.waiting:
-            step, arrival = costs(policy, width, waiting)
-            times = f"{step * 1e6:.0f} µs|{step / seconds:.2%}|{arrival * 1e6:.0f} µs"
+            per_step, arrival = costs(policy, batch_size, waiting)
+            times = f"{per_step * 1e6:.0f} µs|{per_step / seconds:.2%}|{arrival * 1e6:.0f} µs"
             print(f"|{policy}|{waiting:,}|{times}|", flush=True)
-    per_request, per_stream = sizes(width)
+    per_request, per_stream = sizes(batch_size)
     print(f"\n{per_request:,.0f} bytes per waiting request of one image, {per_stream:,.0f} per stream.")
 
 

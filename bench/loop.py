@@ -1,15 +1,15 @@
 """What the service adds to the bare network: rows per second at saturation, side by side.
 
-`python -m bench.loop` takes turns, seconds each and a dozen rounds, between
+`python -m bench.loop` measures in rotation, for seconds each and a dozen rounds,
 
-runtime   the network alone, called again and again at the service's width
+runtime   the network alone, called again and again at the service's batch size
 denoiser  whole steps: noise, network, guidance, table
 engine    the scheduler and the commit around it
 json      the service as a process, kept busy over HTTP by clients who want JSON
 streams   the same with clients who watch previews of every second step
 
-and prints the medians of each, and of its share of the first. Clients run on the same cores, and what they
-take is part of the last two.
+and prints the medians of each, and of its share of the first. Clients run on the same cores, and their
+time counts against the last two.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ import argparse
 import asyncio
 import json
 from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
-from service.jobs import Job
-from service.warmup import warm_up
 
 from bench.roofline import inputs
 from bench.servers import SERVICE, Model, Server, running
@@ -34,7 +33,10 @@ from model.chain import Chain
 from model.checkpoint import Checkpoint
 from model.denoiser import Denoiser
 from model.samplers import build_plan
-from service.engine import Engine
+from service.engine.engine import Engine
+from service.engine.jobs import JobSpec, Stage
+from service.engine.messages import AddJob
+from service.engine.warmup import warm_up
 from service.settings import Settings
 
 CLIENTS = 6
@@ -43,14 +45,14 @@ STEPS = 50
 
 
 def per_second(action: Callable[[], int], seconds: float) -> float:
-    """Rows per second of an action that says how many it did."""
+    """Rows per second of an action that returns how many it computed."""
     rows, begun = 0, perf_counter()
     while perf_counter() - begun < seconds:
         rows += action()
     return rows / (perf_counter() - begun)
 
 
-async def ask(url: httpx.URL, accept: str, body: dict[str, object]) -> None:
+async def request(url: httpx.URL, accept: str, body: dict[str, object]) -> None:
     """Send a request and read its answer to the end, as cheaply as can be: the cores are the network's.
 
     Raises RuntimeError for an answer that is not a success.
@@ -74,16 +76,16 @@ async def saturate(url: str, accept: str, body: dict[str, object], seconds: floa
     """Rows per second that the service counts while clients keep it busy, after a second of that."""
     async with httpx.AsyncClient(base_url=url, timeout=None, trust_env=False, verify=False) as client:
 
-        async def keep_asking() -> None:
+        async def keep_requesting() -> None:
             while True:
-                await ask(client.base_url, accept, body)
+                await request(client.base_url, accept, body)
 
         async def metric(name: str) -> float:
             families = text_string_to_metric_families((await client.get("/metrics")).text)
             samples = [sample for family in families for sample in family.samples]
             return next(sample.value for sample in samples if sample.name == name)
 
-        clients = [asyncio.create_task(keep_asking()) for _ in range(CLIENTS)]
+        clients = [asyncio.create_task(keep_requesting()) for _ in range(CLIENTS)]
         await asyncio.sleep(1.0)
         before, begun = await metric("ddpm_batch_rows_sum"), perf_counter()
         await asyncio.sleep(seconds)
@@ -94,7 +96,7 @@ async def saturate(url: str, accept: str, body: dict[str, object], seconds: floa
             task.cancel()
         await asyncio.gather(*clients, return_exceptions=True)
         while await metric("ddpm_samples_running") + await metric("ddpm_samples_waiting"):
-            pass  # what was left behind is still being worked on for a while
+            pass  # cancelled requests are in flight for another step
     return rate
 
 
@@ -104,35 +106,33 @@ def contenders(
     """What to measure, by name: each gives rows per second."""
     denoiser = engine.denoiser
     assert isinstance(denoiser, Denoiser)
-    width = engine.scheduler.max_rows
+    batch_size = engine.scheduler.max_batch_size
     plan = build_plan(model.schedule, sampler, STEPS)
     label = 0 if denoiser.conditional else None
-    chains = [Chain(plan, seed, label) for seed in range(width)]
+    chains = [Chain(plan, seed, label) for seed in range(batch_size)]
     latents = [denoiser.start(chain) for chain in chains]
-    batch = inputs(model, width)
+    batch = inputs(model, batch_size)
 
     def network() -> int:
         denoiser.runtime.forward(*batch)
-        return width
+        return batch_size
 
     def step() -> int:
-        denoiser.step(chains, latents, [0] * width)
-        return width
+        denoiser.step(chains, latents, [0] * batch_size)
+        return batch_size
+
+    numbers = count()
 
     def engine_step() -> int:
         while len(engine.scheduler) < CLIENTS:
-            job = Job(f"job{len(names)}", sampler)
-            names.append(job.id)
-            for chain in chains[:IMAGES]:
-                job.add(chain)
-            engine.scheduler.add(job, 0.0)
+            stage = Stage("denoise", tuple(chains[:IMAGES]))
+            engine.handle(AddJob(JobSpec(f"job{next(numbers)}", sampler, (stage,))))
         report = engine.step()
-        return report.rows if report is not None else 0
+        return report.batch_size if report is not None else 0
 
-    names: list[str] = []
     body = {"n": IMAGES, "num_inference_steps": STEPS, "sampler": sampler, "class_label": label}
     body |= {"guidance_scale": 1.0}
-    url = server.door.url.removesuffix("/generate")
+    url = server.endpoint.url.removesuffix("/generate")
     return {
         "runtime": lambda: per_second(network, seconds),
         "denoiser": lambda: per_second(step, seconds),
@@ -147,21 +147,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m bench.loop", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, default=Path("weights/fashion-mnist"))
     parser.add_argument("--sampler", default="ddim", help="ddpm draws noise in every step, ddim in none")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each turn")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=12)
     args = parser.parse_args(arguments)
     model = checkpoint.load(args.model)
     engine = warm_up(model, Settings(_env_file=None)).engine
     environment = {**Model(args.model).environment("ours"), "DDPM_STREAM_GRACE_S": "0"}
-    environment["DDPM_MAX_BATCH"] = str(engine.scheduler.max_rows)  # the same width for all
+    environment["DDPM_MAX_BATCH"] = str(engine.scheduler.max_batch_size)  # the same batch size for all
     with running(SERVICE, environment) as server:
         measures = contenders(model, engine, args.sampler, args.seconds, server)
         rates: dict[str, list[float]] = {name: [] for name in measures}
         for _ in range(args.rounds):
             for name, measure in measures.items():
                 rates[name].append(measure())
-    print(f"{engine.scheduler.max_rows} rows a step\n")
-    print("||rows/s|of the runtime alone in the same round|least and most|")
+    print(f"{engine.scheduler.max_batch_size} rows a step\n")
+    print("||rows/s|of the runtime alone in the same round|min and max|")
     print("|---|--:|--:|---|")
     for name, found in rates.items():
         shares = [rate / alone for rate, alone in zip(found, rates["runtime"], strict=True)]

@@ -21,8 +21,9 @@ Case = Mapping[str, Any]
 HOW = """\
 Open loop: Poisson arrivals from a seeded trace (`bench/workload.py`) are sent at their scheduled times,
 whatever the state of earlier requests, and latency is counted from the scheduled time.
-Load 1 is the capacity: {capacity:.0f} rows of network calls a second, which a bare loop over the runtime
-({runtime}, {dtype}) reaches at its best batch size of {rows} rows on this machine; *all at once* is a burst of {burst:.0f} s of that, whose clients wait until it is done. One server at
+Load 1 is the capacity: {capacity:.0f} rows of network calls a second, which a bare loop over
+the runtime ({runtime}, {dtype}) reaches at its best batch size of {rows} rows on this machine;
+*all at once* is a burst of {burst:.0f} s of that, whose clients wait until it is done. One server at
 a time, restarted and warmed up for every row; clients and server share the machine. `service` is
 this repository's, with every client streaming; with `/json` clients get a single answer, as from every
 other server; with `/fifo` and `/sharing` it has another policy. A peer runs over diffusers as
@@ -59,14 +60,14 @@ def row(case: Case) -> list[str]:
     usage = case["usage"]
     return [
         case["server"],
-        str(case["asks"]),
+        str(case["requests"]),
         "–" if case["offered"] is None else f"{case['offered']:.0f}",
         f"{case['rows_per_s']:.0f}",
         *latency,
         number(case["first_byte"], "p50"),
         f"{number(preview, 'p50')} / {number(preview, 'p95')}" if preview else "–",
         f"{100 * eta['p50']:.0f} % / {100 * eta['p95']:.0f} %" if eta else "–",
-        *(str(case[fate]) for fate in ("rejected", "failed", "timeouts")),
+        *(str(case[result]) for result in ("rejected", "failed", "timeouts")),
         f"{usage['cpu_s'] / usage['seconds']:.1f}",
         f"{usage['peak_bytes'] / 1e6:.0f}",
         f"{case['pace']:.2f}",
@@ -74,13 +75,15 @@ def row(case: Case) -> list[str]:
 
 
 def line(case: Case) -> str:
-    """Tell a case in a few words, for the terminal."""
+    """A case in a few words, for the terminal."""
     if "error" in case:
         return str(case["error"])
     bound = case["timeouts"] > 0
-    lost = ", ".join(f"{case[fate]} {fate}" for fate in ("rejected", "failed", "timeouts") if case[fate])
+    lost = ", ".join(
+        f"{case[result]} {result}" for result in ("rejected", "failed", "timeouts") if case[result]
+    )
     latency = f"p50 {number(case['latency'], 'p50', bound)} s, p95 {number(case['latency'], 'p95', bound)} s"
-    return f"{case['done']} of {case['asks']}, {case['rows_per_s']:.0f} rows/s, {latency}" + (
+    return f"{case['done']} of {case['requests']}, {case['rows_per_s']:.0f} rows/s, {latency}" + (
         lost and f", {lost}"
     )
 
@@ -95,7 +98,7 @@ def _by_server(cases: Iterable[Case]) -> list[Case]:
 
 
 def saturation(cases: Sequence[Case], capacity: float) -> str:
-    """Lay out the rows per second of each server that was asked for everything at once."""
+    """Lay out the rows per second of each server when all requests come at once."""
     rows = []
     for server in dict.fromkeys(case["server"] for case in _by_server(cases)):
         cells = []
@@ -124,7 +127,7 @@ def markdown(content: Mapping[str, Any]) -> str:
         f"Python {machine['python']}; {versions}.\n",
         HOW.format(
             capacity=capacity["rows_per_s"],
-            rows=capacity["rows"],
+            rows=capacity["batch_size"],
             runtime=capacity["runtime"],
             dtype=capacity["dtype"],
             seconds=terms["seconds"],
@@ -153,7 +156,7 @@ def markdown(content: Mapping[str, Any]) -> str:
 def plot(content: Mapping[str, Any], path: Path) -> None:
     """Draw p95 over the load, a panel for each workload; dashed over diffusers, solid over our runtime.
 
-    Dotted: our service in its variants.
+    Dotted: variants of our service.
     """
     import matplotlib as mpl
 
@@ -206,7 +209,7 @@ def write(content: Mapping[str, Any], folder: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Make the report of a folder's results anew."""
+    """Write the report of a folder's results."""
     parser = argparse.ArgumentParser("python -m bench.report", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="where comparison.json lies")
     folder = parser.parse_args(arguments).folder

@@ -81,7 +81,7 @@ def operations(model: Checkpoint) -> int:
 
 
 def row_rates(runtime: Runtime, model: Checkpoint, rows: Sequence[int], seconds: float) -> list[float]:
-    """Rows per second at each batch width."""
+    """Rows per second at each batch size."""
     batches = [inputs(model, n) for n in rows]
     return [len(b[0]) / timed(lambda b=b: runtime.forward(*b), seconds) for b in batches]  # type: ignore[misc]
 
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print a table for each network as Markdown."""
     parser = argparse.ArgumentParser("python -m bench.roofline", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, default=Path("weights/fashion-mnist"))
-    parser.add_argument("--rows", type=int, nargs="*", default=ROWS, help="batch widths")
+    parser.add_argument("--rows", type=int, nargs="*", default=ROWS, help="batch sizes")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each figure")
     parser.add_argument("--compiled", action="store_true", help="torch.compile too: minutes, and a compiler")
     args = parser.parse_args(arguments)

@@ -20,8 +20,8 @@ from typing import IO, Any
 import httpx
 import psutil
 
-from bench.load import Door, drive
-from bench.workload import Ask
+from bench.load import Endpoint, drive
+from bench.workload import Request
 from service.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +38,7 @@ class ServerError(RuntimeError):
 
 @dataclass(frozen=True)
 class Kind:
-    """How a server is started and asked. In `command`, {port} stands for the port."""
+    """How a server is started, and where requests go. In `command`, {port} stands for the port."""
 
     command: str
     path: str = "/generate"
@@ -50,9 +50,9 @@ class Kind:
         """The command line, run by this interpreter."""
         return [sys.executable, *self.command.format(port=port).split()]
 
-    def door(self, port: int) -> Door:
-        """Where it is asked."""
-        return Door(f"http://127.0.0.1:{port}{self.path}", self.wrap, self.streams)
+    def endpoint(self, port: int) -> Endpoint:
+        """Where requests go when it listens on this port."""
+        return Endpoint(f"http://127.0.0.1:{port}{self.path}", self.wrap, self.streams)
 
 
 SERVICE = Kind("-m service --port {port}", streams=True, ours=True)
@@ -142,7 +142,7 @@ class Watch:
         self._thread.start()
 
     def reset(self) -> None:
-        """Begin anew."""
+        """Begin again."""
         with self._lock:
             self._sample()
             self._begun, self._before = time.monotonic(), sum(self._cpu_s.values())
@@ -189,14 +189,14 @@ class Watch:
 class Server:
     """A server that has answered."""
 
-    door: Door
+    endpoint: Endpoint
     watch: Watch
     ready_s: float
     popen: subprocess.Popen[bytes] = field(repr=False)
 
     def info(self) -> dict[str, Any]:
-        """What our service says of itself."""
-        url = self.door.url.removesuffix("/generate") + "/info"
+        """The answer of our service to /info."""
+        url = self.endpoint.url.removesuffix("/generate") + "/info"
         found: dict[str, Any] = httpx.get(url, trust_env=False).raise_for_status().json()
         return found
 
@@ -210,7 +210,7 @@ def free_port() -> int:
 
 @contextmanager
 def running(kind: Kind, environment: Mapping[str, str], start_s: float = START_S) -> Iterator[Server]:
-    """Start a server, wait until it answers an ask, and stop it in the end. Raises ServerError."""
+    """Start a server, wait until it answers a request, and stop it in the end. Raises ServerError."""
     port = free_port()
     begun = time.monotonic()
     with TemporaryFile() as log:
@@ -224,17 +224,17 @@ def running(kind: Kind, environment: Mapping[str, str], start_s: float = START_S
         )
         watch = Watch(popen.pid)
         try:
-            _await(lambda: _answers(kind.door(port)), popen, begun + start_s, log)
-            yield Server(kind.door(port), watch, time.monotonic() - begun, popen)
+            _await(lambda: _answers(kind.endpoint(port)), popen, begun + start_s, log)
+            yield Server(kind.endpoint(port), watch, time.monotonic() - begun, popen)
         finally:
             watch.stop()
             _stop(popen, watch.seen)
 
 
-def _answers(door: Door) -> bool:
-    """Whether a small ask is answered now."""
-    (answer,) = asyncio.run(drive(door, [Ask(0.0, 1)], patience_s=20.0))
-    return answer.fate == "done"
+def _answers(endpoint: Endpoint) -> bool:
+    """Whether a small request is answered now."""
+    (answer,) = asyncio.run(drive(endpoint, [Request(0.0, 1)], patience_s=20.0))
+    return answer.result == "done"
 
 
 def _await(
@@ -252,7 +252,7 @@ def _await(
 
 
 def _stop(popen: subprocess.Popen[bytes], seen: Mapping[int, psutil.Process]) -> None:
-    """SIGTERM, patience, SIGKILL; then whatever of its family is left, wherever it went."""
+    """SIGTERM, a wait, SIGKILL; then every remaining process of its family."""
     if popen.poll() is None:
         popen.terminate()
         try:

@@ -1,8 +1,8 @@
 """The service's own scheduler, driven through traces of requests in virtual time.
 
-A step of r rows takes what the curve says, a request joins at the first step boundary after it came, and
-nothing else takes time. The arrivals are those of `bench/workload.py`, the same for every policy and width.
-Every run lasts until all its jobs have ended. Load 1 is the most rows per second on the curve.
+A step of a batch takes what the curve says, a request joins at the first step boundary after its arrival, and
+nothing else takes time. The arrivals are those of `bench/workload.py`, the same for every policy and batch
+size. Every run lasts until all its jobs have ended. Load 1 is the most rows per second on the curve.
 """
 
 from __future__ import annotations
@@ -15,127 +15,117 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from service.events import Event, Finished, Picture
-from service.jobs import Job, Sample
-from service.scheduler import Draw, Policy, Scheduler, StepPlan, StepTimes
 
-from bench.workload import Ask, trace
+from bench.workload import Request, trace
+from model.chain import Chain
+from model.samplers import ROW, Plan
+from service.engine.estimates import StepTimes
+from service.engine.jobs import Job, JobSpec, Sample, Stage
+from service.engine.messages import Event
+from service.engine.scheduler import Batch, Policy, Scheduler
 
 Curve = tuple[tuple[int, float], ...]
-"""(rows, seconds of a step), by rows."""
+"""(batch size, seconds of a step), by batch size."""
 CURVES: dict[str, Curve] = {
     # Measured: a step of the service, two cores, float32.
     "cpu": ((1, 0.0079), (2, 0.0070), (4, 0.0127), (8, 0.0232), (16, 0.0455)),
     # Assumed: nearly flat.
-    "gpu": tuple((rows, 0.005 + 0.003 * (rows - 1) / 31) for rows in (1, 2, 4, 8, 16, 32)),
+    "gpu": tuple((size, 0.005 + 0.003 * (size - 1) / 31) for size in (1, 2, 4, 8, 16, 32)),
 }
 POLICIES = ("remaining", "fifo", "sharing", "peer")
-EMPTY = np.empty((0, 0, 1), np.uint8)
-
-
-@dataclass(frozen=True)
-class Course:
-    """A chain and its plan in one; only length and cost matter here."""
-
-    steps: int
-    cost: int = 1
-    seed: int = 0
-    probe = False
-
-    def __len__(self) -> int:
-        return self.steps
-
-    @property
-    def plan(self) -> Course:
-        """Itself."""
-        return self
-
-    @property
-    def timesteps(self) -> Sequence[int]:
-        """Any will do."""
-        return range(self.steps)
-
-    @property
-    def rows(self) -> Sequence[int]:
-        """The same for each step."""
-        return _same(self.steps, self.cost)
-
-    @property
-    def work(self) -> Sequence[int]:
-        """In proportion to the steps left."""
-        return range(self.steps * self.cost, -1, -self.cost)
 
 
 @cache
-def _same(steps: int, cost: int) -> Sequence[int]:
-    return (cost,) * steps
+def plan_of(steps: int, evaluations: int = 1) -> Plan:
+    """A plan of so many steps of 1 or 2 network evaluations each; it computes nothing."""
+    table = np.zeros(steps, ROW)
+    table["w"] = evaluations
+    return Plan(table)
 
 
 class RunToCompletion:
     """THE PEER, no part of the service: a batch is formed, then run to its end before the next one is.
 
-    The batch is the oldest waiting image and those behind it with as many steps, up to `width` rows.
-    A kind peer: a request's images may be spread over batches, guided and unguided ones share a batch, and it
-    never waits for a batch to fill up.
+    The batch is the oldest waiting image and those behind it with as many steps, up to `max_batch_size` rows.
+    It is better than most such servers: a request's images may be spread over batches, guided and unguided
+    ones share a batch, and it never waits for a batch to fill up. Jobs have one stage.
     """
 
-    def __init__(self, width: int) -> None:
-        self.width = width
-        self._jobs: set[str] = set()
+    def __init__(self, max_batch_size: int) -> None:
+        self.max_batch_size = max_batch_size
+        self._jobs: dict[str, Job] = {}
         self._waiting: list[Sample] = []
         self._batch: list[Sample] = []
 
     def __len__(self) -> int:
         return len(self._jobs)
 
-    def add(self, job: Job, now: float) -> list[Event]:  # noqa: ARG002 - the scheduler's interface
-        """Take a job in, behind those that are there."""
-        self._jobs.add(job.id)
+    @property
+    def backlog(self) -> int:
+        """Network evaluations still to be done for all jobs."""
+        return sum(job.remaining for job in self._jobs.values())
+
+    def add(self, spec: JobSpec, now: float) -> list[Event]:  # noqa: ARG002 - the scheduler's interface
+        """Accept a job, behind those in flight."""
+        job = self._jobs[spec.id] = Job(spec)
         self._waiting += job.samples
         return []
 
-    def schedule(self, now: float) -> StepPlan:  # noqa: ARG002 - the scheduler's interface
-        """Go on with the batch, or form the next one."""
-        free = self.width
+    def schedule(self, now: float) -> Batch:  # noqa: ARG002 - the scheduler's interface
+        """Continue with the batch, or form the next one."""
+        free = self.max_batch_size
         others: list[Sample] = []
         if not self._batch:
             for sample in self._waiting:
-                fits = sample.steps == self._waiting[0].steps and sample.cost <= free
+                fits = sample.steps == self._waiting[0].steps and sample.evaluations <= free
                 (self._batch if fits else others).append(sample)
-                free -= sample.cost if fits else 0
+                free -= sample.evaluations if fits else 0
             self._waiting = others
-        return StepPlan(tuple(self._batch), sum(sample.cost for sample in self._batch))
+        return Batch(tuple(self._batch), sum(sample.evaluations for sample in self._batch))
 
-    def commit(self, plan: StepPlan, now: float, draw: Draw) -> list[Event]:  # noqa: ARG002 - the same
-        """Advance the batch by a step; after its last, end the jobs that lack no other image."""
-        for sample in plan.samples:
-            sample.job.remaining -= sample.cost
-            sample.row += 1
-        if plan.samples[0].remaining:
-            return []
-        self._batch = []
-        over = {sample.job.id: sample.job for sample in plan.samples if not sample.job.remaining}
-        self._jobs -= over.keys()
-        return [Finished(job_id, (), 0.0, now - job.created) for job_id, job in over.items()]
+    def commit(self, samples: Sequence[Sample]) -> dict[Job, list[Sample]]:
+        """Advance the batch by a step. Returns its jobs and their samples."""
+        advanced: dict[Job, list[Sample]] = {}
+        for sample in samples:
+            sample.job.remaining -= sample.evaluations
+            sample.step += 1
+            advanced.setdefault(sample.job, []).append(sample)
+        if not samples[0].remaining:
+            self._batch = []
+        return advanced
+
+    def stage_done(self, job: Job) -> bool:
+        """Whether every image of the job is finished."""
+        return not job.remaining
+
+    def finish(self, job: Job) -> None:
+        """End a job that is done."""
+        del self._jobs[job.id]
 
 
 @dataclass(eq=False)
 class Outcome:
-    """How a job fared, in seconds of the virtual clock."""
+    """How a job fared, in seconds of the virtual clock.
+
+    plan: of each of its images. ahead_evaluations, ahead_steps: at its arrival, the network evaluations still
+    to be done for it and the jobs in flight, and the steps of the longest chain among them.
+    evaluations_per_step: the most that any of them takes for a step of an image. first: the end of the first
+    step that advanced it.
+    """
 
     created: float
-    course: Course  # of each of its images
+    plan: Plan
     images: int
-    ahead_rows: int  # still to be done at its arrival, for it and the jobs there
-    ahead_steps: int  # of the longest chain among them
-    cost: int  # rows of a step of the widest
-    first: float = 0.0  # end of the first step that advanced it
+    ahead_evaluations: int
+    ahead_steps: int
+    evaluations_per_step: int
+    first: float = 0.0
     ended: float = 0.0
 
     @property
-    def rows(self) -> int:
-        """Rows of network calls that it took."""
-        return self.course.work[0] * self.images
+    def evaluations(self) -> int:
+        """Network evaluations that it took."""
+        return self.plan.remaining[0] * self.images
 
     @property
     def latency(self) -> float:
@@ -143,108 +133,107 @@ class Outcome:
         return self.ended - self.created
 
     def slowdown(self, curve: Curve) -> float:
-        """Latency over the least that it takes with the machine to itself, at any width."""
-        cost = self.course.cost
-        widths = {min(rows, self.images * cost) for rows, _ in curve if rows >= cost}
-        return self.latency / (self.rows * min(StepTimes(curve).at(rows) / rows for rows in widths))
+        """Latency over the least that it takes with the machine to itself, at any batch size."""
+        per_step = self.plan.evaluations[0]
+        sizes = {min(size, self.images * per_step) for size, _ in curve if size >= per_step}
+        return self.latency / (self.evaluations * min(StepTimes(curve).at(size) / size for size in sizes))
 
-    def bound(self, width: int, turn: int, times: StepTimes) -> float:
+    def bound(self, max_batch_size: int, fifo_interval: int, times: StepTimes) -> float:
         """Most seconds it takes under `remaining`, whatever comes later; proved in docs/scheduling.md."""
-        full = max(1, width - self.cost + 1)
-        turns = int(self.ahead_rows / full + self.ahead_steps * (1 - 1 / full))
-        return (turn * turns + 1) * times.at(max(width, self.cost))
+        full = max(1, max_batch_size - self.evaluations_per_step + 1)
+        fifo_steps = int(self.ahead_evaluations / full + self.ahead_steps * (1 - 1 / full))
+        return (fifo_interval * fifo_steps + 1) * times.at(max(max_batch_size, self.evaluations_per_step))
 
 
 def read_curve(path: Path) -> Curve:
-    """Take `runtime.step_seconds`, {rows: seconds}, from a file with the answer of /info."""
+    """Take `runtime.step_seconds`, {batch size: seconds}, from a file with the answer of /info."""
     return curve_of(json.loads(path.read_text()))
 
 
 def curve_of(info: Mapping[str, Any]) -> Curve:
     """The same from the answer itself."""
     seconds = info["runtime"]["step_seconds"]
-    return tuple(sorted((int(rows), float(value)) for rows, value in seconds.items()))
+    return tuple(sorted((int(size), float(value)) for size, value in seconds.items()))
 
 
-def request(name: str, created: float, steps: int, images: int = 1, rows: int = 1) -> Job:
-    """Build a job of `images` chains of `steps` steps and `rows` rows, that arrives at `created` seconds."""
-    job = Job(name, "ddim", created=created)
-    for seed in range(images):
-        job.add(Course(steps, rows, seed))
-    return job
+def job_of(name: str, created: float, steps: int, images: int = 1, evaluations_per_step: int = 1) -> JobSpec:
+    """A job of `images` chains of `steps` steps that arrives at `created` seconds."""
+    plan = plan_of(steps, evaluations_per_step)
+    stage = Stage("denoise", tuple(Chain(plan, seed) for seed in range(images)))
+    return JobSpec(name, "ddim", (stage,), created=created)
 
 
-def jobs_of(asks: Iterable[Ask]) -> list[Job]:
-    """Build the jobs of a trace, named by their places in it."""
-    return [request(str(i), ask.created, ask.steps, ask.images, ask.width) for i, ask in enumerate(asks)]
+def jobs_of(requests: Iterable[Request]) -> list[JobSpec]:
+    """The jobs of a trace, named by their places in it."""
+    return [
+        job_of(str(i), each.created, each.steps, each.images, each.evaluations_per_step)
+        for i, each in enumerate(requests)
+    ]
 
 
-def draw(looks: Iterable[tuple[Sample, str]]) -> list[Picture]:
-    """Return empty pictures."""
-    return [Picture(sample.index, sample.chain.seed, kind, EMPTY) for sample, kind in looks]
-
-
-def drive(serving: Scheduler | RunToCompletion, jobs: Iterable[Job], times: StepTimes) -> list[Outcome]:
+def drive(scheduler: Scheduler | RunToCompletion, jobs: Iterable[JobSpec], times: StepTimes) -> list[Outcome]:
     """Run jobs, given in order of arrival, until all have ended; their outcomes in the same order."""
     now, coming = 0.0, list(jobs)[::-1]
     outcomes: dict[str, Outcome] = {}
-    there: dict[str, Job] = {}
-    while coming or len(serving):
+    plans: dict[str, Plan] = {}  # of the jobs in flight
+    while coming or len(scheduler):
         while coming and coming[-1].created <= now:
-            job = coming.pop()
-            there[job.id] = job
-            serving.add(job, now)
-            courses = [cast("Course", other.samples[0].chain) for other in there.values()]
-            work = sum(other.remaining for other in there.values())
-            ahead = work, max(map(len, courses)), max(course.cost for course in courses)
-            outcomes[job.id] = Outcome(job.created, courses[-1], len(job.samples), *ahead)
-        plan = serving.schedule(now)
-        if not plan.samples:
+            spec = coming.pop()
+            scheduler.add(spec, now)
+            (stage,) = spec.stages
+            plan = plans[spec.id] = stage.chains[0].plan
+            steps = max(map(len, plans.values()))
+            per_step = max(each.evaluations[0] for each in plans.values())
+            ahead = scheduler.backlog, steps, per_step
+            outcomes[spec.id] = Outcome(spec.created, plan, len(stage.chains), *ahead)
+        batch = scheduler.schedule(now)
+        if not batch.samples:
             now = coming[-1].created
             continue
-        now += times.at(plan.rows)
-        for outcome in {sample.job.id: outcomes[sample.job.id] for sample in plan.samples}.values():
+        now += times.at(batch.size)
+        for job in scheduler.commit(batch.samples):
+            outcome = outcomes[job.id]
             outcome.first = outcome.first or now
-        for event in serving.commit(plan, now, draw):
-            if isinstance(event, Finished):
-                outcomes[event.job_id].ended = now
-                del there[event.job_id]
+            if scheduler.stage_done(job):
+                scheduler.finish(job)
+                outcome.ended = now
+                del plans[job.id]
     return list(outcomes.values())
 
 
 @dataclass(frozen=True)
 class Case:
-    """One run. load: share of capacity; width: most rows of a step, 0 for the usual one."""
+    """One run. load: share of capacity; batch_size: most rows of a step, 0 for the usual one."""
 
     curve: Curve
     workload: str = "mix"
     policy: str = "remaining"
-    width: int = 0
+    batch_size: int = 0
     load: float = 0.7
-    turn: int = 8
+    fifo_interval: int = 8
     arrivals: int = 1000
     seed: int = 0
 
     @property
-    def rows(self) -> int:
-        """The width; the usual one is the curve's knee, as in the service, and at least 16 for the peer."""
-        return self.width or max(StepTimes(self.curve).knee(), 16 if self.policy == "peer" else 1)
+    def max_batch_size(self) -> int:
+        """The usual one is the curve's knee, as in the service, and at least 16 for the peer."""
+        return self.batch_size or max(StepTimes(self.curve).knee(), 16 if self.policy == "peer" else 1)
 
     @property
     def capacity(self) -> float:
         """The most rows per second at any of the curve's points."""
-        return max(rows / seconds for rows, seconds in self.curve)
+        return max(size / seconds for size, seconds in self.curve)
 
-    def drive(self, jobs: Iterable[Job]) -> list[Outcome]:
-        """Run these jobs under the case's policy, width and turn."""
-        times = StepTimes(self.curve)
+    def drive(self, jobs: Iterable[JobSpec]) -> list[Outcome]:
+        """Run these jobs under the case's policy, batch size and interval."""
+        times, size = StepTimes(self.curve), self.max_batch_size
         if self.policy == "peer":
-            return drive(RunToCompletion(self.rows), jobs, times)
-        return drive(Scheduler(self.rows, times, cast("Policy", self.policy), self.turn), jobs, times)
+            return drive(RunToCompletion(size), jobs, times)
+        return drive(Scheduler(size, times, cast("Policy", self.policy), self.fifo_interval), jobs, times)
 
 
 @cache
 def run(case: Case) -> list[Outcome]:
-    """Simulate the case's trace; asked again, the same answer comes from memory."""
-    asks = trace(case.workload, case.load * case.capacity, case.arrivals, case.seed)
-    return case.drive(jobs_of(asks))
+    """Simulate the case's trace; the result of an earlier call comes from memory."""
+    requests = trace(case.workload, case.load * case.capacity, case.arrivals, case.seed)
+    return case.drive(jobs_of(requests))

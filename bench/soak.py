@@ -1,8 +1,8 @@
-"""Memory over many requests: does the service keep anything of those that are over?
+"""Memory over many requests: does the service keep anything of those that have ended?
 
 `python -m bench.soak` starts the service with a tiny network of random weights, so that requests are many and
 not long, and sends 100,000 of them: JSON answers, streams that are read to their end, and streams whose
-client leaves after the first event. It prints the service's resident memory on the way.
+client disconnects after the first event. It prints the service's resident memory as it goes.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from model.schedule import NoiseSchedule
 from model.unet import UNet, UNetConfig
 
 CLIENTS = 8
-LOOKS = 20
-"""Lines of the table."""
+MEASUREMENTS = 20
+"""Of the memory: lines of the table."""
 
 
 def save_tiny(folder: Path) -> None:
@@ -47,8 +47,8 @@ def save_tiny(folder: Path) -> None:
     checkpoint.save(folder, Checkpoint("tiny", UNet(config).eval(), schedule, scheduler, ("a", "b"), 2))
 
 
-async def ask(client: httpx.AsyncClient, number: int) -> None:
-    """One request, of the kind that its number says. Raises httpx.HTTPStatusError when it is refused."""
+async def request(client: httpx.AsyncClient, number: int) -> None:
+    """Send a request of the kind that its number selects. Raises httpx.HTTPStatusError when it is refused."""
     kind = number % 10
     steps = 20 if kind == 9 else 2
     body = {"num_inference_steps": steps, "sampler": "ddpm", "preview_every": 1, "class_label": "a"}
@@ -61,22 +61,22 @@ async def ask(client: httpx.AsyncClient, number: int) -> None:
 
 
 async def soak(server: Server, requests: int) -> list[tuple[int, int]]:
-    """(requests over, resident bytes) at the start and LOOKS times on the way."""
+    """(requests done, resident bytes) at the start and MEASUREMENTS times after it."""
     process = psutil.Process(server.popen.pid)
-    looks = [(0, process.memory_info().rss)]
+    measured = [(0, process.memory_info().rss)]
     numbers = count(1)
-    url = server.door.url.removesuffix("/generate")
+    url = server.endpoint.url.removesuffix("/generate")
     async with httpx.AsyncClient(base_url=url, timeout=60, trust_env=False, verify=False) as client:
 
         async def work() -> None:
             while (number := next(numbers)) <= requests:
-                await ask(client, number)
-                if number % max(1, requests // LOOKS) == 0:
-                    looks.append((number, process.memory_info().rss))
-                    print(f"|{number:,}|{looks[-1][1] / 1e6:.1f}|", flush=True)
+                await request(client, number)
+                if number % max(1, requests // MEASUREMENTS) == 0:
+                    measured.append((number, process.memory_info().rss))
+                    print(f"|{number:,}|{measured[-1][1] / 1e6:.1f}|", flush=True)
 
         await asyncio.gather(*(work() for _ in range(CLIENTS)))
-    return looks
+    return measured
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -86,12 +86,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     with TemporaryDirectory() as folder:
         save_tiny(Path(folder))
-        # Left streams are let go at once, and many requests at a time are nobody's concern here.
+        # A stream that its client has left is forgotten at once.
         environment = {**Model(Path(folder)).environment("ours"), "DDPM_STREAM_GRACE_S": "0"}
         with running(SERVICE, environment) as server:
             print("|requests|resident MB|\n|--:|--:|")
-            looks = asyncio.run(soak(server, args.requests))
-    (middle, before), (end, after) = looks[len(looks) // 2], looks[-1]
+            measured = asyncio.run(soak(server, args.requests))
+    (middle, before), (end, after) = measured[len(measured) // 2], measured[-1]
     print(f"\nThe second half added {(after - before) / (end - middle):.0f} bytes a request.")
 
 

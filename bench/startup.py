@@ -1,7 +1,7 @@
 """Where the time from the process's start to readiness goes.
 
 `python -m bench.startup` starts the service a few times for the whole. For the parts it does the same things
-one after another in fresh processes; the service does some of them side by side, so they add up to more.
+one after another in fresh processes; the service does some of them in parallel, so they add up to more.
 """
 
 # Imports are part of what is measured: they are where they are timed.
@@ -42,33 +42,32 @@ def parts(folder: Path) -> dict[str, float]:
 
     model = checkpoint.load(folder)
     done("load the weights")
-    from service.warmup import cpu_widths
-
     from model.runtimes import OpenVinoRuntime, keep_torch_off
+    from service.engine.warmup import cpu_batch_sizes
 
     runtime = OpenVinoRuntime(model, "auto")
     keep_torch_off(runtime)
     done("convert the network")
-    runtime.prepare(cpu_widths())
-    done("compile its shapes side by side")
+    runtime.prepare(cpu_batch_sizes())
+    done("compile its shapes in parallel")
     runtime = OpenVinoRuntime(model, "auto")
     begun = time.perf_counter()
-    for width in cpu_widths():
-        runtime.prepare([width])
+    for size in cpu_batch_sizes():
+        runtime.prepare([size])
     done("not done: compile one after another")
     with TemporaryDirectory() as cache:
         for name in ("", "not done: compile from a cache on disk"):
             runtime = OpenVinoRuntime(model, "auto")
             runtime._options["CACHE_DIR"] = cache  # no option of the service: it does not pay
             begun = time.perf_counter()
-            runtime.prepare(cpu_widths())
+            runtime.prepare(cpu_batch_sizes())
             done(name)
     del taken[""]
     return taken
 
 
 def start_to_ready(folder: Path) -> float:
-    """Seconds until /readyz says so. Raises RuntimeError when it never does."""
+    """Seconds until /readyz answers 200. Raises RuntimeError when it never does."""
     import httpx
 
     from bench.servers import ROOT, SERVICE, Model, free_port

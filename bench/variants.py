@@ -1,7 +1,7 @@
-"""Other ways to run the network, side by side with the one that is shipped: what pays and what does not.
+"""Alternatives for running the network, side by side with the shipped one: what pays and what does not.
 
-`python -m bench.variants` times each in turn, many rounds, at the service's usual width, and prints its rows
-per second as a share of the shipped way's in the same round, and how far its output is from torch's in
+`python -m bench.variants` times each in turn, many rounds, at the service's usual batch size, and prints its
+rows per second as a share of the shipped one's in the same round, and how far its output is from torch's in
 float32. With `--data` each also makes the images of an evaluation, and their measures are printed.
 Int8 needs nncf, which is in no lock file: `pip install nncf`.
 """
@@ -177,11 +177,11 @@ def calibration(model: Checkpoint) -> list[list[Tensor]]:
     kinds = model.unet.config.num_class_embeds
     chains = [Chain(plan, seed, seed % kinds if kinds else None) for seed in range(2 * (kinds or 10))]
     rows = []
-    for row, latents in enumerate(trajectory(denoiser, chains)):
+    for step, latents in enumerate(trajectory(denoiser, chains)):
         for chain, latent in zip(chains, latents, strict=True):
-            if row + 1 < len(plan):
+            if step + 1 < len(plan):
                 label = [] if chain.label is None else [torch.tensor([chain.label])]
-                rows.append([latent.x[None], torch.tensor([plan.timesteps[row + 1]]), *label])
+                rows.append([latent.x[None], torch.tensor([plan.timesteps[step + 1]]), *label])
     order = np.random.Generator(np.random.Philox(key=0)).permutation(len(rows))
     return [rows[place] for place in order[:CALIBRATION]]
 
@@ -217,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=0.3, help="of a variant's turn in a round")
+    parser.add_argument("--seconds", type=float, default=0.3, help="of a variant in a round")
     parser.add_argument(
         "--variant", action="append", choices=[name for name in VARIANTS if name != "shipped"]
     )
@@ -239,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name, runtime in runtimes.items():
             rates[name].append(args.rows / timed(_call(runtime, batch), args.seconds))
     print(f"{args.dtype}, {args.rows} rows a call, medians of {args.rounds} rounds\n")
-    print("|variant|rows/s|of the shipped|least and most|relative error|\n|---|--:|--:|---|--:|")
+    print("|variant|rows/s|of the shipped|min and max|relative error|\n|---|--:|--:|---|--:|")
     for name, runtime in runtimes.items():
         shares = [rate / shipped for rate, shipped in zip(rates[name], rates["shipped"], strict=True)]
         error = ((runtime.forward(*batch) - true).norm() / true.norm()).item()

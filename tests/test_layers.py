@@ -19,8 +19,8 @@ OURS = ("model", "service")
 MAX_LINES = 450
 
 # ----------------------------------------------------------------------------------------------------
-# Layers, from the top down: wiring, http, tasks, engine, model. A module may import what its line names and the
-# standard library; its line is the one of its own name, else that of its folder.
+# Layers, from the top down: wiring, http, tasks, engine, model. A module may import what its line names and
+# the standard library; its line is the one of its own name, else that of its folder.
 
 HTTP = "fastapi starlette pydantic"
 
@@ -75,7 +75,7 @@ SERVICE = {
     "service.engine.estimates": "service.engine.jobs numpy",
     "service.engine.streams": "service.engine.messages service.errors msgspec",
     "service.engine.messages": "service.engine.jobs service.errors msgspec numpy",
-    "service.engine.jobs": "model.chain msgspec numpy",
+    "service.engine.jobs": "model.chain model.samplers msgspec numpy",
     # Leaves.
     "service.errors": "",
     "service.telemetry": "prometheus_client",

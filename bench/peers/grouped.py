@@ -1,4 +1,4 @@
-"""FastAPI and a queue: the oldest waiting image and its like, from any requests, run to completion together.
+"""FastAPI and a queue: the oldest waiting image and others of its kind, of any request, run to completion.
 
 The strongest peer without step-level batching: it never waits for a batch to fill, and a batch never holds
 images of different lengths.
@@ -32,7 +32,7 @@ async def work() -> None:
             arrived.clear()
         try:
             images = await asyncio.to_thread(pipeline, [wanted for wanted, _ in batch])
-        except Exception as error:  # noqa: BLE001 - every request of the batch is told, and the next one runs
+        except Exception as error:  # noqa: BLE001 - every request of the batch gets the error, and the next batch runs
             for _, done in batch:
                 if not done.done():
                     done.set_exception(error)

@@ -1,6 +1,6 @@
-"""What the peers share: what they are asked for, and two ways to compute a batch of images.
+"""What the peers share: the request, and two implementations of computing a batch of images.
 
-The environment says which: BENCH_PIPELINE is `diffusers` (as that library's documentation has it) or `ours`
+The environment chooses one: BENCH_PIPELINE is `diffusers` (as that library's documentation has it) or `ours`
 (this repository's runtime and denoiser, BENCH_RUNTIME and BENCH_DTYPE as in the service's settings);
 BENCH_MODEL names the model folder.
 """
@@ -114,7 +114,7 @@ class Ours:
 
 
 def load() -> Pipeline:
-    """Load what the environment asks for. Raises KeyError for a BENCH_PIPELINE that is neither."""
+    """Load what the environment names. Raises KeyError for a BENCH_PIPELINE that is neither."""
     folder = Path(os.environ.get("BENCH_MODEL", "weights/fashion-mnist"))
     options = os.environ.get("BENCH_RUNTIME", "auto"), os.environ.get("BENCH_DTYPE", "auto")
     makers: dict[str, Callable[[], Pipeline]] = {
@@ -127,7 +127,7 @@ def load() -> Pipeline:
 def in_groups(pipeline: Pipeline, requests: Sequence[Wanted]) -> list[list[str]]:
     """Compute a batch of requests of any kinds: kind by kind, at most MAX_BATCH images at a time.
 
-    What a framework needs that batches requests whatever they ask for. Returns each request's images.
+    What a framework needs that batches requests of any kinds. Returns each request's images.
     """
     answers: list[list[str]] = [[] for _ in requests]
     for kind in dict.fromkeys(request.kind for request in requests):

@@ -59,8 +59,8 @@ class Phase(Enum):
 class EngineClient:
     """Runs an engine on a thread of its own and talks to it.
 
-    build: makes a warm engine, on its thread. publish: receives every event, on that thread too. capacity: slots,
-    which is how many samples may be in flight. stall_s: a step that takes longer counts as hung.
+    build: makes a warm engine, on its thread. publish: receives every event, on that thread too. capacity:
+    slots, which is how many samples may be in flight. stall_s: a step that takes longer counts as hung.
     """
 
     def __init__(

@@ -21,6 +21,7 @@ import msgspec
 import numpy as np
 
 from model.chain import Chain
+from model.samplers import ROW
 
 PreviewKind = Literal["x0", "xt", "both", "none"]
 SnapshotKind = Literal["x0", "xt"]
@@ -187,6 +188,8 @@ class Job:
 # ── Specs as bytes ─────────────────────────────────────────────────────────────────────────────
 
 Frame = bytes | memoryview
+DTYPES = (np.dtype(np.float32), np.dtype(np.bool_), ROW)
+"""Of a spec's arrays; the header names them by their place here."""
 
 
 def to_frames(spec: JobSpec) -> list[Frame]:
@@ -195,12 +198,12 @@ def to_frames(spec: JobSpec) -> list[Frame]:
     arrays: list[np.ndarray[Any, Any]] = []
 
     def store(value: object) -> tuple[object, ...]:
-        if not isinstance(value, np.ndarray):
+        if not isinstance(value, np.ndarray) or value.dtype not in DTYPES:
             raise NotImplementedError(f"{type(value).__name__} is not part of a job")
         if id(value) not in places:
             places[id(value)] = len(arrays)
             arrays.append(value)
-        return places[id(value)], value.dtype.descr if value.dtype.names else value.dtype.str, value.shape
+        return places[id(value)], DTYPES.index(value.dtype), value.shape
 
     header = msgspec.msgpack.encode(spec, enc_hook=store)
     return [header, *(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data for array in arrays)]
@@ -209,16 +212,19 @@ def to_frames(spec: JobSpec) -> list[Frame]:
 def from_frames(frames: list[Frame]) -> JobSpec:
     """The spec that `to_frames` was given. Its arrays are read-only views of the frames.
 
-    Raises msgspec.MsgspecError for frames that are no spec.
+    Raises msgspec.MsgspecError or ValueError for frames that are no spec.
     """
     header, *buffers = frames
     arrays: dict[int, np.ndarray[Any, Any]] = {}
 
     def load(_: type, value: list[Any]) -> np.ndarray[Any, Any]:
-        place, description, shape = value
-        if place not in arrays:
-            named = description if isinstance(description, str) else [tuple(each) for each in description]
-            arrays[place] = np.frombuffer(buffers[place], np.dtype(named)).reshape(shape)
+        place, dtype, shape = value
+        try:
+            if place not in arrays:
+                arrays[place] = np.frombuffer(buffers[place], DTYPES[dtype]).reshape(shape)
+                arrays[place].flags.writeable = False
+        except (IndexError, OverflowError) as error:  # msgspec wraps a ValueError, but none of these
+            raise ValueError(f"no such array: {error}") from error
         return arrays[place]
 
     return msgspec.msgpack.decode(header, type=JobSpec, dec_hook=load)

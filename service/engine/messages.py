@@ -113,7 +113,7 @@ Event = Queued | Preview | Terminal
 
 
 class Invariance(Struct, frozen=True):
-    """How far batch neighbours changed a result when it was tried: largest difference over the batch sizes."""
+    """How far batch neighbours changed a result when it was tried: the most over these batch sizes."""
 
     batch_sizes: tuple[int, ...]
     max_abs_difference: float

@@ -56,7 +56,7 @@ class Scheduler:
     def __post_init__(self) -> None:
         if self.max_batch_size < 1 or self.fifo_interval < 2:
             raise ValueError("max_batch_size must be at least 1 and fifo_interval at least 2")
-        # (key, arrival, job), smallest first; a job's entries are taken out before its remaining work changes.
+        # (key, arrival, job), smallest first; a job's entries are taken out before its work changes.
         self._order: SortedList[tuple[int, int, str]] = SortedList()
         self._entries: dict[str, tuple[int, int, str]] = {}
         self._active: dict[str, list[Sample]] = {}  # unfinished ones, the least advanced first

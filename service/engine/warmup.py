@@ -72,7 +72,8 @@ def warm_up(model: Checkpoint, settings: Settings) -> Warm:
     invariance = measure_invariance(denoiser, chains[: max(2, max_batch_size)], max_batch_size)
     logger.info(
         "%s %s on %s: %d rows per step, %.0f rows/s, results %s of batch neighbours",
-        runtime.name, runtime.dtype, runtime.device, max_batch_size, max_batch_size / dict(points)[max_batch_size],
+        runtime.name, runtime.dtype, runtime.device, max_batch_size,
+        max_batch_size / dict(points)[max_batch_size],
         "independent" if invariance.holds else f"within {invariance.max_abs_difference:.1e}",
     )  # fmt: skip
 

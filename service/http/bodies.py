@@ -172,7 +172,7 @@ def _term(found: Measurement) -> dict[str, Any]:
 
 
 def _point(bound: Bound, found: Measurement) -> dict[str, Any]:
-    """A point of the rate–distortion curve: what x at this timestep costs, and the error of its prediction."""
+    """A point of the rate–distortion curve: what x at this timestep costs, and its prediction's error."""
     rate, distortion = float(bound.rates[found.timestep]), float(rmse(found.mse))
     return {"timestep": found.timestep, "rate": _short(rate), "rmse": _short(distortion)}
 

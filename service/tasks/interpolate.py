@@ -41,7 +41,7 @@ Method = Literal["stochastic", "inversion"]
 
 
 class InterpolateRequest(SamplingRequest):
-    """The fields of `POST /interpolate`: two pictures or two seeds, and how many points from one to the other."""
+    """The fields of `POST /interpolate`: two pictures or two seeds, and the points between them."""
 
     images: tuple[Upload, Upload] | None = Field(None, description="two pictures, as for /edit")
     seeds: tuple[Seed, Seed] | None = Field(None, description="or two seeds, each standing for its image")

@@ -179,7 +179,7 @@ def refuse_fields(reason: str, **fields: object) -> None:
 
 
 def first_seed(request: JobRequest, seeds: int) -> int:
-    """The request's seed, or a random one. Raises InvalidRequestError unless `seeds` fit, counting from it."""
+    """The request's seed, or a random one. Raises InvalidRequestError unless so many seeds from it on fit."""
     seed = secrets.randbits(32) if request.seed is None else request.seed
     if seed + seeds - 1 > MAX_SEED:
         raise InvalidRequestError("seed", f"Image i has seed + i, and the largest seed is {MAX_SEED}.")

@@ -2,9 +2,9 @@
 
 PNG, JPEG and WebP files of one frame. The number of pixels that a file claims is checked before any of them
 is decoded. A decoded picture is rotated as its EXIF says, composited over white where it is transparent, and
-converted to grey or RGB, 16 bits by their high byte; colour profiles are not applied. A picture of the model's
-size then passes unchanged; another is cropped around the middle to the model's proportions and resized
-(Lanczos).
+converted to grey or RGB, 16 bits by their high byte; colour profiles are not applied. A picture of the
+model's size then passes unchanged; another is cropped around the middle to the model's proportions and
+resized (Lanczos).
 """
 
 from __future__ import annotations

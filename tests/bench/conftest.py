@@ -1,4 +1,4 @@
-"""A tiny model of ten classes on disk, and a server that misbehaves as it is told."""
+"""A tiny model of ten classes on disk, and a server that misbehaves on request."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from bench.load import PNG, Door
+from bench.load import PNG, Endpoint
 from model import checkpoint
 from model.schedule import NoiseSchedule
 from tests.model.conftest import SCHEDULER, tiny_checkpoint
@@ -27,7 +27,7 @@ from tests.service.fakes import until
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """The networks here are tiny: threads only get into each other's way."""
+    """The networks here are tiny: threads only compete."""
     torch.set_num_threads(1)
 
 
@@ -49,9 +49,9 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class Faker:
-    """A server on a real socket; the path says how it answers. `asked`: the bodies, in order of arrival."""
+    """A server on a real socket; the path chooses the answer. `received`: the bodies, in order of arrival."""
 
-    asked: list[Any] = field(default_factory=list)
+    received: list[Any] = field(default_factory=list)
     together: int = 1  # /gate answers when so many have come
     opened: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -68,8 +68,8 @@ class Faker:
         until(lambda: self.server.started, "the start")
         self.port = self.server.servers[0].sockets[0].getsockname()[1]
 
-    def door(self, path: str, **options: Any) -> Door:
-        return Door(f"http://127.0.0.1:{self.port}/{path}", **options)
+    def endpoint(self, path: str, **options: Any) -> Endpoint:
+        return Endpoint(f"http://127.0.0.1:{self.port}/{path}", **options)
 
     def stop(self) -> None:
         self.server.should_exit = True
@@ -77,7 +77,7 @@ class Faker:
 
     async def _answer(self, request: Request) -> Response:
         body = await request.json()
-        self.asked.append(body)
+        self.received.append(body)
         images = [f"{PNG}…"] * (1 if "requests" in body else body["n"])
         match request.url.path:
             case "/fewer":
@@ -91,7 +91,7 @@ class Faker:
             case "/status":
                 return Response("go away", int(request.query_params["code"]))
             case "/gate":
-                if len(self.asked) >= self.together:
+                if len(self.received) >= self.together:
                     self.opened.set()
                 await self.opened.wait()
             case "/never":
@@ -100,7 +100,7 @@ class Faker:
 
     async def _stream(self, request: Request) -> Response:
         body = await request.json()
-        self.asked.append(dict(request.headers))
+        self.received.append(dict(request.headers))
         how = request.path_params["how"]
 
         async def events() -> AsyncIterator[str]:

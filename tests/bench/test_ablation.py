@@ -79,7 +79,7 @@ def test_everything_is_trained_sampled_and_judged_once(
     assert "another budget" in capsys.readouterr().err
 
 
-def test_a_training_that_was_stopped_is_gone_on_with(
+def test_a_stopped_training_is_resumed(
     model: Path,  # noqa: F811
     data: Path,  # noqa: F811
     tmp_path: Path,
@@ -103,7 +103,7 @@ def test_a_training_that_was_stopped_is_gone_on_with(
     assert steps_done(folder) == 2
 
 
-def test_what_cannot_be_used_is_said_in_a_line(
+def test_unusable_input_is_reported_in_one_line(
     model: Path,  # noqa: F811
     data: Path,  # noqa: F811
     tmp_path: Path,
@@ -136,7 +136,7 @@ class Knowing(torch.nn.Module):
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
 def test_the_bound_is_the_sum_of_its_terms(variance: Any) -> None:
-    """Of a network that always guesses 0, whose terms have a closed form."""
+    """Of a network that always predicts 0, whose terms have a closed form."""
     config = SCHEDULER | {"prediction_type": "sample", "num_train_timesteps": 40, "variance_type": variance}
     schedule = NoiseSchedule.from_diffusers(config)
     tiny = tiny_checkpoint()
@@ -157,7 +157,7 @@ def test_the_bound_is_the_sum_of_its_terms(variance: Any) -> None:
     total = float(np.mean([prior_divergence(schedule, image) for image in x0]))
     for t in range(1, 40):
         times = torch.full((3,), t)
-        means = [q_posterior(schedule, guess, x0, times)[0] for guess in (x0, 0 * x0)]
+        means = [q_posterior(schedule, x0_pred, x0, times)[0] for x0_pred in (x0, 0 * x0)]
         off = (means[0] - means[1]).square().mean()
         ratio = small[t] / variances[t]
         total += float(0.5 * (ratio - 1 - math.log(ratio) + off / variances[t])) / math.log(2)

@@ -6,11 +6,17 @@ import pytest
 
 from bench import compare, report
 from bench.compare import Case, Results, Terms, TermsError, cases
-from bench.workload import MEAN_ROWS
+from bench.workload import MEAN_EVALUATIONS
 from tests.bench.test_report import case
 
 TERMS = Terms("weights/mine", "auto", "auto", 10.0, 60.0, 0)
-FIGURES = {"rows": 2, "rows_per_s": 100.0, "by_width": {}, "runtime": "openvino", "dtype": "float32"}
+FIGURES = {
+    "batch_size": 2,
+    "rows_per_s": 100.0,
+    "by_batch_size": {},
+    "runtime": "openvino",
+    "dtype": "float32",
+}
 
 
 @pytest.fixture
@@ -63,7 +69,7 @@ def test_what_was_done_before_an_interruption_is_kept(ran, tmp_path, monkeypatch
     assert {each.load for each in ran} == {None}
 
 
-def test_what_went_wrong_is_tried_again(ran, tmp_path):
+def test_a_failed_case_is_tried_again(ran, tmp_path):
     BROKEN.add("plain/ours")
     compare.main(arguments(tmp_path, "--workload", "mix"))
     assert "did not start" in (tmp_path / "comparison.md").read_text()
@@ -93,18 +99,18 @@ def test_a_file_is_read_back(tmp_path):
         Results(path, Terms("weights/other", "auto", "auto", 10.0, 60.0, 0))
 
 
-def test_every_load_asks_for_the_same():
-    few, many = (TERMS.asks(Case("service", "mix", load), 200.0) for load in (0.5, 1.5))
+def test_every_load_has_the_same_requests():
+    few, many = (TERMS.requests(Case("service", "mix", load), 200.0) for load in (0.5, 1.5))
     assert 0 < len(few) < len(many)
-    assert [ask.rows for ask in few] == [ask.rows for ask in many[: len(few)]]
+    assert [each.evaluations for each in few] == [each.evaluations for each in many[: len(few)]]
     assert few[-1].created == pytest.approx(TERMS.seconds, rel=0.8)
 
 
-def test_a_burst_asks_for_everything_at_once_and_waits_for_it():
+def test_a_burst_sends_everything_at_once_and_waits_for_it():
     burst = Case("service", "mix", None)
-    asks = TERMS.asks(burst, 200.0)
-    assert {ask.created for ask in asks} == {0.0}
-    assert len(asks) == round(200.0 * TERMS.burst_s / MEAN_ROWS["mix"])
+    requests = TERMS.requests(burst, 200.0)
+    assert {each.created for each in requests} == {0.0}
+    assert len(requests) == round(200.0 * TERMS.burst_s / MEAN_EVALUATIONS["mix"])
     assert TERMS.patience(burst) > TERMS.patience(Case("service", "mix", 1.5)) == TERMS.patience_s
 
 
@@ -119,7 +125,7 @@ def test_our_service_for_real(tiny_folder, tmp_path):
     compare.main([*shared, "--quick", "--workload", "mix", "--load", "0.02", "--seconds", "3"])
     content = json.loads((tmp_path / "comparison.json").read_text())
     (found,) = content["cases"]
-    assert found["done"] == found["asks"] > 0, found["errors"]
+    assert found["done"] == found["requests"] > 0, found["errors"]
     assert found["latency"]["mean"] >= found["first_preview"]["mean"] > 0
     assert found["eta_error"]
     assert found["usage"]["peak_bytes"] > 1e8

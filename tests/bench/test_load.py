@@ -6,39 +6,39 @@ import time
 import httpx
 import pytest
 
-from bench.load import Answer, Door, drive, figures, fire, summarise
+from bench.load import Answer, Endpoint, drive, figures, send, summarise
 from bench.servers import free_port
-from bench.workload import Ask
+from bench.workload import Request
 
 PATIENCE_S = 30.0
 
 
-def ask_of(door, *asks, patience_s=PATIENCE_S):
-    return asyncio.run(drive(door, asks, patience_s))
+def answers_of(endpoint, *requests, patience_s=PATIENCE_S):
+    return asyncio.run(drive(endpoint, requests, patience_s))
 
 
-def test_an_ask_is_put_as_the_service_takes_it(faker):
-    (answer,) = ask_of(faker.door("ok"), Ask(0.0, 20, 3, True, label=4, seed=70))
-    assert (answer.fate, answer.status) == ("done", 200)
+def test_a_request_has_the_form_that_the_service_takes(faker):
+    (answer,) = answers_of(faker.endpoint("ok"), Request(0.0, 20, 3, True, label=4, seed=70))
+    assert (answer.result, answer.status) == ("done", 200)
     everywhere = {"guidance_sigma_min": 0.0, "guidance_sigma_max": None}
-    asked = {"n": 3, "seed": 70, "num_inference_steps": 20, "class_label": 4, "guidance_scale": 2.0}
-    assert faker.asked == [asked | everywhere]
+    body = {"n": 3, "seed": 70, "num_inference_steps": 20, "class_label": 4, "guidance_scale": 2.0}
+    assert faker.received == [body | everywhere]
 
 
 def test_without_guidance_the_scale_is_one(faker):
-    ask_of(faker.door("ok"), Ask(0.0, 20))
-    assert faker.asked[0]["guidance_scale"] == 1.0
+    answers_of(faker.endpoint("ok"), Request(0.0, 20))
+    assert faker.received[0]["guidance_scale"] == 1.0
 
 
-def test_some_take_a_list_under_a_name(faker):
-    (answer,) = ask_of(faker.door("wrapped", wrap="requests"), Ask(0.0, 20))
-    assert answer.fate == "done"
-    assert list(faker.asked[0]) == ["requests"]
-    assert faker.asked[0]["requests"][0]["num_inference_steps"] == 20
+def test_some_servers_take_a_list_under_a_name(faker):
+    (answer,) = answers_of(faker.endpoint("wrapped", wrap="requests"), Request(0.0, 20))
+    assert answer.result == "done"
+    assert list(faker.received[0]) == ["requests"]
+    assert faker.received[0]["requests"][0]["num_inference_steps"] == 20
 
 
 @pytest.mark.parametrize(
-    ("path", "fate", "error"),
+    ("path", "result", "error"),
     [
         ("status?code=429", "rejected", "go away"),
         ("status?code=503", "rejected", "go away"),
@@ -49,78 +49,84 @@ def test_some_take_a_list_under_a_name(faker):
         ("empty", "failed", "no images"),
     ],
 )
-def test_what_is_no_answer(faker, path, fate, error):
-    (answer,) = ask_of(faker.door(path), Ask(0.0, 5, images=2))
-    assert answer.fate == fate
+def test_an_answer_without_the_images_is_no_success(faker, path, result, error):
+    (answer,) = answers_of(faker.endpoint(path), Request(0.0, 5, images=2))
+    assert answer.result == result
     assert error in answer.error
 
 
-def test_nobody_there_is_a_failure():
-    (answer,) = ask_of(Door(f"http://127.0.0.1:{free_port()}/"), Ask(0.0, 5))
-    assert (answer.fate, answer.status) == ("failed", 0)
+def test_no_server_is_a_failure():
+    (answer,) = answers_of(Endpoint(f"http://127.0.0.1:{free_port()}/"), Request(0.0, 5))
+    assert (answer.result, answer.status) == ("failed", 0)
     assert "ConnectError" in answer.error
 
 
-def test_patience_ends(faker):
-    (answer,) = ask_of(faker.door("never"), Ask(0.0, 5), patience_s=0.2)
-    assert (answer.fate, answer.latency_s) == ("timeout", 0.2)
+def test_a_client_gives_up_after_its_patience(faker):
+    (answer,) = answers_of(faker.endpoint("never"), Request(0.0, 5), patience_s=0.2)
+    assert (answer.result, answer.latency_s) == ("timeout", 0.2)
 
 
-def test_nobody_waits_for_an_answer_before_sending_the_next(faker):
+def test_the_next_request_does_not_wait_for_an_answer(faker):
     faker.together = 5  # the first is answered when the fifth has come
-    answers = ask_of(faker.door("gate"), *(Ask(0.02 * i, 5) for i in range(5)))
-    assert [answer.fate for answer in answers] == ["done"] * 5
+    answers = answers_of(faker.endpoint("gate"), *(Request(0.02 * i, 5) for i in range(5)))
+    assert [answer.result for answer in answers] == ["done"] * 5
     assert answers[0].latency_s >= 0.08
 
 
-def test_asks_go_out_at_their_times(faker):
+def test_requests_are_sent_when_they_are_due(faker):
     begun = time.monotonic()
-    answers = ask_of(faker.door("ok"), Ask(0.3, 5, seed=1), Ask(0.1, 5, seed=2))
+    answers = answers_of(faker.endpoint("ok"), Request(0.3, 5, seed=1), Request(0.1, 5, seed=2))
     assert time.monotonic() - begun >= 0.3
-    assert [body["seed"] for body in faker.asked] == [2, 1]
-    assert [answer.ask.seed for answer in answers] == [1, 2]
+    assert [body["seed"] for body in faker.received] == [2, 1]
+    assert [answer.request.seed for answer in answers] == [1, 2]
 
 
-def test_latency_counts_from_when_it_was_meant_to_go_out(faker):
+def test_latency_counts_from_when_the_request_was_due(faker):
     async def late():
         begun = asyncio.get_running_loop().time() - 1.0
         async with httpx.AsyncClient(trust_env=False, verify=False) as client:
-            return await fire(client, faker.door("ok"), Ask(0.25, 5), begun, PATIENCE_S)
+            return await send(client, faker.endpoint("ok"), Request(0.25, 5), begun, PATIENCE_S)
 
     answer = asyncio.run(late())
     assert answer.late_s >= 0.75
     assert answer.latency_s >= answer.first_byte_s >= answer.late_s
 
 
-def test_a_stream_tells_when_it_will_end_and_shows_previews(faker):
-    (answer,) = ask_of(faker.door("stream/whole", streams=True), Ask(0.0, 5, images=2))
-    assert answer.fate == "done"
-    assert faker.asked[0]["accept"] == "text/event-stream"
+def test_a_stream_has_an_eta_and_previews(faker):
+    (answer,) = answers_of(faker.endpoint("stream/whole", streams=True), Request(0.0, 5, images=2))
+    assert answer.result == "done"
+    assert faker.received[0]["accept"] == "text/event-stream"
     assert 0 < answer.first_byte_s <= answer.queued_s <= answer.first_preview_s <= answer.latency_s
     assert answer.eta_s == 0.5
     assert answer.eta_error_s == pytest.approx(answer.latency_s - answer.queued_s - 0.5)
 
 
 @pytest.mark.parametrize(("how", "error"), [("error", "nonfinite"), ("cut", "ended before its last event")])
-def test_a_stream_that_goes_wrong_is_a_failure(faker, how, error):
-    (answer,) = ask_of(faker.door(f"stream/{how}", streams=True), Ask(0.0, 5))
-    assert answer.fate == "failed"
+def test_a_stream_that_breaks_is_a_failure(faker, how, error):
+    (answer,) = answers_of(faker.endpoint(f"stream/{how}", streams=True), Request(0.0, 5))
+    assert answer.result == "failed"
     assert error in answer.error
     assert answer.eta_error_s is None
 
 
 def test_a_run_in_figures():
-    ask = Ask(1.0, 10, images=2)
+    request = Request(1.0, 10, images=2)
     answers = [
-        Answer(ask, "done", 200, latency_s=1.0, first_byte_s=0.1, queued_s=0.5, eta_s=1.0, late_s=0.01),
-        Answer(ask, "done", 200, latency_s=3.0, first_byte_s=0.3),
-        Answer(ask, "timeout", 200, latency_s=9.0, first_preview_s=2.0),
-        Answer(ask, "rejected", 429, "full", latency_s=0.1),
-        Answer(ask, "failed", 500, "first", latency_s=0.1),
-        Answer(ask, "failed", 500, "second", latency_s=0.1),
+        Answer(request, "done", 200, latency_s=1.0, first_byte_s=0.1, queued_s=0.5, eta_s=1.0, late_s=0.01),
+        Answer(request, "done", 200, latency_s=3.0, first_byte_s=0.3),
+        Answer(request, "timeout", 200, latency_s=9.0, first_preview_s=2.0),
+        Answer(request, "rejected", 429, "full", latency_s=0.1),
+        Answer(request, "failed", 500, "first", latency_s=0.1),
+        Answer(request, "failed", 500, "second", latency_s=0.1),
     ]
     summary = summarise(answers)
-    assert (summary.asks, summary.done, summary.rejected, summary.failed, summary.timeouts) == (6, 2, 1, 2, 1)
+    assert (summary.requests, summary.done, summary.rejected, summary.failed, summary.timeouts) == (
+        6,
+        2,
+        1,
+        2,
+        1,
+    )
     assert summary.seconds == 10.0
     assert (summary.rows_per_s, summary.images_per_s) == (4.0, 0.4)
     assert summary.latency is not None
@@ -133,8 +139,8 @@ def test_a_run_in_figures():
     assert summary.errors == ["429: full", "500: first"]
 
 
-def test_a_run_in_which_nothing_was_done():
-    summary = summarise([Answer(Ask(0.0, 10), "rejected", 503, latency_s=0.1)])
+def test_a_run_without_a_completed_request():
+    summary = summarise([Answer(Request(0.0, 10), "rejected", 503, latency_s=0.1)])
     assert summary.rows_per_s == 0
     assert summary.latency is None
 

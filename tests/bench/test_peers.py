@@ -17,14 +17,15 @@ from starlette.testclient import TestClient
 from bench.load import body_of, check, drive
 from bench.peers.pipeline import MAX_BATCH, Diffusers, Ours, Wanted, in_groups, load
 from bench.servers import PIPELINES, Model, find, running
-from bench.workload import Ask
+from bench.workload import Request
 from model import checkpoint, noise
-from model.denoiser import Chain, Denoiser, generate, to_pixels
+from model.chain import Chain
+from model.denoiser import Denoiser, generate, to_pixels
 from model.runtimes import load_runtime
 from model.samplers import Guidance, build_plan
 
-BOOT = Ask(0.0, 4, images=3, guided=True, label=9, seed=70)
-BAG = Ask(0.0, 3, images=2, label=8, seed=80)
+BOOT = Request(0.0, 4, images=3, guided=True, label=9, seed=70)
+BAG = Request(0.0, 3, images=2, label=8, seed=80)
 
 
 def pixels(images):
@@ -49,17 +50,17 @@ def client(request, pipeline):
     del sys.modules[name]
 
 
-def images_of(client, ask):
-    answer = client.post("/generate", json=body_of(ask))
+def images_of(client, request):
+    answer = client.post("/generate", json=body_of(request))
     assert answer.status_code == 200, answer.text
-    check(answer.json(), ask)
+    check(answer.json(), request)
     return answer.json()["images"]
 
 
 def test_a_seed_gives_the_same_picture_alone_and_in_a_request(client):
     together = pixels(images_of(client, BOOT)).astype(int)
     assert together.shape == (3, 8, 8)
-    alone = [pixels(images_of(client, Ask(0.0, 4, 1, True, 9, 70 + i)))[0] for i in range(3)]
+    alone = [pixels(images_of(client, Request(0.0, 4, 1, True, 9, 70 + i)))[0] for i in range(3)]
     assert np.abs(together - alone).max() <= 1  # torch rounds otherwise at another batch size
     assert np.abs(together[0] - together[1]).max() > 10
 
@@ -67,13 +68,13 @@ def test_a_seed_gives_the_same_picture_alone_and_in_a_request(client):
 def test_requests_of_other_kinds_do_not_mix(client):
     alone = pixels(images_of(client, BOOT)), pixels(images_of(client, BAG))
     with ThreadPoolExecutor(6) as pool:
-        both = [pool.submit(images_of, client, ask) for ask in (BOOT, BAG) * 3]
+        both = [pool.submit(images_of, client, request) for request in (BOOT, BAG) * 3]
         found = [pixels(answer.result()).astype(int) for answer in both]
     for i, answer in enumerate(found):
         assert np.abs(answer - alone[i % 2]).max() <= 1
 
 
-def test_the_pipelines_draw_what_was_asked_for(pipeline):
+def test_the_pipelines_follow_the_request(pipeline):
     plain = pipeline(Wanted(num_inference_steps=5, class_label=1).each())
     assert pipeline(Wanted(num_inference_steps=5, class_label=1).each()) == plain
     assert pipeline(Wanted(num_inference_steps=5, class_label=2).each()) != plain
@@ -97,7 +98,7 @@ def test_with_our_runtime_a_peer_gives_what_the_denoiser_gives(tiny_folder, ours
 
 
 def test_both_pipelines_sample_alike(tiny_folder, ours, monkeypatch):
-    """Given the same starting noise they take the same way: DDIM and guidance mean the same in both."""
+    """Given the same starting noise they give the same images: DDIM and guidance mean the same in both."""
 
     def starting_noise(shape, generator):
         return torch.from_numpy(noise.normal(generator.initial_seed(), noise.START, shape))
@@ -133,5 +134,5 @@ def test_a_mixed_batch_is_run_kind_by_kind():
 def test_a_peer_runs_as_a_server(tiny_folder):
     kind, pipeline = find("grouped/ours")
     with running(kind, Model(tiny_folder).environment(pipeline)) as server:
-        answers = asyncio.run(drive(server.door, [BOOT, BAG, BAG], 60.0))
-    assert [answer.fate for answer in answers] == ["done"] * 3
+        answers = asyncio.run(drive(server.endpoint, [BOOT, BAG, BAG], 60.0))
+    assert [answer.result for answer in answers] == ["done"] * 3

@@ -7,15 +7,17 @@ import pytest
 
 from bench import report
 from bench.load import Answer, summarise
-from bench.workload import Ask
+from bench.workload import Request
 
 
 def case(server, workload="mix", load=0.7, *, preview=None, timeouts=0, latency_s=2.0):
-    ask = Ask(1.0, 50)
-    answers = [Answer(ask, "done", 200, latency_s=latency_s, first_byte_s=0.25, first_preview_s=preview)] * 4
+    request = Request(1.0, 50)
+    answers = [
+        Answer(request, "done", 200, latency_s=latency_s, first_byte_s=0.25, first_preview_s=preview)
+    ] * 4
     if preview:
-        answers = [Answer(ask, "done", 200, "", 0.0, 2.0, 0.25, preview, 0.5, 1.0)] * 4
-    answers += [Answer(ask, "timeout", 0, latency_s=60.0)] * timeouts
+        answers = [Answer(request, "done", 200, "", 0.0, 2.0, 0.25, preview, 0.5, 1.0)] * 4
+    answers += [Answer(request, "timeout", 0, latency_s=60.0)] * timeouts
     usage = {"seconds": 10.0, "cpu_s": 15.0, "mean_bytes": 1e8, "peak_bytes": 2e8}
     figures = {"offered": 91.4, "ready_s": 3.0, "pace": 0.98, **asdict(summarise(answers)), "usage": usage}
     return {"server": server, "workload": workload, "load": load, **figures}
@@ -33,7 +35,7 @@ def content():
             "python": "3.11.7",
             "versions": {"torch": "2.13.0", "ray": "2.60.0"},
         },
-        "capacity": {"rows": 4, "rows_per_s": 200.0, "runtime": "openvino", "dtype": "float32"},
+        "capacity": {"batch_size": 4, "rows_per_s": 200.0, "runtime": "openvino", "dtype": "float32"},
         "cases": [
             case("plain/ours", timeouts=1),
             case("service", preview=0.125),
@@ -65,7 +67,7 @@ def test_a_table_for_each_workload_and_load(content):
     assert named["offered rows/s"] == "91"
     assert (named["p50"], named["p99"]) == ("2.00", "2.00")
     assert named["first preview p50 / p95"] == "0.12 / 0.12"
-    assert named["ETA error"] == "33 % / 33 %"  # said 1 s at 0.5 s, took until 2 s
+    assert named["ETA error"] == "33 % / 33 %"  # estimated 1 s at 0.5 s, took until 2 s
     assert (named["CPU"], named["memory (MB)"]) == ("1.5", "200")
 
 
@@ -77,7 +79,7 @@ def test_what_timed_out_makes_lower_bounds(content):
     assert (named["first preview p50 / p95"], named["ETA error"]) == ("–", "–")
 
 
-def test_one_that_did_not_start_says_so(content):
+def test_a_server_that_did_not_start_is_reported(content):
     here = cells(report.markdown(content), "mix, load 0.7")
     assert here["ray/ours"][1] == "did not start: no answer came"
 
@@ -88,15 +90,13 @@ def test_the_machine_is_described(content):
     assert "200 rows of network calls a second" in text
 
 
-def test_what_a_server_does_of_a_burst(content):
-    here = cells(
-        report.markdown(content), "Rows per second, everything asked for at once (share of capacity)"
-    )
+def test_throughput_in_a_burst(content):
+    here = cells(report.markdown(content), "Rows per second, all requests at once (share of capacity)")
     assert here["service"] == ["service", "67 (33 %)", "–"]  # 200 rows in 3 s
     assert here["plain/ours"][1] == "–"
 
 
-def test_what_servers_answered_instead_is_told(content):
+def test_errors_of_servers_are_listed(content):
     content["cases"][1]["errors"] = ["500: out of\nmemory"]
     assert "- service, mix, load 0.7: `500: out of memory`" in report.markdown(content)
 

@@ -6,7 +6,8 @@ import torch
 from bench.reuse import Reusing, Shallow, Whole, share_of_operations
 from bench.roofline import inputs
 from model import checkpoint
-from model.denoiser import Chain, Denoiser, generate
+from model.chain import Chain
+from model.denoiser import Denoiser, generate
 from model.runtimes import TorchRuntime
 from model.samplers import build_plan
 
@@ -27,7 +28,7 @@ def test_a_shallow_step_after_a_whole_one_of_the_same_input_is_the_network(model
 
 
 @torch.no_grad()
-def test_a_shallow_step_hears_of_the_time_and_works_on_its_own_input(model):
+def test_a_shallow_step_depends_on_the_time_and_its_own_input(model):
     x, t, y = inputs(model, 2)
     _, kept = Whole(model.unet, 2)(x, t, y)
     shallow = Shallow(model.unet, 2)

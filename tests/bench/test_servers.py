@@ -9,7 +9,7 @@ import pytest
 from bench import servers
 from bench.load import drive
 from bench.servers import NAMES, PEERS, VARIANTS, Kind, Model, ServerError, Watch, find, running
-from bench.workload import Ask
+from bench.workload import Request
 from tests.service.fakes import until
 
 # Answers as a peer does; its child has a session of its own, as some frameworks' workers have.
@@ -54,8 +54,8 @@ def fake(tmp_path):
 
 def test_a_server_answers_and_is_gone_afterwards_with_its_children(fake):
     with running(fake(), {}) as server:
-        (answer,) = asyncio.run(drive(server.door, [Ask(0.0, 5, 3)], 10.0))
-        assert answer.fate == "done"
+        (answer,) = asyncio.run(drive(server.endpoint, [Request(0.0, 5, 3)], 10.0))
+        assert answer.result == "done"
         assert server.ready_s > 0
         family = [psutil.Process(server.popen.pid), *psutil.Process(server.popen.pid).children()]
         assert len(family) == 2

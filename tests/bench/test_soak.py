@@ -5,7 +5,7 @@ from bench import soak
 pytestmark = pytest.mark.slow
 
 
-def test_memory_is_looked_at_on_the_way(capsys):
+def test_memory_is_measured_on_the_way(capsys):
     soak.main(["--requests", "40"])
     printed = capsys.readouterr().out
     rows = [line.split("|") for line in printed.splitlines() if line[1:2].isdigit()]

@@ -18,6 +18,6 @@ def test_the_whole_and_its_parts(tiny_folder, capsys):
     assert sum(float(seconds) for _, seconds in rows) > 0.5
 
 
-def test_a_service_that_ends_is_told(tmp_path):
+def test_a_service_that_ends_is_an_error(tmp_path):
     with pytest.raises(RuntimeError, match="ended with 3"):
         startup.start_to_ready(tmp_path)

@@ -519,11 +519,8 @@ def faulty_in(place: str, monkeypatch: pytest.MonkeyPatch) -> JobSpec:
         case "finiteness":
             stacked = torch.stack
             # The only stack of an engine's step before anything is rendered.
-            monkeypatch.setattr(
-                engine_module.torch,
-                "stack",
-                lambda tensors, dim=0: tripping(lambda x: x)(stacked(tensors, dim)),
-            )
+            trip = tripping(lambda x: x)
+            monkeypatch.setattr(torch, "stack", lambda tensors, dim=0: trip(stacked(tensors, dim)))
             return job_of("faulty", [FAULTY], steps=4)
         case "measuring":
             image = np.zeros((1, SIZE, SIZE), np.float32)

@@ -202,6 +202,26 @@ def test_frames_that_are_no_spec_are_refused(frames: list[Any]) -> None:
         from_frames(frames)
 
 
+@pytest.mark.parametrize("change", ["missing frame", "short frame", "another type"])
+def test_arrays_that_are_not_as_the_header_says_are_refused(change: str) -> None:
+    header, *frames = to_frames(job_of("a", [1]))
+    if change == "another type":
+        header = bytes(header).replace(
+            msgspec.msgpack.encode((0, 2, (5,))), msgspec.msgpack.encode((0, 9, (5,)))
+        )
+        assert header != to_frames(job_of("a", [1]))[0]
+    changed: dict[str, list[Any]] = {"missing frame": [], "short frame": [bytes(frames[0])[:8]], "another type": frames}
+    with pytest.raises((msgspec.MsgspecError, ValueError)):
+        from_frames([header, *changed[change]])
+
+
+def test_an_array_of_a_type_that_no_job_has_is_not_sent() -> None:
+    known = KnownPixels(np.zeros((1, 8, 8)), np.ones((1, 1, 1), np.bool_))  # type: ignore[arg-type]
+    chain = Chain(build_plan(SCHEDULE, "ddim", 2), 1, known=known)
+    with pytest.raises(NotImplementedError, match="ndarray is not part of a job"):
+        to_frames(JobSpec("a", "ddim", (Stage("denoise", (chain,)),)))
+
+
 def test_a_spec_holds_nothing_that_cannot_be_sent() -> None:
     chain = Chain(build_plan(SCHEDULE, "ddim", 2), 1, label=object())  # type: ignore[arg-type]
     with pytest.raises(NotImplementedError, match="object is not part of a job"):

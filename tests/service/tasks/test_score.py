@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from model.checkpoint import Checkpoint
 from model.likelihood import FEWEST_TERMS, choose_timesteps, estimate, prior_bits, rmse
 from model.typicality import fit
+from service.engine.jobs import SnapshotKind
 from service.engine.messages import Finished, Measurement, Picture, Preview
 from service.errors import InvalidRequestError
 from service.http.bodies import ScoreBodies
@@ -255,6 +256,7 @@ def test_a_sheet_has_a_row_for_each_image_and_ends_with_it() -> None:
 
 def test_a_preview_says_what_each_snapshot_measured() -> None:
     made = prepare(seed=5, terms=40)
+    shown: list[tuple[int, SnapshotKind, int]] = [(3, "x0", 50), (9, "xt", 90)]
     snapshots = tuple(
         Picture(
             i,
@@ -263,7 +265,7 @@ def test_a_preview_says_what_each_snapshot_measured() -> None:
             np.zeros((SIZE, SIZE, 1), np.uint8),
             Measurement(t, 0.125, 0.25),
         )
-        for i, kind, t in ((3, "x0", 50), (9, "xt", 90))
+        for i, kind, t in shown
     )
     body = ScoreBodies(made).preview(Preview(made.spec.id, 2, 5, 99, 1.5, snapshots))
     assert body.keys() == {"step", "steps", "eta_s", "images"}
