@@ -168,7 +168,7 @@ class Denoiser:
     def _guided(
         self, x: Tensor, chains: Sequence[Chain], t: Tensor, w: NDArray[np.float64], scale: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """(output, fraction of the way from the small variance to the large one, if predicted) per sample.
+        """(output, position between the small variance and the large one, 0 to 1, if predicted) per sample.
 
         The output of guided samples is combined from two rows of the same call.
         """

@@ -2,7 +2,7 @@
 
 At step k of its plan a sample at x does
 
-    out = unet(x, t, y)                              where w ≠ 1 out = out_∅ + w (out_y − out_∅), 2 evaluations
+    out = unet(x, t, y)                              where w ≠ 1: out_∅ + w (out_y − out_∅), 2 evaluations
     x0  = clip(a_x·x + a_o·out + a_g·∇ log p(y | x))                                       to [−clip, clip]
     x   ← c_x·x + c_0·x0 + c_p·x0_prev + c_n·e^(c_v·v)·z        z ~ N(0, I), x0_prev = the previous step's x0
     x   ← k_0·image + k_n·z′                         where the image's pixels are known

@@ -42,7 +42,8 @@ class Settings(BaseSettings):
     max_queue: int = Field(256, ge=1, description="images in flight at once; more are refused with 429")
     max_images: int = Field(64, ge=1, description="images per request")
     policy: Literal["remaining", "fifo", "sharing"] = Field(
-        "remaining", description="who goes next: least remaining work, order of arrival, or everybody in turn"
+        "remaining",
+        description="which jobs run next: least remaining work, order of arrival, or all by turns",
     )
     deadline_s: float = Field(300.0, gt=0, description="longest a request may take, in seconds")
     drain_s: float = Field(30.0, ge=0, description="seconds that running work gets after SIGTERM")
@@ -55,7 +56,9 @@ class Settings(BaseSettings):
         (), description="origins whose pages may call, comma-separated"
     )
     log_format: Literal["text", "json"] = Field("text", description="how log lines look")
-    batch_invariant: bool = Field(True, description="pad torch's batches: mates then change nothing")
+    batch_invariant: bool = Field(
+        True, description="pad torch's batches, so that batch neighbours change nothing"
+    )
 
     @field_validator("api_keys", "cors_origins", mode="before")
     @classmethod

@@ -58,7 +58,7 @@ CHECKED = 8
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """What probes measured of a set of images: timesteps, bits, mse: [N, n]; prior: [N]; total: T."""
+    """What was measured of a set of images: timesteps, bits, mse: [N, n]; prior: [N]; total: T."""
 
     total: int
     timesteps: NDArray[np.int64]

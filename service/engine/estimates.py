@@ -22,7 +22,7 @@ class StepTimes:
         self._sizes, self._seconds = list(known), list(known.values())
 
     def observe(self, batch_size: int, seconds: float) -> None:
-        """Move the estimate at `batch_size` a tenth of the way to what was just measured."""
+        """Move the estimate at `batch_size` by a tenth towards what was just measured."""
         old = self.at(batch_size)
         place = bisect_left(self._sizes, batch_size)
         if place == len(self._sizes) or self._sizes[place] != batch_size:

@@ -193,7 +193,7 @@ DTYPES = (np.dtype(np.float32), np.dtype(np.bool_), ROW)
 
 
 def to_frames(spec: JobSpec) -> list[Frame]:
-    """A spec as a header and the memory of its arrays, uncopied; an array used by many samples goes once."""
+    """A spec as a header and the memory of its arrays, uncopied; an array that is shared goes once."""
     places: dict[int, int] = {}  # id of an array → its place among the frames
     arrays: list[np.ndarray[Any, Any]] = []
 

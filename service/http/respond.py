@@ -56,7 +56,7 @@ async def answer(media_type: str, prepared: PreparedRequest, request: Request, s
     spec = replace(prepared.spec, preview="none")
     async with state.streams.subscribe(spec.id, None) as events:
         state.engine.submit(spec)
-        last = await or_client_disconnect(request, events.last())
+        last = await wait_or_disconnect(request, events.last())
     return await presenter.respond(finished(last))
 
 
@@ -113,7 +113,7 @@ def resume(last_event_id: str, state: AppState) -> Response:
     return EventStream(found.context, state)
 
 
-async def or_client_disconnect(request: Request, answer: Awaitable[Result]) -> Result:
+async def wait_or_disconnect(request: Request, answer: Awaitable[Result]) -> Result:
     """Wait for the answer, but no longer than the client does. Raises CancelledError when it disconnects."""
 
     async def disconnect() -> None:

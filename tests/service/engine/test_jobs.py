@@ -210,7 +210,11 @@ def test_arrays_that_are_not_as_the_header_says_are_refused(change: str) -> None
             msgspec.msgpack.encode((0, 2, (5,))), msgspec.msgpack.encode((0, 9, (5,)))
         )
         assert header != to_frames(job_of("a", [1]))[0]
-    changed: dict[str, list[Any]] = {"missing frame": [], "short frame": [bytes(frames[0])[:8]], "another type": frames}
+    changed: dict[str, list[Any]] = {
+        "missing frame": [],
+        "short frame": [bytes(frames[0])[:8]],
+        "another type": frames,
+    }
     with pytest.raises((msgspec.MsgspecError, ValueError)):
         from_frames([header, *changed[change]])
 

@@ -276,7 +276,7 @@ def test_scores_are_those_of_plain_equations(
             )
 
 
-def test_mates_do_not_change_the_numbers(real: Threaded) -> None:
+def test_batch_neighbours_do_not_change_the_numbers(real: Threaded) -> None:
     alone = [ask(real.client, first=i, terms=40)["scores"][0] for i in range(3)]
     with ThreadPoolExecutor(12) as pool:
         others = [
