@@ -1,4 +1,4 @@
-"""`/edit` and `/interpolate` over real sockets: with a tiny network, and with a fake one behind a gate."""
+"""`/edit`, and what it has in common with `/interpolate`, over real sockets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from service.engine.messages import Pixels
 from service.engine.warmup import warm_up
 from service.http.middleware import MAX_BODY_BYTES, MAX_UPLOAD_BYTES
 from service.tasks import uploads
-from tests.service.fakes import SIZE, FakeDenoiser, until
+from tests.service.fakes import SIZE, until
 from tests.service.http.test_problems import MARK, problem
 from tests.service.live import Serve, Threaded, serving, sse
 from tests.service.tasks.test_uploads import ANIMATED, DAMAGED, NO_PICTURE, claims, file, halves, noise
@@ -313,12 +313,6 @@ def test_the_picture_itself(real: Threaded) -> None:
     np.testing.assert_array_equal(sheet[:, :SIZE], pixels(first))
 
 
-def test_a_way_stands_in_a_row(real: Threaded) -> None:
-    body = {"seeds": [1, 2], "points": 5, "num_inference_steps": 2}
-    response = real.client.post("/interpolate", json=body, headers={"accept": "image/png"})
-    assert Image.open(BytesIO(response.content)).size == (5 * SIZE + 8, SIZE)
-
-
 def test_an_edit_is_seen_in_the_making(serve: Serve) -> None:
     server = serve()
     server.gate.shut()
@@ -352,49 +346,6 @@ def test_a_lost_stream_is_resumed_by_get(serve: Serve, method: str) -> None:
     assert {image["lambda"] for image in rest[0].data["images"]} <= {0.0, 0.5, 1.0}
     assert "queued" not in [event.name for event in rest]  # not for the second part either
     assert len(server.denoiser.starts) == 3 + 2 * (method == "inversion")
-
-
-# ── Ways by a real network ─────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "sde_dpmpp_2m"])
-def test_the_stochastic_way_begins_as_an_edit(real: Threaded, sampler: str) -> None:
-    how = {"strength": 0.5, "sampler": sampler, "class_label": 1, **FEW}
-    made = images(real, "/interpolate", images=[text(IMAGE), text(SECOND)], points=3, **how)
-    assert [image["lambda"] for image in made] == [0.0, 0.5, 1.0]
-    assert [image["seed"] for image in made] == [7] * 3
-    (edited,) = images(real, "/edit", image=text(IMAGE), **how)
-    np.testing.assert_array_equal(pixels(made[0]), pixels(edited))
-    if sampler == "ddim":  # no noise but that of the start, which is the next seed's
-        (edited,) = images(real, "/edit", image=text(SECOND), **{**how, "seed": 8})
-        np.testing.assert_array_equal(pixels(made[2]), pixels(edited))
-    provenance = json.loads(Image.open(BytesIO(base64.b64decode(made[1]["b64_json"]))).info["parameters"])
-    assert provenance.items() >= {"lambda": 0.5, "points": 3, "method": "stochastic", "seed": 7}.items()
-    assert "n" not in provenance
-
-
-@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
-def test_a_way_between_seeds_has_their_images_at_its_ends(real: Threaded, sampler: str) -> None:
-    how = {"sampler": sampler, "num_inference_steps": 6, "class_label": "cat"}
-    made = images(real, "/interpolate", seeds=[7, 21], points=4, **how)
-    for image, seed in ((made[0], 7), (made[-1], 21)):
-        (plain,) = images(real, "/generate", seed=seed, **how)
-        np.testing.assert_array_equal(pixels(image), pixels(plain))
-    assert len({image["b64_json"] for image in made}) == 4
-
-
-def test_an_inversion_returns_to_its_images(real: Threaded) -> None:
-    """The nearer, the more steps it has."""
-    smooth = (np.add.outer(np.arange(SIZE), np.arange(SIZE)) * 8 + 60).astype(np.uint8)
-    ends = [smooth, np.rot90(smooth)]
-    files = [text(file(Image.fromarray(end))) for end in ends]
-    errors = []
-    for steps in (5, 5, 30):
-        how = {"method": "inversion", "points": 2, "num_inference_steps": steps}
-        made = [pixels(image).astype(int) for image in images(real, "/interpolate", images=files, **how)]
-        errors.append([float(np.abs(image - end).mean()) for image, end in zip(made, ends, strict=True)])
-    assert errors[0] == errors[1]  # whatever the seed
-    assert max(errors[2]) < min(*errors[0], 8.0)
 
 
 # ── Clients that go, and long work ─────────────────────────────────────────────────────────────
@@ -442,24 +393,6 @@ def test_a_client_that_goes_while_it_sends_is_no_bug_of_ours(
     until(lambda: server.metric("ddpm_requests_total", route="/edit", outcome="4xx") == 1)
     assert "unhandled" not in caplog.text
     assert server.denoiser.starts == []
-
-
-def test_a_failure_in_the_first_part_is_the_answer(serve: Serve) -> None:
-    server = serve(FakeDenoiser(gives_nan={7}))
-    body = {**BODIES["/interpolate"], "seed": 7}
-    problem(server.client.post("/interpolate", json=body), 500, "non_finite")
-    until(lambda: server.state.engine.idle)
-
-
-def test_the_time_of_both_parts_is_told(serve: Serve) -> None:
-    server = serve()
-    body = {**BODIES["/interpolate"], "points": 2}
-    with server.client.stream("POST", "/interpolate", json=body, headers=EVENTS) as response:
-        events = list(sse(response))
-    assert events[0].data["eta_s"] == pytest.approx(2 * 6 * 0.001, rel=0.5)  # of steps as fakes.py has them
-    timings = events[-1].data["timings"]
-    assert timings["total_s"] >= timings["run_s"] > 0
-    assert server.gate.arrived == 12
 
 
 def test_pictures_are_decoded_on_another_thread(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
