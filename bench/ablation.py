@@ -106,7 +106,7 @@ def bits_per_dimension(
     """The bound L_T + Σ L_t + L_0 of the first `count` images, and its standard error over them.
 
     L_T and L_0 are those of every image; the terms between are estimated from `draws` timesteps an image,
-    spread evenly over all. x₀ predictions are clipped, as in sampling. Bits per dimension, given the class.
+    spread evenly over all. Guesses are clipped, as in sampling. Bits per dimension, given the class.
     """
     schedule, unet = model.schedule, model.unet
     count = min(count, len(dataset))

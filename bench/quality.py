@@ -1,4 +1,4 @@
-"""What `model.evaluate` would measure of images that something else made."""
+"""What `model.evaluate` would say of images made in some other way."""
 
 from __future__ import annotations
 
