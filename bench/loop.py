@@ -72,7 +72,9 @@ async def request(url: httpx.URL, accept: str, body: dict[str, object]) -> None:
         writer.close()
 
 
-async def saturate(url: str, accept: str, body: dict[str, object], seconds: float) -> float:
+async def saturate(
+    url: str, accept: str, body: dict[str, object], seconds: float, clients: int = CLIENTS
+) -> float:
     """Rows per second that the service counts while clients keep it busy, after a second of that."""
     async with httpx.AsyncClient(base_url=url, timeout=None, trust_env=False, verify=False) as client:
 
@@ -85,16 +87,16 @@ async def saturate(url: str, accept: str, body: dict[str, object], seconds: floa
             samples = [sample for family in families for sample in family.samples]
             return next(sample.value for sample in samples if sample.name == name)
 
-        clients = [asyncio.create_task(keep_requesting()) for _ in range(CLIENTS)]
+        requesting = [asyncio.create_task(keep_requesting()) for _ in range(clients)]
         await asyncio.sleep(1.0)
         before, begun = await metric("ddpm_batch_rows_sum"), perf_counter()
         await asyncio.sleep(seconds)
         rate = (await metric("ddpm_batch_rows_sum") - before) / (perf_counter() - begun)
-        for task in clients:
+        for task in requesting:
             if task.done():
                 task.result()  # a client that failed says why
             task.cancel()
-        await asyncio.gather(*clients, return_exceptions=True)
+        await asyncio.gather(*requesting, return_exceptions=True)
         while await metric("ddpm_samples_running") + await metric("ddpm_samples_waiting"):
             pass  # cancelled requests are in flight for another step
     return rate

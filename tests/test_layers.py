@@ -106,6 +106,7 @@ MODEL = {
     "model.runtimes.openvino": (
         "model.checkpoint model.runtimes.base model.runtimes.lowering torch numpy openvino"
     ),
+    "model.runtimes.simulated": "model.runtimes.base torch",
     "model.runtimes.load": (
         "model.checkpoint model.runtimes.base model.runtimes.openvino model.runtimes.torch torch"
     ),
