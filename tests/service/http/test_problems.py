@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from service.http.middleware import MAX_BODY_BYTES, LimitedRoute
-from service.http.problems import Problem
+from service.http.problems import ErrorFormats, Problem, problem_json
 from service.http.respond import answer
 from service.http.state import State
 from service.tasks.generate import GenerateRequest, prepare_generate
@@ -149,6 +149,10 @@ def with_toy_format(server: Threaded) -> Threaded:
     """What a module with a format of its own does: a router, and a form for the errors below its prefix."""
     router = APIRouter(prefix="/toy", route_class=LimitedRoute)
 
+    @router.get("/bug")
+    async def bug() -> None:
+        raise LookupError(MARK)
+
     @router.post("/generate")
     async def generate(body: GenerateRequest, request: Request, state: State) -> Response:
         return await answer("application/json", prepare_generate(body, state.capabilities), request, state)
@@ -184,6 +188,26 @@ def test_errors_below_a_prefix_have_a_form_of_their_own(serve: Serve) -> None:
         server.gate.open()
     problem(client.post("/toys"), 404, "not_found")
     problem(client.post("/generate/toy"), 404, "not_found")
+
+
+def test_a_draining_service_refuses_in_the_form_of_the_path(serve: Serve) -> None:
+    server = with_toy_format(serve())
+    server.state.engine.drain()
+    toy(server.client.post("/toy/generate", json={}), 503, "draining")
+    problem(server.client.post("/generate", json={}), 503, "draining")
+
+
+def test_an_unhandled_bug_is_reported_in_the_form_of_the_path(serve: Serve) -> None:
+    toy(with_toy_format(serve()).client.get("/toy/bug"), 500, "internal")
+
+
+def test_the_longest_prefix_decides() -> None:
+    formats = ErrorFormats()
+    formats.register("/toy", toy_error)
+    formats.register("/toy/plain", problem_json)
+    assert formats.of("/toy") is formats.of("/toy/a/b") is toy_error
+    assert formats.of("/toy/plain") is formats.of("/toy/plain/a") is problem_json
+    assert formats.of("/toys") is formats.of("/") is problem_json
 
 
 def test_a_missing_key_is_reported_in_the_form_of_the_path(serve: Serve) -> None:

@@ -38,6 +38,11 @@ def test_a_refused_stream_leaves_nothing_behind(serve: Serve, path: str) -> None
         assert streams(server) == 1  # the one that runs
         server.gate.open()
         list(events)
+    until(lambda: server.state.engine.idle)
+    kept = streams(server)  # one that is over, for its grace period
+    server.state.engine.drain()
+    assert ask(seed=1) == 503
+    assert streams(server) == kept
 
 
 def test_a_client_that_vanishes_before_the_first_event_is_noticed(serve: Serve) -> None:
