@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from service.engine.jobs import JobSpec
 from tests.service.fakes import until
 from tests.service.http.test_problems import problem
 from tests.service.live import Serve, Threaded, sse
@@ -83,3 +84,24 @@ def test_a_stream_that_cannot_be_sent_is_a_problem_of_its_own(serve: Serve) -> N
         problem(refused, 429, "queue_full")
         assert int(refused.headers["retry-after"]) >= 1
         server.gate.open()
+
+
+@pytest.mark.parametrize(
+    ("accept", "preview"),
+    [("application/json", "none"), ("image/png", "none"), ("text/event-stream", "both")],
+)
+def test_only_a_stream_asks_the_engine_for_previews(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, accept: str, preview: str
+) -> None:
+    server = serve()
+    submitted: list[JobSpec] = []
+    submit = server.state.engine.submit
+
+    def watched(spec: JobSpec) -> None:
+        submitted.append(spec)
+        submit(spec)
+
+    monkeypatch.setattr(server.state.engine, "submit", watched)
+    body = {"num_inference_steps": 2, "preview": "both"}
+    assert server.client.post("/generate", json=body, headers={"accept": accept}).status_code == 200
+    assert [spec.preview for spec in submitted] == [preview]
