@@ -103,7 +103,8 @@ class Denoiser:
             noises = [(weight, z) for (weight, _), z in zip(start.noises, drawn, strict=True)]
             terms = [*start.images, *noises]
         x = terms[0][1] if len(terms) == 1 and terms[0][0] == 1 else sum(np.float32(w) * v for w, v in terms)
-        latent = torch.from_numpy(np.asarray(x, np.float32)).to(self.runtime.device)
+        # A copy: images that came as bytes are read-only.
+        latent = torch.from_numpy(np.array(x, np.float32)).to(self.runtime.device)
         return Latent(latent, torch.zeros_like(latent))
 
     def _check(self, chain: Chain) -> None:

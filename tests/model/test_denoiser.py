@@ -335,6 +335,15 @@ def test_measurements_compare_with_their_image() -> None:
             assert error == (x0 - x0_pred).double().square().mean().item()
 
 
+def test_a_chain_may_start_from_an_image_that_is_read_only() -> None:
+    """As those of a job that came as bytes are; torch would warn of it, once in a process."""
+    image = IMAGE.copy()
+    image.flags.writeable = False
+    latent = fake().start(chain(start=InitialLatent(((1.0, image),))))
+    latent.x.add_(1)
+    np.testing.assert_array_equal(image, IMAGE)
+
+
 def test_an_edit_begins_with_the_image_under_noise() -> None:
     latent = fake().start(Chain(EDIT, 7, start=noised(EDIT, IMAGE, 7)))
     ac = SCHEDULE.alphas_cumprod[EDIT.timesteps[0]]
