@@ -83,7 +83,7 @@ class EventStream(EventSourceResponse):
             self._first: SequencedEvent | None = None
             if self._spec is not None:
                 state.engine.submit(self._spec)
-                self._first = await events.first()
+                self._first = await wait_or_disconnect(Request(scope, receive), events.first())
                 if isinstance(self._first.event, Terminal):
                     finished(self._first.event)
             await super().__call__(scope, receive, send)

@@ -180,7 +180,8 @@ def test_errors_below_a_prefix_have_a_form_of_their_own(serve: Serve) -> None:
     toy(client.post("/toy/generate", json={"seed": 7}), 500, "compute_failed")
     server.gate.shut()
     with client.stream("GET", "/stream?preview=none") as running:
-        next(sse(running))
+        events = sse(running)
+        next(events)
         refused = client.post("/toy/generate", json={})
         toy(refused, 429, "queue_full")
         assert int(refused.headers["retry-after"]) >= 1

@@ -47,17 +47,24 @@ def test_a_refused_stream_leaves_nothing_behind(serve: Serve, path: str) -> None
 
 
 def test_a_client_that_vanishes_before_the_first_event_is_noticed(serve: Serve) -> None:
+    """Even inside a step, when the engine announces nothing."""
     server = serve(stream_grace_s=0.05)
     server.gate.shut()
     with server.client.stream("GET", "/stream?num_inference_steps=60&preview=none") as running:
-        next(sse(running))
+        events = sse(running)  # held: once it is collected, its connection is closed
+        first = next(events).data["id"]
+        server.gate.wait_for_arrival(1)
         with socket.create_connection(server.address) as client:
             client.sendall(b"GET /stream?seed=5 HTTP/1.1\r\nHost: x\r\n\r\n")
             until(lambda: streams(server) == 2, "the second stream")
-        until(lambda: streams(server) == 1, "the end of its grace period")
+        until(lambda: streams(server) == 1, "its end")
+        assert server.gate.arrived == 1
+        assert set(server.state.streams._streams) == {first}
         server.gate.allow(1)
         until(lambda: server.metric("ddpm_cancelled_total") == 1, "its cancellation")
+        assert set(server.state.engine._in_flight) == {first}
         server.gate.open()
+        assert [event.name for event in events] == ["completed"]
 
 
 def test_a_job_that_is_not_streamed_cannot_be_resumed(serve: Serve) -> None:
@@ -79,7 +86,8 @@ def test_a_stream_that_cannot_be_sent_is_a_problem_of_its_own(serve: Serve) -> N
     server = serve(max_queue=1)
     server.gate.shut()
     with server.client.stream("GET", "/stream") as running:
-        next(sse(running))
+        events = sse(running)
+        next(events)
         refused = server.client.get("/stream")
         problem(refused, 429, "queue_full")
         assert int(refused.headers["retry-after"]) >= 1

@@ -306,16 +306,16 @@ def halves(size: int = 8, left: int = 0, right: int = 255) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-@pytest.mark.parametrize(("level", "anew"), [(0, False), (127, False), (128, True), (255, True)])
-def test_half_white_is_white_enough(level: int, anew: bool) -> None:
+@pytest.mark.parametrize(("level", "regenerated"), [(0, False), (127, False), (128, True), (255, True)])
+def test_half_white_is_white_enough(level: int, regenerated: bool) -> None:
     _, kept = decode_masked(file(halves()), file(halves(left=level)), GREY)
     assert kept.dtype == bool
     assert kept.shape == (1, 8, 8)
-    assert (kept[0, :, :4] != anew).all()
+    assert (kept[0, :, :4] != regenerated).all()
     assert not kept[0, :, 4:].any()
 
 
-def test_a_transparent_part_is_to_be_made_anew() -> None:
+def test_a_transparent_part_is_regenerated() -> None:
     alpha = np.full((8, 8), 255, np.uint8)
     alpha[2:4] = 0
     mask = Image.merge("LA", (Image.new("L", (8, 8)), Image.fromarray(alpha)))

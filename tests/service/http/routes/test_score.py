@@ -88,10 +88,10 @@ def test_the_picture_is_a_strip_of_guesses(serve: Serve) -> None:
     sheet = opened(response.content)
     assert sheet.size == (9 * SIZE + 8 * 2, 2 * SIZE + 2)
     np.testing.assert_array_equal(np.asarray(sheet)[:SIZE, -SIZE:], picture(0))
-    told = json.loads(sheet.info["parameters"])
+    parameters = json.loads(sheet.info["parameters"])
     scores = ask(server.client, images=2, terms=40)["scores"]
-    assert told["model"] == "tiny"
-    for index, (line, score) in enumerate(zip(told["scores"], scores, strict=True)):
+    assert parameters["model"] == "tiny"
+    for index, (line, score) in enumerate(zip(parameters["scores"], scores, strict=True)):
         assert line["bits_per_dim"] == score["bits_per_dim"]
         for place, (guess, whole) in enumerate(zip(line["guesses"], score["guesses"], strict=True)):
             assert guess == {key: whole[key] for key in ("timestep", "rate", "rmse")}
@@ -153,7 +153,7 @@ def test_it_shares_its_steps_with_other_requests(serve: Serve) -> None:
     assert server.denoiser.widths == [8, *[12] * 4]
 
 
-def test_who_leaves_leaves_the_batch(serve: Serve) -> None:
+def test_client_disconnect_cancels_a_score(serve: Serve) -> None:
     server = serve(stream_grace_s=0)
     server.gate.shut()
     with server.client.stream("POST", "/score", json=body(1), headers=EVENTS) as response:
