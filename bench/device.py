@@ -27,13 +27,12 @@ import torch
 
 from bench.loop import per_second, saturate
 from bench.servers import ROOT, free_port
+from bench.soak import tiny_model
 from model.chain import Chain
 from model.checkpoint import Checkpoint
 from model.denoiser import Denoiser
 from model.runtimes.simulated import SimulatedRuntime
 from model.samplers import build_plan
-from model.schedule import NoiseSchedule
-from model.unet import UNet, UNetConfig
 from service.app import create_app
 from service.engine.engine import Engine
 from service.engine.estimates import StepTimes
@@ -51,20 +50,7 @@ START_S = 60.0
 
 def build(rows: int, step_s: float, size: int) -> tuple[Checkpoint, Warm]:
     """A model whose network is never run, and an engine over the simulated device in its place."""
-    config = UNetConfig(
-        sample_size=size,
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        block_out_channels=(8,),
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention_head_dim=None,
-    )
-    scheduler = {"num_train_timesteps": 1000, "timestep_spacing": "trailing"}
-    schedule = NoiseSchedule.from_diffusers(scheduler)
-    model = Checkpoint("simulated", UNet(config).eval(), schedule, scheduler)
+    model = tiny_model(size, channels=3)
     runtime = SimulatedRuntime(rows, step_s)
     denoiser = Denoiser.of(model, runtime)
     times = ((1, step_s), (rows, step_s))

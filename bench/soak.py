@@ -28,23 +28,24 @@ MEASUREMENTS = 20
 """Of the memory: lines of the table."""
 
 
-def save_tiny(folder: Path) -> None:
-    """Write a network of a few thousand random weights, 8×8 grey images of two classes."""
+def tiny_model(size: int = 8, channels: int = 1, class_names: tuple[str, ...] = ()) -> Checkpoint:
+    """A network of a few thousand random weights; with class names it has a null class too."""
     config = UNetConfig(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
+        sample_size=size,
+        in_channels=channels,
+        out_channels=channels,
         block_out_channels=(8,),
         layers_per_block=1,
         down_block_types=("DownBlock2D",),
         up_block_types=("UpBlock2D",),
         norm_num_groups=4,
         attention_head_dim=None,
-        num_class_embeds=3,
+        num_class_embeds=len(class_names) + 1 if class_names else None,
     )
     scheduler = {"num_train_timesteps": 1000, "beta_schedule": "linear", "timestep_spacing": "trailing"}
     schedule = NoiseSchedule.from_diffusers(scheduler)
-    checkpoint.save(folder, Checkpoint("tiny", UNet(config).eval(), schedule, scheduler, ("a", "b"), 2))
+    null_class = len(class_names) if class_names else None
+    return Checkpoint("tiny", UNet(config).eval(), schedule, scheduler, class_names, null_class)
 
 
 async def request(client: httpx.AsyncClient, number: int) -> None:
@@ -85,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--requests", type=int, default=100_000)
     args = parser.parse_args(arguments)
     with TemporaryDirectory() as folder:
-        save_tiny(Path(folder))
+        checkpoint.save(Path(folder), tiny_model(class_names=("a", "b")))
         # A stream that its client has left is forgotten at once.
         environment = {**Model(Path(folder)).environment("ours"), "DDPM_STREAM_GRACE_S": "0"}
         with running(SERVICE, environment) as server:

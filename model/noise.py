@@ -1,6 +1,6 @@
-"""The noise of a sample: a function of its seed, row and stream, and of nothing else.
+"""The noise of a sample: a function of its seed, step and stream, and of nothing else.
 
-A counter-based generator (Philox, Salmon et al. 2011) keyed by the seed, with row and stream in its counter,
+A counter-based generator (Philox, Salmon et al. 2011) keyed by the seed, with step and stream in its counter,
 gives the bits; NumPy fixes that stream. The bits become normal numbers here and not in a
 library, with additions, multiplications, divisions and square roots only: IEEE 754 fixes those to the
 last bit, while logarithms differ between processors and would let the same seed give other bytes.
@@ -29,11 +29,11 @@ class NoiseStream(IntEnum):
     TIMESTEPS = 2
     """Which timesteps estimate a bound (model/likelihood.py)."""
     PROBABILITY_FLOW = 3
-    """The probability flow (model/evaluation/flow.py): row 0 for Hutchinson's vector, 1 and 2 for images."""
+    """The probability flow (model/evaluation/flow.py): step 0 for Hutchinson's vector, 1 and 2 for images."""
 
 
 START = -1
-"""The row of the starting noise x_T."""
+"""In place of a step: the starting noise x_T."""
 
 MAX_SEED = 2**64 - 1
 
@@ -60,26 +60,26 @@ _FAR_TAIL = (
 Floats = NDArray[np.float64]
 
 
-def normal(seed: int, row: int, shape: Sequence[int], stream: int = NoiseStream.STEP) -> NDArray[np.float32]:
-    """Standard normal noise of a sample's row (START, 0, 1, …): float32 of `shape`.
+def normal(seed: int, step: int, shape: Sequence[int], stream: int = NoiseStream.STEP) -> NDArray[np.float32]:
+    """Standard normal noise of a sample's step (START, 0, 1, …): float32 of `shape`.
 
     seed: 0 … MAX_SEED, else ValueError. stream: a NoiseStream. The same arguments give the same bytes on
     every machine.
     """
-    drawn: NDArray[np.float32] = normals([seed], [row], shape, stream)[0]
+    drawn: NDArray[np.float32] = normals([seed], [step], shape, stream)[0]
     return drawn
 
 
 def normals(
-    seeds: Sequence[int], rows: Sequence[int], shape: Sequence[int], stream: int = NoiseStream.STEP
+    seeds: Sequence[int], steps: Sequence[int], shape: Sequence[int], stream: int = NoiseStream.STEP
 ) -> NDArray[np.float32]:
-    """`normal` of each seed and row, in one pass: [N, *shape] float32, with the same bits."""
+    """`normal` of each seed and step, in one pass: [N, *shape] float32, with the same bits."""
     count = int(np.prod(shape))
     bits = np.empty((len(seeds), count), np.uint64)
-    for i, (seed, row) in enumerate(zip(seeds, rows, strict=True)):
+    for i, (seed, step) in enumerate(zip(seeds, steps, strict=True)):
         if not 0 <= seed <= MAX_SEED:
             raise ValueError(f"a seed is from 0 to {MAX_SEED}, got {seed}")
-        bits[i] = np.random.Philox(key=seed, counter=[0, 0, row + 1, stream]).random_raw(count)
+        bits[i] = np.random.Philox(key=seed, counter=[0, 0, step + 1, stream]).random_raw(count)
     # The top 52 bits, at the middle of their interval: exact in float64, so strictly between 0 and 1.
     uniform = ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
     return inverse_normal_cdf(uniform.ravel()).astype(np.float32).reshape(len(seeds), *shape)

@@ -44,7 +44,7 @@ SERVICE = {
     "service.http.*": (
         "service service.http.* service.tasks.* service.engine.client service.engine.jobs"
         " service.engine.messages service.engine.streams service.errors service.settings service.telemetry"
-        f" model.likelihood model.samplers {HTTP}"
+        f" model.likelihood model.samplers model.sheets {HTTP}"
     ),
     # From a request to a job: no HTTP, and nothing of the engine but what a job is.
     "service.tasks": "",

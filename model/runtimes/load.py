@@ -48,14 +48,14 @@ def load_runtime(
     runtime: RuntimeName = "auto",
     device: str = "auto",
     dtype: Literal["auto"] | DtypeName = "auto",
-    max_rows: int = 16,
+    max_batch_size: int = 16,
     batch_invariant: bool = True,
 ) -> Runtime:
     """Choose and build a runtime. On a CPU `auto` is OpenVINO where installed, else torch.
 
     dtype: `auto` is bfloat16 for OpenVINO on a CPU that has instructions for it, since the evaluation of the
     shipped model shows no loss beyond its noise; else float32. It is float32 too for a network that predicts
-    the posterior mean: x₀ has its error times 1 / c_0, up to thousands. max_rows: the largest batch.
+    the posterior mean: x₀ has its error times 1 / c_0, up to thousands. max_batch_size: the largest batch.
     batch_invariant: pad torch's batches to one shape.
     Raises RuntimeUnavailableError for what this machine cannot run.
     """
@@ -69,6 +69,6 @@ def load_runtime(
         except RuntimeUnavailableError:
             if runtime == "openvino":
                 raise
-    sizes = (max_rows,) if batch_invariant else ()
+    sizes = (max_batch_size,) if batch_invariant else ()
     precision: DtypeName = "float32" if dtype == "auto" else dtype
     return TorchRuntime(model, place, precision, sizes, compiled=runtime == "torch-compile")

@@ -65,9 +65,9 @@ class OpenVinoRuntime:
         """Run one batch of any size. A new size compiles its shapes first, within seconds."""
         return self._run([x, t] if y is None else [x, t, y])
 
-    def prepare(self, widths: Iterable[int]) -> None:
+    def prepare(self, batch_sizes: Iterable[int]) -> None:
         """Compile the shapes of these batches side by side."""
-        sizes = {_shape(-(-width // self.streams)) for width in widths}
+        sizes = {_shape(-(-size // self.streams)) for size in batch_sizes}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             deque(pool.map(self._compiled, sizes))  # raises what went wrong
 

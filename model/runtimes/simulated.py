@@ -38,5 +38,5 @@ class SimulatedRuntime:
         time.sleep(max(0.0, end - time.perf_counter()))
         return out
 
-    def prepare(self, widths: Iterable[int]) -> None:
+    def prepare(self, batch_sizes: Iterable[int]) -> None:
         """Nothing to prepare."""

@@ -53,7 +53,7 @@ class TorchRuntime:
         network = self._graph(size, inputs) if size in self.batch_sizes else self._network
         return network(*inputs)[:rows].float()
 
-    def prepare(self, widths: Iterable[int]) -> None:
+    def prepare(self, batch_sizes: Iterable[int]) -> None:
         """Nothing: eager mode needs none, and compiling several shapes at once would not be quicker."""
 
     def _graph(self, size: int, inputs: Sequence[Tensor]) -> Network:

@@ -1,9 +1,9 @@
 """One step: choose the samples, denoise them, apply what was cancelled meanwhile, commit.
 
 A fault reaches the job that causes it and no other: whatever raises is retried in halves until the culprit
-alone fails, in the network call as well as in what follows it (finiteness, measuring, rendering). Everything
-that can fail comes before the commit. Running out of memory also lowers the batch size for good. Batch
-neighbours of a failed sample continue, bit for bit as without it.
+alone fails, in the network call as well as in what follows it (finiteness, measuring, rendering, the
+hand-over to a next stage). Running out of memory also lowers the batch size for good. Batch neighbours of a
+failed sample continue, bit for bit as without it.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class FatalError(RuntimeError):
 class _Progress:
     """What the engine holds of a job in flight, by sample of its current stage.
 
-    carried: the latents that the previous stage left. results: of finished samples, a picture in the last
-    stage and a latent before it.
+    latents: of samples that have begun; in the last stage, until they are finished. pictures: of finished
+    samples in the last stage. carried: the latents that the previous stage left.
     """
 
     latents: dict[Sample, Latent] = field(default_factory=dict)

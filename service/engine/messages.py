@@ -37,7 +37,7 @@ class AbortAll(Struct, frozen=True):
 
 
 class Drain(Struct, frozen=True):
-    """Stop the engine as soon as nothing is in flight."""
+    """Stop the engine as soon as nothing is in flight. No AddJob follows it."""
 
 
 Command = AddJob | CancelJob | AbortAll | Drain

@@ -30,7 +30,7 @@ class EngineLoop:
             warm = self._build()
             self._engine = warm.engine
             self._send(Ready(warm.info))
-            while not (self._draining and len(self._engine.scheduler) == 0 and self._inbox.empty()):
+            while not (self._draining and len(self._engine.scheduler) == 0):
                 self._tick()
         except Exception:
             logger.exception("the engine has failed")

@@ -6,8 +6,9 @@ import base64
 from typing import Any, Protocol
 
 from model.likelihood import Bound, rmse
+from model.sheets import contact_sheet
 from service.engine.messages import Finished, Measurement, Picture, Pixels, Preview, Queued
-from service.tasks.images import MEDIA_TYPES, contact_sheet, encode
+from service.tasks.images import MEDIA_TYPES, encode
 from service.tasks.sampling import PreparedRequest
 from service.tasks.score import PreparedScore
 

@@ -11,10 +11,8 @@ from typing import Any, Literal
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from model.sheets import contact_sheet, enlarge
+from model.sheets import enlarge
 from service.engine.messages import Pixels
-
-__all__ = ["MEDIA_TYPES", "ImageFormat", "contact_sheet", "encode", "enlarge"]
 
 ImageFormat = Literal["png", "jpeg", "webp"]
 MEDIA_TYPES: dict[ImageFormat, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}

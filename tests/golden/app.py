@@ -69,10 +69,19 @@ def build_app(name: str) -> Any:
     from service.app import create_app
     from service.engine.engine import Engine
     from service.engine.estimates import StepTimes
-    from service.engine.messages import EngineInfo, Invariance
+    from service.engine.jobs import from_frames, to_frames
+    from service.engine.messages import AbortAll, AddJob, CancelJob, EngineInfo, Event, Invariance
     from service.engine.scheduler import Scheduler
     from service.engine.warmup import Warm
     from service.settings import Settings
+
+    class Remote(Engine):
+        """Gets every job as bytes, so that all that is compared holds for jobs that were sent, too."""
+
+        def handle(self, command: AddJob | CancelJob | AbortAll) -> list[Event]:
+            if isinstance(command, AddJob):
+                command = AddJob(from_frames([bytes(frame) for frame in to_frames(command.spec)]))
+            return super().handle(command)
 
     made = MODELS[name]
     scheduler = {"num_train_timesteps": 100, "timestep_spacing": "trailing", **made.scheduler}
@@ -129,7 +138,7 @@ def build_app(name: str) -> Any:
             schedule=model.schedule,
         )
         times = ((1, 0.001), (8, 0.002))
-        engine = Engine(denoiser, Scheduler(8, StepTimes(times), settings.policy))
+        engine = Remote(denoiser, Scheduler(8, StepTimes(times), settings.policy))
         info = EngineInfo(model.name, "golden", "cpu", "float32", 8, times, Invariance((2,), 0.0))
         return Warm(engine, info)
 

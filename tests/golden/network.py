@@ -76,7 +76,7 @@ class Network:
             out = torch.cat((out, spread), 1)
         return out
 
-    def prepare(self, widths: Iterable[int]) -> None:
+    def prepare(self, batch_sizes: Iterable[int]) -> None:
         """Nothing."""
 
 

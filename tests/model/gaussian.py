@@ -35,7 +35,7 @@ class GaussianRuntime:
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         return (self.factors[t].view(-1, 1, 1, 1) * x).to(x.dtype)
 
-    def prepare(self, widths: Iterable[int]) -> None:
+    def prepare(self, batch_sizes: Iterable[int]) -> None:
         pass
 
     def predict_x0(self, x: Tensor, t: Tensor) -> Tensor:

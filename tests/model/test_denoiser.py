@@ -42,7 +42,7 @@ class FakeRuntime:
     def __init__(self) -> None:
         self.calls: list[tuple[Tensor, Tensor, Tensor | None]] = []
 
-    def prepare(self, widths: Iterable[int]) -> None:
+    def prepare(self, batch_sizes: Iterable[int]) -> None:
         """Nothing to prepare."""
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:

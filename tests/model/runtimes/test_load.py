@@ -32,7 +32,7 @@ def test_compiled_torch_agrees_with_eager_torch(tiny: Checkpoint, monkeypatch: p
     # Dynamo without its code generator: what is compiled is right, and the test needs no C++ compiler.
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda net, **options: real(net, backend="aot_eager", **options))
-    runtime = load_runtime(tiny, "torch-compile", "cpu", max_rows=4)
+    runtime = load_runtime(tiny, "torch-compile", "cpu", max_batch_size=4)
     assert (runtime.name, runtime.batch_sizes) == ("torch-compile", (4,))
     expected = TorchRuntime(tiny).forward(*batch(3))
     torch.testing.assert_close(runtime.forward(*batch(3)), expected, rtol=1e-4, atol=1e-4)
@@ -77,7 +77,7 @@ def test_without_openvino_auto_is_torch_at_one_shape(
     tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)  # what makes an import fail
-    runtime = load_runtime(tiny, device="cpu", max_rows=6)
+    runtime = load_runtime(tiny, device="cpu", max_batch_size=6)
     assert isinstance(runtime, TorchRuntime)
     assert (runtime.batch_sizes, runtime.dtype) == ((6,), "float32")
     assert load_runtime(tiny, device="cpu", batch_invariant=False).batch_sizes == ()

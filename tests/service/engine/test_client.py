@@ -15,7 +15,17 @@ from service import __version__
 from service.engine.client import EngineClient, Phase
 from service.engine.estimates import StepTimes
 from service.engine.jobs import JobSpec, Stage
-from service.engine.messages import Cancelled, Event, Failed, Finished, Preview, Queued, Terminal
+from service.engine.messages import (
+    AddJob,
+    Cancelled,
+    Command,
+    Event,
+    Failed,
+    Finished,
+    Preview,
+    Queued,
+    Terminal,
+)
 from service.engine.warmup import Warm
 from service.errors import (
     CancelledError,
@@ -379,6 +389,29 @@ def test_draining_finishes_what_is_in_flight_and_accepts_nothing_new(start: Star
     until(lambda: served.client.phase is Phase.STOPPED)
     with pytest.raises(DrainingError):
         served.client.submit(job_of("later", [4]))
+
+
+def test_no_job_follows_a_drain_into_the_engine(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A drain that comes while a job is handed over waits for it: the engine stops at the drain."""
+    served = start()
+    client, put, order = served.client, served.client._inbox.put, list[str]()
+    drains: list[threading.Thread] = []
+
+    class Inbox:
+        def put(self, command: Command) -> None:
+            if isinstance(command, AddJob):
+                drains.append(threading.Thread(target=client.drain))
+                drains[0].start()
+                drains[0].join(0.2)
+            order.append(type(command).__name__)
+            put(command)
+
+    monkeypatch.setattr(client, "_inbox", Inbox())
+    client.submit(job := job_of("a", [1], steps=2))
+    drains[0].join(PATIENCE_S)
+    assert order == ["AddJob", "Drain"]
+    assert isinstance(served.end_of(job), Finished)
+    assert client.join(PATIENCE_S)
 
 
 def test_draining_an_idle_engine_stops_it(start: Start) -> None:

@@ -111,6 +111,24 @@ def test_step_times_are_learned_from_step_to_step(monkeypatch: pytest.MonkeyPatc
     assert seen == [(1, 5.0), (1, 2.0), (1, 1.0)]
 
 
+def test_the_duration_of_a_step_includes_the_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch returns at once; the results are first read by the check that they are finite."""
+    clock = 0.0
+    monkeypatch.setattr("service.engine.engine.perf_counter", lambda: clock)
+    engine = engine_with(FakeDenoiser(), job_of("a", [1]))
+    check = engine._drop_nonfinite
+
+    def waits(*arguments: Any) -> int:
+        nonlocal clock
+        clock += 5.0
+        return check(*arguments)
+
+    monkeypatch.setattr(engine, "_drop_nonfinite", waits)
+    report = engine.step()
+    assert report is not None
+    assert report.seconds == 5.0
+
+
 # ── A sample that breaks the step ──────────────────────────────────────────────────────────────
 
 

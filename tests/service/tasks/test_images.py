@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from model.sheets import contact_sheet, enlarge
 from service.engine.messages import Pixels
-from service.tasks.images import MEDIA_TYPES, ImageFormat, contact_sheet, encode, enlarge
+from service.tasks.images import MEDIA_TYPES, ImageFormat, encode
 
 PARAMETERS: dict[str, Any] = {"seed": 7, "sampler": "ddim", "class_label": "T-shirt/\u00e9\u4e2d"}
 USER_COMMENT = (0x8769, 0x9286)
