@@ -123,7 +123,7 @@ def prepare_score(request: ScoreRequest, capabilities: ModelCapabilities) -> Pre
         for place, part in enumerate(chunks(choose_timesteps(total, terms, seed + i), count))
     )
     return PreparedScore(
-        spec=job_spec(request, [Stage("measure", chains)], capabilities, "probe"),
+        spec=job_spec(request, [Stage("measure", chains)], capabilities, "measure"),
         parameters={
             "n": len(images),
             "seed": seed,

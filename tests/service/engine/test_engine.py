@@ -326,7 +326,7 @@ def test_previews_and_results_are_the_latents() -> None:
 def measuring_job(seed: int, timesteps: list[int], preview: PreviewKind = "both") -> JobSpec:
     image = np.zeros((1, SIZE, SIZE), np.float32)
     chain = measuring(build_measurement(SCHEDULE, timesteps), image, seed)
-    return JobSpec("measured", "probe", (Stage("measure", (chain,)),), preview=preview)
+    return JobSpec("measured", "measure", (Stage("measure", (chain,)),), preview=preview)
 
 
 def test_a_measurement_shows_what_was_measured_and_leaves_its_last_prediction() -> None:
@@ -481,7 +481,7 @@ def test_samples_are_measured_step_by_step_beside_others() -> None:
     plan = build_measurement(SCHEDULE, [90, 40, 0])
     image = np.zeros((1, SIZE, SIZE), np.float32)
     stage = Stage("measure", tuple(measuring(plan, image, seed) for seed in (1, 2)))
-    spec = JobSpec("measured", "probe", (stage,), preview="x0")
+    spec = JobSpec("measured", "measure", (stage,), preview="x0")
     events = drain(engine_with(FakeDenoiser(), spec, job_of("neighbour", [3], steps=5)))
     (finished,) = (e for e in events if isinstance(e, Finished) and e.job_id == "measured")
     assert [[found.timestep for found in each] for each in finished.measurements] == [[90, 40, 0]] * 2
@@ -543,7 +543,7 @@ def faulty_in(place: str, monkeypatch: pytest.MonkeyPatch) -> JobSpec:
         case "measuring":
             image = np.zeros((1, SIZE, SIZE), np.float32)
             chain = measuring(build_measurement(SCHEDULE, [90, 40, 0]), image, FAULTY)
-            return JobSpec("faulty", "probe", (Stage("measure", (chain,)),))
+            return JobSpec("faulty", "measure", (Stage("measure", (chain,)),))
         case "rendering a preview":
             monkeypatch.setattr(engine_module, "to_pictures", tripping(to_pictures))
             return job_of("faulty", [FAULTY], steps=4, preview="x0")

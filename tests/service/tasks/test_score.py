@@ -167,7 +167,7 @@ def test_defaults_are_reported() -> None:
     made = prepare()
     assert made.parameters.keys() == {"n", "seed", "terms", "class_label", "output_format"}
     assert (made.parameters["n"], made.parameters["terms"]) == (2, T)
-    assert (made.spec.preview, made.spec.sampler) == ("x0", "probe")
+    assert (made.spec.preview, made.spec.sampler) == ("x0", "measure")
     assert prepare(preview_every=3).spec.preview_every == 3
     assert scoring(capabilities()) == {"max_images": 8, "terms": T, "typicality": False}
     assert scoring(capabilities(max_images=4))["max_images"] == 4
