@@ -78,6 +78,9 @@ class EventStream(EventSourceResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream. Raises the refusal of a job that is not accepted."""
         state, job_id = self._state, self._presenter.prepared.spec.id
+        if self._spec is None and state.streams.find(job_id) is None:
+            await Response(status_code=204)(scope, receive, send)  # its grace period has ended just now
+            return
         async with state.streams.subscribe(job_id, self._presenter, state.settings.stream_grace_s) as events:
             self._events: Subscription[EventPresenter | None] = events
             self._first: SequencedEvent | None = None

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from starlette.types import Message
 
 from service.engine.jobs import JobSpec
+from service.http.answers import EventPresenter
+from service.http.respond import EventStream
 from tests.service.fakes import until
 from tests.service.http.test_problems import problem
 from tests.service.live import Serve, Threaded, sse
+from tests.service.tasks.test_sampling import prepare
 
 
 def streams(server: Threaded) -> int:
@@ -78,6 +83,23 @@ def test_a_job_that_is_not_streamed_cannot_be_resumed(serve: Serve) -> None:
         assert resumed.status_code == 204
         server.gate.open()
         assert posted.result().json()["id"] == job_id
+    assert streams(server) == 0
+
+
+def test_a_stream_that_is_forgotten_before_it_is_resumed_is_over(serve: Serve) -> None:
+    """Between the look for it and the answer: nothing would ever come of a new stream under its id."""
+    server = serve()
+    presenter = EventPresenter(prepare({}), "tiny")
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    asyncio.run(EventStream(presenter, server.state)({"type": "http"}, receive, send))
+    assert sent[0]["status"] == 204
     assert streams(server) == 0
 
 
