@@ -1,7 +1,10 @@
-"""One batched reverse step: stack the samples, call the network once, guide, update each by its own plan.
+"""One batched reverse step: gather the samples, call the network once, guide, update each by its own plan.
 
-Three layers, as for any loop: `Denoiser.step` is one step for many samples, `trajectory` a generator of
+Three layers, as for any loop: `Denoiser.launch` is one step for many samples, `trajectory` a generator of
 steps for samples that start together, `generate` the drain of it. The engine uses only the step.
+
+A step is one function of tensors on the device, from the gather out of the slots to the scatter back into
+them, which comes last: a step that fails changes nothing. It is queued and not waited for.
 """
 
 from __future__ import annotations
@@ -16,18 +19,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model import noise
+from model import device_noise, noise
 from model.chain import Chain, Image, InitialLatent
 from model.checkpoint import Checkpoint
 from model.diffusion import vlb_terms
 from model.interpolation import angle_between, spherical
 from model.noise import NoiseStream
-from model.runtimes import Runtime
-from model.samplers import COLUMNS, ROW, Table
+from model.runtimes import Pending, Recorded, Runtime, to_device
+from model.samplers import COEFFICIENTS
 from model.schedule import NoiseSchedule
+from model.state import INTEGERS, Row, Slots, SnapshotKind, pack, place
 
 Columns = Mapping[str, Tensor]
-"""The columns of a batch's rows by name, each [B, 1, 1, 1] float32."""
+"""Of an upload: INTEGERS each [R] int64, COEFFICIENTS each [R, 1, 1, 1] float32."""
+Places = list[int] | slice
+"""Rows that something is done for; all of them where shapes are fixed."""
+ALL = slice(None)
 
 
 @dataclass(slots=True)
@@ -38,6 +45,41 @@ class Latent:
     x0: Tensor
 
 
+@dataclass(slots=True)
+class Stepped:
+    """What a step left, by row of it. pictures: [H, W, C] uint8; arrays: [C, H, W] float32."""
+
+    finite: bool
+    pictures: dict[SnapshotKind, NDArray[np.uint8]]
+    arrays: dict[SnapshotKind, Image]
+
+
+FINE, BROKEN = Stepped(True, {}, {}), Stepped(False, {}, {})
+"""Of rows of which nothing is wanted."""
+
+
+class Launched:
+    """A step on its way."""
+
+    def __init__(self, rows: Sequence[Row], pending: Pending) -> None:
+        self._rows, self._pending = rows, pending
+
+    def read(self) -> list[Stepped]:
+        """Wait for the step. Raises what it raised, or SkippedError; its samples are then as before it."""
+        finite, pixels, values = self._pending.result()
+        pictures, arrays = iter(pixels), iter(values)
+        return [
+            (FINE if fine else BROKEN)
+            if not row.pictures and not row.arrays
+            else Stepped(
+                fine,
+                {kind: next(pictures) for kind in row.pictures},
+                {kind: next(arrays) for kind in row.arrays},
+            )
+            for row, fine in zip(self._rows, finite.tolist(), strict=True)
+        ]
+
+
 class ClassGradient(Protocol):
     """A noise-aware classifier, as guidance needs it."""
 
@@ -45,11 +87,45 @@ class ClassGradient(Protocol):
         """∇ₓ log p(y | x_t): x [B, C, H, W], t and y [B] int64. Returns as x."""
 
 
+class Normals(Protocol):
+    """Noise on the device."""
+
+    def __call__(self, seeds: Tensor, steps: Tensor, stream: NoiseStream) -> Tensor:
+        """[N, C, H, W] float32 for seeds (64 bits as int64) and steps, both [N]."""
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Which rows need what. samples: how many rows are samples; the rest are their unconditional rows.
+
+    lookback: those that use the x₀ prediction of the step before. recorded: whether the step is replayed.
+    """
+
+    samples: int
+    guided: bool
+    lookback: Places
+    noisy: Places
+    known: Places
+    classified: list[int]
+    recorded: bool = False
+
+
+@dataclass(frozen=True)
+class _Updated:
+    """Of the samples of a step: x before it, and x, x₀ and whether they are finite after it."""
+
+    before: Tensor
+    x: Tensor
+    x0: Tensor
+    finite: Tensor
+
+
 class Denoiser:
     """Advances samples by one step of their plans, many in one network call.
 
     shape: (C, H, W) of a sample. null_class: label index of the unconditional branch. conditional: whether
     the network takes labels at all. classifier: for plans with classifier guidance. schedule: for `measure`.
+    normals: where noise comes from, if not from its own place (a benchmark's stand-in).
     A network with 2C outputs predicts its variance in the second C (Nichol & Dhariwal 2021).
     """
 
@@ -62,13 +138,17 @@ class Denoiser:
         null_class: int | None,
         classifier: ClassGradient | None = None,
         schedule: NoiseSchedule | None = None,
+        normals: Normals | None = None,
     ) -> None:
         self.runtime, self.shape = runtime, shape
         self.conditional, self.null_class = conditional, null_class
         self.classifier, self.schedule = classifier, schedule
+        self.slots = Slots(shape, runtime.device)
+        self._normals = normals or _normals(shape, runtime.device)
+        self._recordings: dict[tuple[int, bool], Recorded[_Updated]] = {}
 
     @classmethod
-    def of(cls, model: Checkpoint, runtime: Runtime) -> Denoiser:
+    def of(cls, model: Checkpoint, runtime: Runtime, normals: Normals | None = None) -> Denoiser:
         """The denoiser of a checkpoint whose network `runtime` runs."""
         config = model.unet.config
         classifier = deepcopy(model.classifier)  # like the runtime's network, independent of the caller's
@@ -81,9 +161,19 @@ class Denoiser:
             null_class=model.null_class,
             classifier=classifier,
             schedule=model.schedule,
+            normals=normals,
         )
 
-    def start(self, chain: Chain, carried: Sequence[Image] = ()) -> Latent:
+    def reserve(self, slots: int) -> None:
+        """Have room for so many samples at once."""
+        if self.slots.reserve(slots):
+            self._forget()
+
+    def latent(self, slot: int) -> Latent:
+        """A copy of what a slot holds, once the steps launched so far have been read."""
+        return Latent(self.slots.x[place(slot)].clone(), self.slots.x0[place(slot)].clone())
+
+    def start(self, chain: Chain, carried: Sequence[Image] = ()) -> Image:
         """Where a chain begins: noise from its own seed, or as its `start` says.
 
         carried: the latents that the stage before this one left. Raises ValueError for a label or guidance
@@ -102,10 +192,10 @@ class Denoiser:
             drawn = noise.normals(seeds, [noise.START] * len(seeds), self.shape)
             noises = [(weight, z) for (weight, _), z in zip(start.noises, drawn, strict=True)]
             terms = [*start.images, *noises]
-        x = terms[0][1] if len(terms) == 1 and terms[0][0] == 1 else sum(np.float32(w) * v for w, v in terms)
-        # A copy: images that came as bytes are read-only.
-        latent = torch.from_numpy(np.array(x, np.float32)).to(self.runtime.device)
-        return Latent(latent, torch.zeros_like(latent))
+        if len(terms) == 1 and terms[0][0] == 1:
+            return terms[0][1]
+        weighted = [np.float32(weight) * value for weight, value in terms]
+        return np.asarray(np.sum(weighted, axis=0, dtype=np.float32))
 
     def _check(self, chain: Chain) -> None:
         guided = max(chain.plan.evaluations) == 2
@@ -118,118 +208,211 @@ class Denoiser:
         if chain.plan.table["a_g"].any() and (self.classifier is None or chain.label is None):
             raise ValueError("classifier guidance needs a classifier and a label")
 
-    def step(
-        self, chains: Sequence[Chain], latents: Sequence[Latent], steps: Sequence[int]
-    ) -> Sequence[Latent]:
-        """Run one step of each chain in one network call, of Σ chain.plan.evaluations[step] rows.
+    def launch(self, rows: Sequence[Row]) -> Launched:
+        """Queue one step of each sample in one network call, of Σ chain.plan.evaluations[step] rows."""
+        guided = [index for index, row in enumerate(rows) if row.chain.plan.evaluations[row.step] == 2]
+        used = len(rows) + len(guided)
+        coefficients = np.frombuffer(
+            b"".join([row.chain.plan.coefficients[row.step] for row in rows]), np.float32
+        ).reshape(len(rows), len(COEFFICIENTS))
+        known = [index for index, row in enumerate(rows) if row.chain.known is not None]
+        classified = np.flatnonzero(coefficients[:, COEFFICIENTS.index("a_g")]).tolist()
+        width = 0 if classified else self._width(used)
+        if width:
+            parts = _Parts(width, True, ALL, ALL, ALL if known else [], [], recorded=True)
+        else:
+            lookback, noisy = (_places(coefficients, name) for name in ("c_p", "c_n"))
+            parts = _Parts(len(rows), bool(guided), lookback, noisy, known, classified)
+        upload = torch.from_numpy(pack(rows, coefficients, guided, self.null_class or 0, width or used))
+        return Launched(rows, self.runtime.queue.submit(lambda: self._step(rows, upload, parts)))
 
-        Returns new latents, in order. The given ones are untouched, so a failed or cancelled step changes
-        nothing.
-        """
-        x = torch.stack([latent.x for latent in latents])
-        previous = torch.stack([latent.x0 for latent in latents])
-        table = np.array([chain.plan.table[step] for chain, step in zip(chains, steps, strict=True)], ROW)
-        t = torch.from_numpy(table["t"].astype(np.int64)).to(self.runtime.device)
-        columns = self._columns(table)
-        out, variance_frac = self._guided(x, chains, t, table["w"], columns["w"])
+    def _width(self, used: int) -> int:
+        """Rows of the recorded step that these fit into; 0 where steps are not recorded."""
+        if self.runtime.device.type != "cuda":
+            return 0
+        return next((size for size in self.runtime.batch_sizes if size >= used), 0)
 
-        x0_pred = columns["a_x"] * x + columns["a_o"] * out
-        classifier_guided = np.flatnonzero(table["a_g"]).tolist()
-        if classifier_guided:
-            gradient = self._class_gradient(x, chains, t, classifier_guided)
-            x0_pred[classifier_guided] += columns["a_g"][classifier_guided] * gradient
-        x0 = torch.clamp(x0_pred, -columns["clip"], columns["clip"])
-        x = columns["c_x"] * x + columns["c_0"] * x0 + columns["c_p"] * previous
-        noisy = np.flatnonzero(table["c_n"]).tolist()
-        if noisy:
-            scale = columns["c_n"][noisy]
+    def recover(self) -> None:
+        """Step again after one has failed. What was launched before this stays skipped."""
+        self.runtime.queue.recover()
+
+    @torch.inference_mode()
+    def _step(self, rows: Sequence[Row], upload: Tensor, parts: _Parts) -> Sequence[Tensor]:
+        """The whole step: (finite [B], pictures [P, H, W, C], arrays [A, C, H, W])."""
+        self.reserve(1 + max(row.slot for row in rows))
+        self._begin([row for row in rows if row.step == 0])
+        if parts.recorded:
+            done = self._recorded(parts, upload)(upload)
+        else:
+            done = self._update(to_device(upload, self.runtime.device), parts)
+        try:
+            shown = render(_picked(done, rows, [row.pictures for row in rows]))
+            kept = _picked(done, rows, [row.arrays for row in rows])
+        except Exception as error:  # the step counts, so it must not be tried again
+            raise torch.AcceleratorError(f"the results cannot be picked out: {error}") from error
+        return done.finite[: len(rows)], shown, kept
+
+    def _recorded(self, parts: _Parts, upload: Tensor) -> Recorded[_Updated]:
+        key = parts.samples, parts.known == ALL
+        if any(width not in self.runtime.batch_sizes for width, _ in self._recordings):
+            self._forget()  # all of them, since they share what memory the largest takes
+        if key not in self._recordings:
+            harmless = upload.clone()
+            harmless[:, INTEGERS.index("target")] = 0
+            # Steps run one after the other, and what is wanted of one is copied before the next.
+            beside = next(iter(self._recordings.values()), None)
+            self._recordings[key] = Recorded(lambda given: self._update(given, parts), harmless, beside)
+        return self._recordings[key]
+
+    def _forget(self) -> None:
+        """Free the recordings, once none of them is running."""
+        if self._recordings:
+            torch.cuda.synchronize()
+            self._recordings.clear()
+
+    def _begin(self, rows: Sequence[Row]) -> None:
+        """Put samples that begin into their slots."""
+        slots = self.slots
+        for row in rows:
+            self._check(row.chain)
+            slots.know(row.slot, row.chain.known)
+            if row.chain.start is not None:
+                slots.put(row.slot, self.start(row.chain, row.carried))
+        plain = [row for row in rows if row.chain.start is None]
+        if plain:
+            drawn = device_noise.as_int64([row.chain.seed for row in plain]), _places_of(plain)
+            seeds, places = to_device(torch.stack(drawn), slots.device)
+            steps = torch.full_like(seeds, noise.START)
+            slots.x.index_copy_(0, places, self._normals(seeds, steps, NoiseStream.STEP))
+        if rows:  # whatever was there, NaN included
+            slots.x0.index_fill_(0, to_device(_places_of(rows), slots.device), 0.0)
+
+    def _update(self, upload: Tensor, parts: _Parts) -> _Updated:
+        """Gather, network, guidance, update, scatter. upload: as `pack` made it, on the device."""
+        slots, count = self.slots, parts.samples
+        columns = _columns(upload)
+        target = columns["target"][:count]
+        x = slots.x.index_select(0, columns["source"])
+        y = columns["y"] if self.conditional else None
+        out, variance_frac = self._split(self.runtime.forward(x, columns["t"], y))
+        before, columns = x[:count], {name: column[:count] for name, column in columns.items()}
+        if parts.guided:
+            unconditional = out[columns["pair"]]
+            out = unconditional + columns["w"] * (out[:count] - unconditional)
+        else:
+            out = out[:count]
+        # In place wherever it can be: on a processor memory is what this takes.
+        x0 = columns["a_x"] * before
+        term = columns["a_o"] * out
+        x0 += term
+        if parts.classified:
+            x0[parts.classified] += self._class_term(before, columns, parts.classified)
+        torch.minimum(x0, columns["clip"], out=x0)
+        torch.maximum(x0, -columns["clip"], out=x0)
+        new = columns["c_x"] * before
+        new += torch.mul(columns["c_0"], x0, out=term)
+        if some := parts.lookback:
+            new[some] += columns["c_p"][some] * slots.x0.index_select(0, target[some])
+        if some := parts.noisy:
+            scale = columns["c_n"][some]
             if variance_frac is not None:
-                scale = scale * torch.exp(columns["c_v"][noisy] * variance_frac[noisy])
-            x[noisy] += scale * self._noise([chains[i] for i in noisy], [steps[i] for i in noisy])
-        self._put_known(x, chains, steps, columns)
-        return [Latent(*state) for state in zip(x.unbind(), x0.unbind(), strict=True)]
+                scale = scale * torch.exp(columns["c_v"][some] * variance_frac[:count][some])
+            z = self._normals(columns["seed"][some], columns["step"][some], NoiseStream.STEP)
+            new[some] += z.mul_(scale)
+        if parts.known:
+            new[parts.known] = self._with_known(new, columns, parts.known)
+        # Not finite if any value of either is not; one pass over each.
+        finite = torch.add(new, x0, out=term).flatten(1).sum(1).isfinite()
+        slots.x.index_copy_(0, target, new)
+        slots.x0.index_copy_(0, target, x0)
+        return _Updated(before, new, x0, finite)
 
     def measure(
-        self, chains: Sequence[Chain], latents: Sequence[Latent], steps: Sequence[int]
+        self, chains: Sequence[Chain], steps: Sequence[int], x0_preds: Sequence[Image]
     ) -> list[tuple[float, float]]:
-        """What these steps, just run, found about known images: (bits per dimension, squared error) of each.
+        """What these steps found about known images: (bits per dimension, squared error) of each.
 
-        The bits are L_t with the schedule's variance, the small one where it is learned; the mean squared
-        error is that of the x₀ prediction, in [-1, 1].
+        x0_preds: their x₀ predictions. The bits are L_t with the schedule's variance, the small one where it
+        is learned; the mean squared error is that of the x₀ prediction, in [-1, 1].
         """
         assert self.schedule is not None
         known = [chain.known for chain in chains if chain.known is not None]
         image = torch.from_numpy(np.stack([each.image for each in known]))
-        x0_pred = torch.stack([latent.x0 for latent in latents]).cpu()  # not every device has float64
+        x0_pred = torch.from_numpy(np.stack(x0_preds))
         t = torch.tensor([chain.plan.timesteps[step] for chain, step in zip(chains, steps, strict=True)])
         bits = vlb_terms(self.schedule, image, x0_pred, t, self.schedule.variance_type)
         errors = (image - x0_pred).double().square().flatten(1).mean(1)
         return list(zip(bits.tolist(), errors.tolist(), strict=True))
 
-    def _guided(
-        self, x: Tensor, chains: Sequence[Chain], t: Tensor, w: NDArray[np.float64], scale: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """(output, position between the small variance and the large one, 0 to 1, if predicted) per sample.
-
-        The output of guided samples is combined from two rows of the same call.
-        """
-        guided = np.flatnonzero(w != 1).tolist()
-        device = self.runtime.device
-        y: Tensor | None = None
-        if self.conditional:
-            null = self.null_class if self.null_class is not None else 0
-            labels = [null if chain.label is None else chain.label for chain in chains]
-            y = torch.tensor(labels + [null] * len(guided), device=device)
-        if not guided:
-            return self._split(self.runtime.forward(x, t, y))
-        source = torch.tensor([*range(len(chains)), *guided], device=device)
-        out, variance_frac = self._split(self.runtime.forward(x[source], t[source], y))
-        # A copy: the runtime's output may be an inference tensor, which must not be written to.
-        conditional, unconditional = out[: len(chains)].clone(), out[len(chains) :]
-        conditional[guided] = unconditional + scale[guided] * (conditional[guided] - unconditional)
-        return conditional, None if variance_frac is None else variance_frac[: len(chains)]
-
     def _split(self, out: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(output, position between the small variance and the large one, 0 to 1, if predicted)."""
         channels = self.shape[0]
         if out.shape[1] == channels:
             return out, None
         return out[:, :channels], (out[:, channels:] + 1) / 2
 
-    def _class_gradient(self, x: Tensor, chains: Sequence[Chain], t: Tensor, guided: Sequence[int]) -> Tensor:
-        assert self.classifier is not None  # `start` has checked this
-        labels = torch.tensor([chains[i].label for i in guided], device=self.runtime.device)
-        return self.classifier.gradient(x[guided], t[guided], labels)
+    def _class_term(self, x: Tensor, columns: Columns, some: list[int]) -> Tensor:
+        assert self.classifier is not None  # `_check` has seen to this
+        gradient = self.classifier.gradient(x[some], columns["t"][some], columns["y"][some])
+        return columns["a_g"][some] * gradient
 
-    def _put_known(self, x: Tensor, chains: Sequence[Chain], steps: Sequence[int], columns: Columns) -> None:
-        """Set known pixels, in place, to the forward process's at the end of the step."""
-        known = {i: chain.known for i, chain in enumerate(chains) if chain.known is not None}
-        if not known:
-            return
-        at, device = list(known), self.runtime.device
-        image = torch.from_numpy(np.stack([each.image for each in known.values()])).to(device)
-        mask = torch.from_numpy(np.stack([np.broadcast_to(each.mask, self.shape) for each in known.values()]))
-        z = self._noise([chains[i] for i in at], [steps[i] for i in at], NoiseStream.KNOWN_PIXELS)
-        x[at] = torch.where(mask.to(device), columns["k_0"][at] * image + columns["k_n"][at] * z, x[at])
+    def _with_known(self, x: Tensor, columns: Columns, some: Places) -> Tensor:
+        """Where pixels are known, the forward process's at the end of the step."""
+        assert self.slots.image is not None
+        assert self.slots.mask is not None
+        place = columns["source"][some]
+        z = self._normals(columns["seed"][some], columns["step"][some], NoiseStream.KNOWN_PIXELS)
+        known = columns["k_0"][some] * self.slots.image[place] + columns["k_n"][some] * z
+        return torch.where(self.slots.mask[place], known, x[some])
 
-    def _columns(self, table: Table) -> Columns:
-        """Rows [B] of ROW → their columns on the device."""
-        values = table.view(np.float64).reshape(len(table), len(COLUMNS)).astype(np.float32)
-        columns = torch.from_numpy(values).to(self.runtime.device)[..., None, None, None].unbind(1)
-        return dict(zip(COLUMNS, columns, strict=True))
 
-    def _noise(
-        self, chains: Sequence[Chain], steps: Sequence[int], stream: NoiseStream = NoiseStream.STEP
-    ) -> Tensor:
-        drawn = noise.normals([chain.seed for chain in chains], steps, self.shape, stream)
-        return torch.from_numpy(drawn).to(self.runtime.device)
+def _normals(shape: tuple[int, int, int], device: torch.device) -> Normals:
+    """The noise of samples, drawn where it is needed: the same bits anywhere."""
+
+    def on_processor(
+        seeds: Tensor, steps: Tensor, stream: NoiseStream
+    ) -> Tensor:  # NumPy is the sooner there
+        keys = seeds.numpy().view(np.uint64).tolist()
+        return torch.from_numpy(noise.normals(keys, steps.tolist(), shape, stream))
+
+    if device.type == "cpu":
+        return on_processor
+    table = device_noise.table(device)
+    return lambda seeds, steps, stream: device_noise.normals(seeds, steps, shape, stream, table)
+
+
+def _places_of(rows: Sequence[Row]) -> Tensor:
+    """[N] int64, in host memory."""
+    return torch.tensor([place(row.slot) for row in rows])
+
+
+def _places(coefficients: NDArray[np.float32], name: str) -> Places:
+    """The rows that have a coefficient."""
+    some = np.flatnonzero(coefficients[:, COEFFICIENTS.index(name)]).tolist()
+    return ALL if len(some) == len(coefficients) else some
+
+
+def _columns(upload: Tensor) -> dict[str, Tensor]:
+    integers = dict(zip(INTEGERS, upload[:, : len(INTEGERS)].unbind(1), strict=True))
+    floats = upload.view(torch.float32)[:, 2 * len(INTEGERS) :, None, None, None].unbind(1)
+    return integers | dict(zip(COEFFICIENTS, floats, strict=False))
+
+
+def _picked(done: _Updated, rows: Sequence[Row], kinds: Sequence[Sequence[SnapshotKind]]) -> Tensor:
+    """The asked-for tensors of each row, in order: [N, C, H, W]."""
+    of = {"x0": done.x0, "xt": done.x, "before": done.before}
+    wanted = [of[kind][index] for index in range(len(rows)) for kind in kinds[index]]
+    return torch.stack(wanted) if wanted else done.x[:0]
 
 
 def trajectory(denoiser: Denoiser, chains: Sequence[Chain]) -> Iterator[Sequence[Latent]]:
-    """Run chains with plans of one length side by side, yielding the latents after every step."""
-    latents: Sequence[Latent] = [denoiser.start(chain) for chain in chains]
+    """Run chains with plans of one length side by side, yielding the latents after every step.
+
+    It uses the first slots of the denoiser: one trajectory at a time.
+    """
     for step in range(len(chains[0].plan)):
-        latents = denoiser.step(chains, latents, [step] * len(chains))
-        yield latents
+        denoiser.launch([Row(chain, slot, step) for slot, chain in enumerate(chains)]).read()
+        yield [denoiser.latent(slot) for slot in range(len(chains))]
 
 
 def generate(denoiser: Denoiser, chains: Sequence[Chain]) -> Tensor:
@@ -242,5 +425,13 @@ def generate(denoiser: Denoiser, chains: Sequence[Chain]) -> Tensor:
 
 def to_pixels(x: Tensor) -> NDArray[np.uint8]:
     """Samples as 8-bit images: [..., C, H, W] in [-1, 1], clamped → the same shape, uint8 in [0, 255]."""
-    levels = ((x.clamp(-1, 1) + 1) * 127.5).round()
-    return np.asarray(levels.to(torch.uint8).cpu().numpy())
+    return np.asarray(_levels(x).cpu().numpy())
+
+
+def render(x: Tensor) -> Tensor:
+    """The same as pictures, on the device: [B, C, H, W] → [B, H, W, C] uint8."""
+    return _levels(x).permute(0, 2, 3, 1).contiguous()
+
+
+def _levels(x: Tensor) -> Tensor:
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -30,7 +30,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,8 @@ from model.schedule import Array, NoiseSchedule, Spacing, VarianceType
 COLUMNS = ("t", "a_x", "a_o", "a_g", "w", "clip", "c_x", "c_0", "c_p", "c_n", "c_v", "k_0", "k_n")
 ROW = np.dtype([(name, np.float64) for name in COLUMNS])
 """A row of a plan: one step of one sample."""
+COEFFICIENTS = COLUMNS[1:]
+"""The columns that the update computes with, as float32."""
 Table = NDArray[np.void]
 
 
@@ -58,25 +60,61 @@ class Plan:
         return len(self.table)
 
     @cached_property
+    def _derived(self) -> _Derived:
+        return _derived(self.table.tobytes())
+
+    @property
     def timesteps(self) -> tuple[int, ...]:
         """The timestep of each step."""
-        return tuple(int(t) for t in self.table["t"])
+        return self._derived.timesteps
 
-    @cached_property
+    @property
     def evaluations(self) -> tuple[int, ...]:
         """Network evaluations that each step costs: 2 where it is guided by a null class, else 1."""
-        return tuple(2 if w != 1 else 1 for w in self.table["w"])
+        return self._derived.evaluations
 
-    @cached_property
+    @property
     def remaining(self) -> tuple[int, ...]:
         """Network evaluations from each step to the end, and 0 after the last: [steps + 1]."""
-        return (*np.cumsum(self.evaluations[::-1])[::-1].tolist(), 0)
+        return self._derived.remaining
+
+    @cached_property
+    def coefficients(self) -> tuple[bytes, ...]:
+        """Those of each step as len(COEFFICIENTS) float32: rows of many plans are put together in no time."""
+        return _coefficients(self.table.tobytes())
 
     def unclipped(self) -> Plan:
         """The same without a bound on x₀."""
         table = self.table.copy()
         table["clip"] = math.inf
         return replace(self, table=table)
+
+
+@dataclass(frozen=True)
+class _Derived:
+    """What a plan's properties say, by step."""
+
+    timesteps: tuple[int, ...]
+    evaluations: tuple[int, ...]
+    remaining: tuple[int, ...]
+
+
+@lru_cache(maxsize=256)
+def _derived(content: bytes) -> _Derived:
+    """The same for equal tables: each request that comes as bytes has a copy of its own."""
+    table = np.frombuffer(content, ROW)
+    evaluations = tuple(2 if w != 1 else 1 for w in table["w"].tolist())
+    return _Derived(
+        tuple(int(t) for t in table["t"].tolist()),
+        evaluations,
+        (*np.cumsum(evaluations[::-1])[::-1].tolist(), 0),
+    )
+
+
+@lru_cache(maxsize=256)
+def _coefficients(content: bytes) -> tuple[bytes, ...]:
+    values = np.frombuffer(content, np.float64).reshape(-1, len(COLUMNS))
+    return tuple(row.tobytes() for row in values[:, 1:].astype(np.float32))
 
 
 @dataclass(frozen=True)

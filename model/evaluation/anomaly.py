@@ -99,7 +99,8 @@ def measure(
         part = range(start, min(start + batch, len(x0)))
         chains = [measuring(build_measurement(schedule, chosen[i].tolist()), x0[i], seed + i) for i in part]
         for row, latents in enumerate(trajectory(denoiser, chains)):
-            values = denoiser.measure(chains, latents, [row] * len(chains))
+            predictions = [latent.x0.cpu().numpy() for latent in latents]
+            values = denoiser.measure(chains, [row] * len(chains), predictions)
             found[:, part.start : part.stop, row] = np.transpose(values)
             tick(len(chains))
     prior = np.array([likelihood.prior_bits(schedule, image) for image in x0])

@@ -80,7 +80,7 @@ def trajectory_strip(
     plan = build_plan(model.schedule, sampler, steps, guidance=Guidance(guidance_scale))
     chains = [Chain(plan, seed + i, label) for i, label in enumerate(labels)]
     shown = np.unique(np.linspace(0, steps - 1, columns).round().astype(int))
-    x = torch.stack([denoiser.start(chain).x for chain in chains])
+    x = torch.from_numpy(np.stack([denoiser.start(chain) for chain in chains]))
     moments = []
     for row, latents in enumerate(trajectory(denoiser, chains)):
         if row in shown:

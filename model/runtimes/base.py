@@ -8,6 +8,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from model.runtimes.queues import Queue
+
 DtypeName = Literal["float32", "bfloat16", "float16"]
 RuntimeName = Literal["auto", "torch", "torch-compile", "openvino"]
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -24,6 +26,10 @@ class Runtime(Protocol):
     dtype: DtypeName
     device: torch.device
     batch_sizes: tuple[int, ...]
+
+    @property
+    def queue(self) -> Queue:
+        """Where steps run."""
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """x: [B, C, H, W] float32; t: [B] int64; y: [B] int64 or None. Returns [B, C_out, H, W] float32."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from model.checkpoint import Checkpoint
 from model.runtimes.base import DtypeName, RuntimeUnavailableError, pad
 from model.runtimes.lowering import REWRITES, Rewrites, lowered, to_graph
+from model.runtimes.queues import ThreadQueue
 
 
 class OpenVinoRuntime:
@@ -48,6 +49,7 @@ class OpenVinoRuntime:
         self.device = torch.device("cpu")
         self.dtype: DtypeName = ("bfloat16" if native else "float32") if dtype == "auto" else dtype
         self.batch_sizes: tuple[int, ...] = ()
+        self.queue = ThreadQueue()
         config = model.unet.config
         image = config.in_channels, config.sample_size, config.sample_size
         self._row_shapes = [image, (), ()] if config.num_class_embeds is not None else [image, ()]

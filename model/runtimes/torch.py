@@ -1,4 +1,4 @@
-"""The network in PyTorch; on CUDA recorded as CUDA graphs."""
+"""The network in PyTorch."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from model.checkpoint import Checkpoint
 from model.runtimes.base import TORCH_DTYPES, DtypeName, pad
+from model.runtimes.queues import queue_of
 
 Network = Callable[..., Tensor]
 """(x, t) or (x, t, y) → the network's output."""
@@ -18,8 +19,12 @@ Network = Callable[..., Tensor]
 class TorchRuntime:
     """The network in PyTorch, on CUDA, MPS or CPU; eager, or compiled by torch.compile.
 
-    On CUDA every shape of `batch_sizes` is recorded once as a CUDA graph and then replayed, which saves
-    the launches of single kernels. Compiling takes a minute or so for each shape, at its first call.
+    On CUDA a whole step of each shape of `batch_sizes` is recorded (`model/denoiser.py`). Compiling takes a
+    minute or so for each shape, at its first call.
+
+    tf32: whether a CUDA device may multiply float32 values rounded to 10 bits of mantissa, several times as
+    fast: the images look alike, but differ from those of float32 elsewhere. Torch knows one such choice for
+    a process, and one current device; the latest runtime's count.
     """
 
     def __init__(
@@ -30,17 +35,25 @@ class TorchRuntime:
         batch_sizes: Sequence[int] = (),
         *,
         compiled: bool = False,
+        tf32: bool = False,
     ) -> None:
         self.name = "torch-compile" if compiled else "torch"
         self.device = torch.device(device)
         self.dtype = dtype
         self.batch_sizes = tuple(sorted(batch_sizes))
+        if self.device.type == "cuda":
+            if self.device.index is not None:
+                torch.cuda.set_device(self.device)  # streams, graphs and Triton's kernels have no other
+            torch.set_float32_matmul_precision("high" if tf32 else "highest")
+            # Of convolutions torch allows it unless told otherwise. Not by `conv.fp32_precision`: whoever
+            # then asks for `allow_tf32`, as torch's compiler does, gets an error.
+            torch.backends.cudnn.allow_tf32 = tf32
         # A copy, so that neither the dtype nor the device of the caller's network changes.
         self.unet = deepcopy(model.unet).to(self.device, TORCH_DTYPES[dtype]).eval().requires_grad_(False)
         if self.device.type == "cuda" or compiled:
             self.unet = self.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._network: Network = torch.compile(self.unet, dynamic=False) if compiled else self.unet
-        self._graphs: dict[int, _CudaGraph] = {}
+        self.queue = queue_of(self.device)
 
     @torch.inference_mode()
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
@@ -50,41 +63,7 @@ class TorchRuntime:
         inputs = [
             pad(values, size) for values in (x.to(TORCH_DTYPES[self.dtype]), t, y) if values is not None
         ]
-        network = self._graph(size, inputs) if size in self.batch_sizes else self._network
-        return network(*inputs)[:rows].float()
+        return self._network(*inputs)[:rows].float()
 
     def prepare(self, batch_sizes: Iterable[int]) -> None:
         """Nothing: eager mode needs none, and compiling several shapes at once would not be quicker."""
-
-    def _graph(self, size: int, inputs: Sequence[Tensor]) -> Network:
-        """On CUDA the recorded call of `size` rows; recordings of sizes no longer in use are freed."""
-        if self.device.type != "cuda":
-            return self._network
-        if size not in self._graphs:
-            self._graphs = {n: graph for n, graph in self._graphs.items() if n in self.batch_sizes}
-            self._graphs[size] = _CudaGraph(self._network, inputs)
-        return self._graphs[size]
-
-
-class _CudaGraph:
-    """A call of the network at one shape, recorded and then replayed."""
-
-    def __init__(self, network: Network, inputs: Sequence[Tensor]) -> None:
-        self._inputs = [values.clone() for values in inputs]
-        # Libraries choose and allocate in their first calls, which a recording must not contain.
-        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(3):
-                network(*self._inputs)
-        torch.cuda.current_stream().wait_stream(aside)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._output = network(*self._inputs)
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        """The output for new inputs of the same shapes, in memory of its own."""
-        for kept, values in zip(self._inputs, inputs, strict=True):
-            kept.copy_(values)
-        self._graph.replay()
-        return self._output.clone()

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from model.runtimes import DtypeName
+from model.runtimes import DtypeName, ThreadQueue
 from model.schedule import NoiseSchedule
 
 Floats = NDArray[np.float64]
@@ -28,6 +28,7 @@ class GaussianRuntime:
 
     def __init__(self, schedule: NoiseSchedule) -> None:
         self.device = torch.device("cpu")
+        self.queue = ThreadQueue()
         self.schedule = schedule
         ac = torch.from_numpy(schedule.alphas_cumprod)
         self.factors = (1 - ac).sqrt() / (ac * self.variance + 1 - ac)

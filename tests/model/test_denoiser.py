@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from model import denoiser as module
 from model import noise
 from model.chain import Chain, InitialLatent, KnownPixels, SphericalMix, from_pixels, measuring, noised
 from model.checkpoint import Checkpoint
-from model.denoiser import Denoiser, Latent, generate, to_pixels, trajectory
+from model.denoiser import ALL, Denoiser, Latent, _Parts, generate, render, to_pixels, trajectory
 from model.diffusion import vlb_terms
 from model.interpolation import angle_between, spherical
 from model.noise import NoiseStream
-from model.runtimes import DtypeName, OpenVinoRuntime, TorchRuntime
+from model.runtimes import DtypeName, OpenVinoRuntime, SkippedError, ThreadQueue, TorchRuntime
 from model.samplers import (
     Guidance,
     build_inversion,
@@ -25,6 +26,7 @@ from model.samplers import (
     build_repaint,
 )
 from model.schedule import NoiseSchedule, linear_betas
+from model.state import Row, pack
 from tests.model.conftest import randomise, tiny_checkpoint, tiny_classifier
 
 SHAPE = (1, 8, 8)
@@ -40,6 +42,7 @@ class FakeRuntime:
     batch_sizes: tuple[int, ...] = ()
 
     def __init__(self) -> None:
+        self.queue = ThreadQueue()
         self.calls: list[tuple[Tensor, Tensor, Tensor | None]] = []
 
     def prepare(self, batch_sizes: Iterable[int]) -> None:
@@ -101,19 +104,15 @@ def run_alone(denoiser: Denoiser, one: Chain) -> list[Latent]:
 def run_staggered(denoiser: Denoiser, chains: Sequence[Chain]) -> list[list[Latent]]:
     """As the engine does: chain i joins at step i, each leaves when done, and the order keeps changing."""
     histories: list[list[Latent]] = [[] for _ in chains]
-    latents = [denoiser.start(one) for one in chains]
     for now in range(100):
         running = [i for i, one in enumerate(chains) if now >= i and len(histories[i]) < len(one.plan)]
         if not running and now >= len(chains):
             return histories
         if now % 2:
             running.reverse()
-        stepped = denoiser.step(
-            [chains[i] for i in running], [latents[i] for i in running], [len(histories[i]) for i in running]
-        )
-        for i, latent in zip(running, stepped, strict=True):
-            latents[i] = latent
-            histories[i].append(latent)
+        denoiser.launch([Row(chains[i], i, len(histories[i])) for i in running]).read()
+        for i in running:
+            histories[i].append(denoiser.latent(i))
     raise AssertionError("never done")
 
 
@@ -178,23 +177,32 @@ def test_an_unconditional_network_gets_no_labels() -> None:
 
 
 def test_start_is_the_starting_noise() -> None:
-    latent = fake().start(chain(seed=9))
-    np.testing.assert_array_equal(latent.x.numpy(), noise.normal(9, -1, SHAPE))
-    assert not latent.x0.any()
+    np.testing.assert_array_equal(fake().start(chain(seed=9)), noise.normal(9, -1, SHAPE))
+
+
+def test_a_sample_begins_with_its_chain_whatever_its_slot_held() -> None:
+    denoiser = fake()
+    denoiser.reserve(1)
+    alone = run_alone(denoiser, chain("dpmpp_2m", seed=3))
+    denoiser.slots.x.fill_(torch.nan)
+    denoiser.slots.x0.fill_(torch.nan)
+    for before, after in zip(alone, run_alone(denoiser, chain("dpmpp_2m", seed=3)), strict=True):
+        assert torch.equal(before.x, after.x)
 
 
 def test_a_guided_step_combines_two_plain_calls() -> None:
     denoiser = fake()
     guided = chain(seed=1, steps=1, label=2, guidance_scale=2.5)
-    latent = denoiser.start(guided)
-    x0 = denoiser.step([guided], [latent], [0])[0].x0
+    denoiser.launch([Row(guided, 0, 0)]).read()
+    x0 = denoiser.latent(0).x0
 
+    x = torch.from_numpy(denoiser.start(guided))
     runtime, t = FakeRuntime(), torch.tensor([999])
-    y_out = runtime.forward(latent.x[None], t, torch.tensor([2]))[0]
-    null_out = runtime.forward(latent.x[None], t, torch.tensor([3]))[0]
+    y_out = runtime.forward(x[None], t, torch.tensor([2]))[0]
+    null_out = runtime.forward(x[None], t, torch.tensor([3]))[0]
     out = null_out + 2.5 * (y_out - null_out)
     ac = SCHEDULE.alphas_cumprod[999]
-    expected = (latent.x - (1 - ac) ** 0.5 * out) / ac**0.5
+    expected = (x - (1 - ac) ** 0.5 * out) / ac**0.5
     torch.testing.assert_close(x0, expected.float().clamp(-1, 1), rtol=1e-4, atol=1e-4)
 
 
@@ -207,7 +215,9 @@ def test_one_call_per_step_with_a_row_more_for_each_guided_sample() -> None:
         chain(label=2, guidance_scale=0.5),
     ]
     assert [one.plan.evaluations[0] for one in chains] == [1, 2, 1, 2]
-    denoiser.step(chains, [denoiser.start(one) for one in chains], [0, 3, 1, 0])
+    denoiser.launch(
+        [Row(one, i, step) for i, (one, step) in enumerate(zip(chains, [0, 3, 1, 0], strict=True))]
+    ).read()
     assert isinstance(denoiser.runtime, FakeRuntime)
     ((x, t, y),) = denoiser.runtime.calls
     assert len(x) == sum(one.plan.evaluations[0] for one in chains)
@@ -218,17 +228,107 @@ def test_one_call_per_step_with_a_row_more_for_each_guided_sample() -> None:
     assert t.tolist() == [*timesteps, timesteps[1], timesteps[3]]
 
 
-def test_a_step_leaves_what_it_was_given_alone() -> None:
+class Failing(FakeRuntime):
+    """Raises as often as it is told to."""
+
+    failures = 0
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        if self.failures:
+            self.failures -= 1
+            raise ValueError("broken")
+        return super().forward(x, t, y)
+
+
+def test_a_step_that_fails_changes_nothing_and_is_not_built_on() -> None:
+    runtime = Failing()
+    denoiser = Denoiser(runtime, SHAPE, conditional=True, null_class=3)
+    rows = [Row(one, i, 1) for i, one in enumerate(MIXED) if len(one.plan) > 1]
+    for row in rows:
+        denoiser.launch([replace(row, step=0)]).read()
+    kept = [denoiser.latent(row.slot) for row in rows]
+    runtime.failures = 1
+    failed, behind = denoiser.launch(rows), denoiser.launch(rows)
+    with pytest.raises(ValueError, match="broken"):
+        failed.read()
+    denoiser.recover()
+    again = denoiser.launch(rows)
+    with pytest.raises(SkippedError):
+        behind.read()
+    again.read()
+    for row, before in zip(rows, kept, strict=True):
+        assert not torch.equal(denoiser.latent(row.slot).x, before.x)
+        expected = run_alone(fake(), row.chain)[1]  # one step further, not two
+        assert torch.equal(denoiser.latent(row.slot).x, expected.x)
+
+
+def test_a_step_whose_results_are_lost_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its samples have moved on: a second time would move them twice."""
+
+    def full(_: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("no room for pictures")
+
     denoiser = fake()
-    latents = [denoiser.start(one) for one in MIXED]
-    kept = [(latent.x.clone(), latent.x0.clone()) for latent in latents]
-    first = denoiser.step(MIXED, latents, [0] * len(MIXED))
-    again = denoiser.step(MIXED, latents, [0] * len(MIXED))
-    for latent, (x, x0), a, b in zip(latents, kept, first, again, strict=True):
-        assert torch.equal(latent.x, x)
-        assert torch.equal(latent.x0, x0)
-        assert torch.equal(a.x, b.x)
-        assert not torch.equal(a.x, x)
+    monkeypatch.setattr(module, "render", full)
+    with pytest.raises(torch.AcceleratorError, match="no room for pictures"):
+        denoiser.launch([Row(chain(), 0, 0, pictures=("x0",))]).read()
+
+
+def test_a_step_gives_what_is_asked_for_of_each_row() -> None:
+    denoiser = fake()
+    rows = [
+        Row(chain("ddpm", seed=1), 0, 0, pictures=("x0", "xt")),
+        Row(chain("ddim", seed=2, label=1, guidance_scale=2.0), 5, 0),
+        Row(chain("ddpm", seed=3), 2, 0, pictures=("before",), arrays=("x0", "xt")),
+    ]
+    first, second, third = denoiser.launch(rows).read()
+    after = [denoiser.latent(row.slot) for row in rows]
+    assert (second.pictures, second.arrays) == ({}, {})
+    assert list(first.pictures) == ["x0", "xt"]
+    np.testing.assert_array_equal(first.pictures["x0"], render(after[0].x0[None])[0])
+    np.testing.assert_array_equal(first.pictures["xt"], render(after[0].x[None])[0])
+    begun = torch.from_numpy(denoiser.start(rows[2].chain))
+    np.testing.assert_array_equal(third.pictures["before"], render(begun[None])[0])
+    np.testing.assert_array_equal(third.arrays["x0"], after[2].x0)
+    np.testing.assert_array_equal(third.arrays["xt"], after[2].x)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_rows_that_are_not_finite_are_found(value: float) -> None:
+    class OneRow(FakeRuntime):
+        def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+            out = super().forward(x, t, y)
+            out[1, 0, 3, 4] = value
+            return out
+
+    loose = NoiseSchedule(linear_betas(1000), clip=float("inf"))
+    denoiser = Denoiser(OneRow(), SHAPE, conditional=True, null_class=3)
+    rows = [Row(Chain(build_plan(loose, "ddpm", 3), seed), seed, 0) for seed in range(3)]
+    assert [stepped.finite for stepped in denoiser.launch(rows).read()] == [True, False, True]
+
+
+def test_rows_beyond_the_samples_are_written_where_nobody_looks() -> None:
+    """The layout of a recorded step: padding, and the unconditional rows, among the rows it updates."""
+    chains = [
+        chain(label=1, guidance_scale=2.0, seed=1),
+        chain("ddpm", seed=2),
+        chain("ddim", seed=3, label=0),
+    ]
+    rows = [Row(one, slot, 0) for slot, one in enumerate(chains)]
+    loose, fixed = fake(), fake()
+    for denoiser in (loose, fixed):
+        denoiser.reserve(4)
+        denoiser.slots.x[4] = 7.0
+        denoiser._begin(rows)
+    coefficients = np.array([np.frombuffer(one.plan.coefficients[0], np.float32) for one in chains])
+    parts = _Parts(8, True, ALL, ALL, [], [])
+    with torch.inference_mode():
+        fixed._update(torch.from_numpy(pack(rows, coefficients, [0], 3, 8)), parts)
+    loose.launch(rows).read()
+    for slot in range(3):
+        assert torch.equal(fixed.latent(slot).x, loose.latent(slot).x)
+        assert torch.equal(fixed.latent(slot).x0, loose.latent(slot).x0)
+    assert (fixed.latent(3).x == 7.0).all()
 
 
 def test_batch_neighbours_and_moment_of_joining_do_not_matter() -> None:
@@ -275,7 +375,7 @@ def test_what_the_network_cannot_do_is_refused_at_the_start(
     conditional: bool, null_class: int | None, options: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(ValueError, match=reason):
-        fake(conditional, null_class).start(chain(**options))
+        fake(conditional, null_class).launch([Row(chain(**options), 0, 0)]).read()
 
 
 # ── Where chains begin, and what is known ──────────────────────────────────────────────────────
@@ -311,11 +411,11 @@ def test_a_measurement_shows_the_network_the_image_under_fresh_noise() -> None:
 def test_a_chain_begins_between_what_the_stage_before_it_left(share: float) -> None:
     carried = [noise.normal(seed, 3, SHAPE) for seed in (5, 6, 7)]
     start = InitialLatent(carried=SphericalMix(2, 0, share))
-    latent = fake().start(chain(start=start), carried)
+    x = fake().start(chain(start=start), carried)
     u, v = spherical(share, angle_between(carried[2], carried[0]))
-    np.testing.assert_allclose(latent.x.numpy(), u * carried[2] + v * carried[0], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(x, u * carried[2] + v * carried[0], rtol=1e-6, atol=1e-6)
     if share in (0.0, 1.0):
-        np.testing.assert_array_equal(latent.x.numpy(), carried[0 if share else 2])
+        np.testing.assert_array_equal(x, carried[0 if share else 2])
 
 
 def test_measurements_compare_with_their_image() -> None:
@@ -327,7 +427,7 @@ def test_measurements_compare_with_their_image() -> None:
         measuring(build_measurement(schedule, timesteps), levels, 5) for timesteps in ([700, 0], [3, 40])
     ]
     for row, latents in enumerate(trajectory(denoiser, chains)):
-        found = denoiser.measure(chains, latents, [row, row])
+        found = denoiser.measure(chains, [row, row], [latent.x0.numpy() for latent in latents])
         for chain, latent, (bits, error) in zip(chains, latents, found, strict=True):
             t = torch.tensor([chain.plan.timesteps[row]])
             x0, x0_pred = torch.from_numpy(levels)[None], latent.x0[None]
@@ -339,16 +439,18 @@ def test_a_chain_may_start_from_an_image_that_is_read_only() -> None:
     """As those of a job that came as bytes are; torch would warn of it, once in a process."""
     image = IMAGE.copy()
     image.flags.writeable = False
-    latent = fake().start(chain(start=InitialLatent(((1.0, image),))))
-    latent.x.add_(1)
+    mask = HALF[None].copy()
+    mask.flags.writeable = False
+    one = chain(start=InitialLatent(((1.0, image),)), known=KnownPixels(image, mask))
+    generate(fake(), [one])
     np.testing.assert_array_equal(image, IMAGE)
 
 
 def test_an_edit_begins_with_the_image_under_noise() -> None:
-    latent = fake().start(Chain(EDIT, 7, start=noised(EDIT, IMAGE, 7)))
+    x = fake().start(Chain(EDIT, 7, start=noised(EDIT, IMAGE, 7)))
     ac = SCHEDULE.alphas_cumprod[EDIT.timesteps[0]]
     z = noise.normal(7, noise.START, SHAPE)
-    np.testing.assert_allclose(latent.x.numpy(), ac**0.5 * IMAGE + (1 - ac) ** 0.5 * z, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(x, ac**0.5 * IMAGE + (1 - ac) ** 0.5 * z, rtol=1e-5, atol=1e-6)
 
 
 class VarianceRuntime(FakeRuntime):
@@ -368,11 +470,11 @@ def test_a_learned_variance_lies_between_its_ends(guidance: Guidance) -> None:
         generate(denoiser, [one]), by_hand(VarianceRuntime(), one, null=3), rtol=1e-5, atol=1e-6
     )
     # One step, left and right edges: the noise is the small variance's and the large one's.
-    latent = denoiser.start(one)
     ends = {}
     for variance in ("fixed_small", "fixed_large", "learned_range"):
         plan = build_plan(LEARNED, "ddpm", 5, variance=variance, guidance=guidance)
-        ends[variance] = denoiser.step([Chain(plan, 1, label=2)], [latent], [0])[0].x[0]
+        denoiser.launch([Row(Chain(plan, 1, label=2), 0, 0)]).read()
+        ends[variance] = denoiser.latent(0).x[0]
     torch.testing.assert_close(ends["learned_range"][:, 0], ends["fixed_small"][:, 0])
     torch.testing.assert_close(ends["learned_range"][:, -1], ends["fixed_large"][:, -1])
     assert not torch.allclose(ends["fixed_small"], ends["fixed_large"])
@@ -397,7 +499,8 @@ def test_classifier_guidance_moves_the_x0_prediction_by_the_gradient() -> None:
         build_plan(loose, "ddim", 1, timesteps=[300], guidance=Guidance(classifier_scale=s)) for s in (0, 2)
     ]
     chains = [Chain(plans[0], 1, label=1), Chain(plans[1], 1, label=1)]
-    plain, guided = denoiser.step(chains, [denoiser.start(one) for one in chains], [0, 0])
+    denoiser.launch([Row(one, slot, 0) for slot, one in enumerate(chains)]).read()
+    plain, guided = denoiser.latent(0), denoiser.latent(1)
     ac = loose.alphas_cumprod[300]
     expected = 2 * 0.25 * (1 - ac) / ac**0.5
     torch.testing.assert_close(guided.x0 - plain.x0, torch.full(SHAPE, float(expected)), rtol=1e-4, atol=1e-4)
@@ -408,12 +511,12 @@ def test_classifier_guidance_moves_the_x0_prediction_by_the_gradient() -> None:
 def test_classifier_guidance_needs_a_classifier_and_a_label(label: int | None) -> None:
     one = chain(label=label, guidance=Guidance(classifier_scale=1.0))
     with pytest.raises(ValueError, match="a classifier and a label"):
-        fake().start(one)
+        fake().launch([Row(one, 0, 0)]).read()
 
 
 def test_guidance_without_a_label_is_refused() -> None:
     with pytest.raises(ValueError, match="needs a label"):
-        fake().start(chain(guidance_scale=2.0))
+        fake().launch([Row(chain(guidance_scale=2.0), 0, 0)]).read()
 
 
 # ── A trained classifier ───────────────────────────────────────────────────────────────────────

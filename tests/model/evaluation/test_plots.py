@@ -116,7 +116,7 @@ def test_a_trajectory_begins_with_noise_and_its_last_x0_prediction_is_the_sample
     left, top = strip.width - 3 * step, strip.height - 4 * step
     denoiser = denoiser_of(model, "torch")
     chains = [Chain(build_plan(model.schedule, "ddim", 5), 4 + i, label) for i, label in enumerate([0, 2])]
-    noise = to_pixels(denoiser.start(chains[1]).x)[0]
+    noise = to_pixels(torch.from_numpy(denoiser.start(chains[1])))[0]
     done = to_pixels(generate(denoiser, chains))[1, 0]
     drawn = pixels(strip)[..., 0].astype(int)
     assert (drawn[top + 2 * step : top + 2 * step + 8, left : left + 8] == noise).all()

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from model.checkpoint import Checkpoint
 from model.runtimes import (
@@ -83,6 +84,34 @@ def test_without_openvino_auto_is_torch_at_one_shape(
     assert load_runtime(tiny, device="cpu", batch_invariant=False).batch_sizes == ()
     with pytest.raises(RuntimeUnavailableError, match="openvino is not installed"):
         load_runtime(tiny, "openvino", "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tf32", [False, True])
+def test_float32_is_rounded_to_tf32_only_where_it_may_be(tiny: Checkpoint, tf32: bool) -> None:
+    x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).cuda()
+    image, kernel = x.view(1, 64, 32, 32), x.view(64, 64, 4, 4)
+    load_runtime(tiny, "torch", "cuda", tf32=tf32)
+    errors = [
+        ((x @ x).double() - x.double() @ x.double()).abs().max(),
+        (F.conv2d(image, kernel) - F.conv2d(image.double(), kernel.double())).abs().max(),
+    ]
+    assert all((error > 2e-3) == tf32 for error in errors), errors
+    load_runtime(tiny, "torch", "cuda")
+
+
+@pytest.mark.gpu
+def test_the_current_device_is_the_runtimes(tiny: Checkpoint) -> None:
+    load_runtime(tiny, "torch", f"cuda:{torch.cuda.device_count() - 1}")
+    assert torch.cuda.current_device() == torch.cuda.device_count() - 1
+    torch.cuda.set_device(0)
+
+
+def test_a_cpu_leaves_the_processes_precision_alone(
+    tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", None)
+    load_runtime(tiny, "torch", "cpu", tf32=True)
 
 
 def test_openvino_refuses_what_it_cannot_do(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,10 +4,7 @@ import pytest
 import torch
 
 from model.checkpoint import Checkpoint
-from model.runtimes import (
-    DtypeName,
-    TorchRuntime,
-)
+from model.runtimes import TorchRuntime
 from tests.model.runtimes.conftest import batch
 
 
@@ -32,22 +29,3 @@ def test_torch_pads_to_the_next_shape_it_was_given(tiny: Checkpoint, monkeypatch
     for rows in (1, 2, 3, 8, 9):
         assert len(runtime.forward(*batch(rows))) == rows
     assert seen == [2, 2, 8, 8, 9]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_cuda_graphs_give_what_eager_calls_give(tiny: Checkpoint, dtype: DtypeName) -> None:
-    eager = TorchRuntime(tiny, "cuda", dtype)
-    graphed = TorchRuntime(tiny, "cuda", dtype, batch_sizes=(2, 8))
-    for rows in (1, 2, 5, 8, 3):
-        inputs = [values.cuda() for values in batch(rows)]
-        size = 2 if rows <= 2 else 8
-        padded = [torch.cat((v, v[:1].expand(size - rows, *v.shape[1:]))) for v in inputs]
-        first = graphed.forward(*inputs)
-        assert torch.equal(first, eager.forward(*padded)[:rows])
-        kept = first.clone()
-        graphed.forward(inputs[0] + 1, *inputs[1:])
-        assert torch.equal(first, kept), "a result is not overwritten by the next call"
-    graphed.batch_sizes = (4,)
-    graphed.forward(*(values.cuda() for values in batch(4)))
-    assert set(graphed._graphs) == {4}
