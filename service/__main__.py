@@ -1,4 +1,4 @@
-"""`python -m service`: read settings, load the model, run the server.
+"""`python -m service`: read settings, start the engines, run the server.
 
 Exit codes: 0 after an orderly stop, 1 when the engine failed, 2 for a bad setting, 3 for a model or a device
 that cannot be used.
@@ -6,12 +6,9 @@ that cannot be used.
 
 from __future__ import annotations
 
-import os
 import sys
 
-from model import checkpoint, runtimes
-from service.app import create_app
-from service.server import serve
+from service.engine.worker import ProcessConnection
 from service.settings import SettingsError, read
 from service.telemetry import configure_logging
 
@@ -24,17 +21,19 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     configure_logging(settings.log_format)
+    # Before this process imports what it serves with: an engine takes longer to be ready, so it goes first.
+    started = {config: ProcessConnection(config) for config in settings.engine_configs()}
+    from service.app import create_app
+    from service.server import serve
+
     try:
-        runtimes.check_available(settings.runtime, settings.device)
-        model = checkpoint.load(settings.model)
-    except (checkpoint.CheckpointError, runtimes.RuntimeUnavailableError) as error:
-        print(error, file=sys.stderr)
-        return 3
-    app = create_app(model, settings)
-    code = serve(app, app.state.ddpm, settings)
-    if not app.state.ddpm.engine.join(1.0):
-        os._exit(code)  # Python aborts when it is torn down under a thread that is inside the network
-    return code
+        for engine in started.values():
+            if (code := engine.wait_until_loaded()) is not None:
+                return code  # it has said why
+    except KeyboardInterrupt:
+        return 0  # nothing had begun; the engines end with this process
+    app = create_app(settings, lambda config: started.pop(config, None) or ProcessConnection(config))
+    return serve(app, app.state.ddpm, settings)
 
 
 if __name__ == "__main__":

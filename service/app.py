@@ -10,18 +10,17 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from model.checkpoint import Checkpoint
 from service import __version__
 from service.engine.client import EngineClient
+from service.engine.messages import EngineConfig
 from service.engine.streams import Streams
-from service.engine.warmup import Warm, warm_up
+from service.engine.worker import Connection, ProcessConnection
 from service.http.answers import EventPresenter
 from service.http.middleware import Authorise, Observe
 from service.http.problems import ErrorFormats, register_handlers
 from service.http.routes import edit, generate, interpolate, operations, pages, score
 from service.http.state import AppState
 from service.settings import Settings
-from service.tasks.sampling import ModelCapabilities
 from service.telemetry import Telemetry
 
 ROUTES = (operations, pages, generate, edit, interpolate, score)
@@ -42,13 +41,14 @@ OPEN_PATHS = frozenset(
 
 
 def create_app(
-    model: Checkpoint, settings: Settings, warm: Callable[[Checkpoint, Settings], Warm] = warm_up
+    settings: Settings, start: Callable[[EngineConfig], Connection] = ProcessConnection
 ) -> FastAPI:
-    """The application for a loaded model. `warm` makes the engine, on the engine's thread, at its start."""
+    """The application. `start` starts an engine, whenever one is needed."""
     telemetry = Telemetry()
     streams: Streams[EventPresenter | None] = Streams(abandon=lambda job_id: engine.cancel(job_id))
     engine = EngineClient(
-        lambda: warm(model, settings),
+        start,
+        settings.engine_configs(),
         streams.publish,
         telemetry,
         capacity=settings.max_queue,
@@ -61,8 +61,7 @@ def create_app(
         lag = asyncio.create_task(_watch_lag(telemetry))
         yield
         lag.cancel()
-        engine.drain()
-        await asyncio.to_thread(engine.join, 5.0)
+        await engine.stop()
         streams.close()
 
     app = FastAPI(
@@ -72,7 +71,7 @@ def create_app(
         lifespan=lifespan,
         redoc_url=None,
     )
-    app.state.ddpm = AppState(model_capabilities(model, settings), engine, streams, telemetry, settings)
+    app.state.ddpm = AppState(engine, streams, telemetry, settings)
     app.state.error_formats = ErrorFormats()
     for module in ROUTES:
         app.include_router(module.router)
@@ -96,24 +95,6 @@ def create_app(
 def is_open(path: str) -> bool:
     """Whether a path, as routes are matched by, needs no key."""
     return path in OPEN_PATHS or path.startswith("/web/")
-
-
-def model_capabilities(model: Checkpoint, settings: Settings) -> ModelCapabilities:
-    """What can be asked of a checkpoint under these settings."""
-    config = model.unet.config
-    return ModelCapabilities(
-        name=model.name,
-        schedule=model.schedule,
-        shape=(config.in_channels, config.sample_size, config.sample_size),
-        class_names=model.class_names,
-        conditional=config.num_class_embeds is not None,
-        guided=model.null_class is not None,
-        classified=model.classifier is not None,
-        typicality=model.typicality,
-        parameters=sum(parameter.numel() for parameter in model.unet.parameters()),
-        max_images=min(settings.max_images, settings.max_queue),  # more would always be refused
-        deadline_s=settings.deadline_s,
-    )
 
 
 async def _watch_lag(telemetry: Telemetry, every_s: float = 0.5) -> None:

@@ -12,10 +12,13 @@ ServiceError
 ├── DeadlineError              the deadline passed, or cannot be met
 ├── CancelledError             the job was stopped on request
 └── ComputeError               the step failed for this job
-    └── NonFiniteError         the network gave a NaN or an infinity for it
+    ├── NonFiniteError         the network gave a NaN or an infinity for it
+    └── EngineKilledError      the engine died of it, twice
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 
 class ServiceError(Exception):
@@ -106,3 +109,26 @@ class NonFiniteError(ComputeError):
     """NaN or infinity in the result; it is not repaired."""
 
     code = "non_finite"
+
+
+class EngineKilledError(ComputeError):
+    """The engine died while this job was in a step, and again when the job had it to itself."""
+
+    code = "engine_killed"
+
+
+def to_data(error: ServiceError) -> tuple[str, dict[str, Any]]:
+    """An error as its code and its attributes, so that it can be sent."""
+    return error.code, dict(vars(error))
+
+
+def from_data(code: str, attributes: dict[str, Any]) -> ServiceError:
+    """The error that `to_data` was given. Raises ValueError for a code that is none of ours."""
+    kinds = [ServiceError]
+    for kind in kinds:
+        if kind.code == code:
+            error = kind.__new__(kind, attributes.get("detail"))
+            vars(error).update(attributes)
+            return error
+        kinds += kind.__subclasses__()
+    raise ValueError(f"unknown code {code!r}")

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from service.engine.messages import EngineConfig
+
 
 class SettingsError(ValueError):
     """Some settings are malformed; the message has a line for each, which never repeats the value."""
@@ -30,7 +32,9 @@ class Settings(BaseSettings):
 
     model: Path = Field(Path("weights/fashion-mnist"), description="model folder in diffusers layout")
     device: str = Field(
-        "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N or mps"
+        "auto",
+        pattern=r"^(auto|cpu|mps|cuda|cuda:\d+(,cuda:\d+)*)$",
+        description="auto (every GPU, or else the CPU), cpu, mps, cuda, cuda:N, or several: cuda:0,cuda:1",
     )
     runtime: Literal["auto", "torch", "torch-compile", "openvino"] = Field(
         "auto", description="what runs the network"
@@ -57,7 +61,8 @@ class Settings(BaseSettings):
     )
     log_format: Literal["text", "json"] = Field("text", description="how log lines look")
     batch_invariant: bool = Field(
-        True, description="pad torch's batches, so that batch neighbours change nothing"
+        True,
+        description="pad torch's batches, so that batch neighbours change nothing; without it, TF32 too",
     )
 
     @field_validator("api_keys", "cors_origins", mode="before")
@@ -66,6 +71,17 @@ class Settings(BaseSettings):
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
+
+    def engine_configs(self) -> list[EngineConfig]:
+        """One for each device that is named."""
+        values = {name: getattr(self, name) for name in SHARED}
+        return [
+            EngineConfig(model=str(self.model), device=device, slots=self.max_queue, **values)
+            for device in self.device.split(",")
+        ]
+
+
+SHARED = ("runtime", "dtype", "max_batch", "policy", "batch_invariant", "log_format")
 
 
 class CommandLine(Settings, cli_parse_args=True):

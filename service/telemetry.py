@@ -83,6 +83,9 @@ class Telemetry:
             ["model", "runtime", "device", "dtype", "version"],
             registry=registry,
         )
+        self.restarts = Counter(
+            "ddpm_engine_restarts_total", "Engines that died and were replaced.", registry=registry
+        )
         self.ready = Gauge("ddpm_ready", "1 while new work is taken.", registry=registry)
 
     def render(self) -> bytes:

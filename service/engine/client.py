@@ -1,43 +1,45 @@
-"""The API's end of the engine: admission, commands, events, health.
+"""The API's end of the engines: admission, commands, events, health.
 
-A client owns the engine's loop and everything that has to be exact on this side: how many slots are taken,
-which jobs are in flight, whether the engine is alive. Reports arrive on the loop's thread.
+A client owns a worker for each engine and everything that has to be exact on this side: how many slots are
+taken, which jobs are in flight and what their readers have seen, whether there is anybody to run them. All
+of it happens on the event loop.
 """
 
 from __future__ import annotations
 
-import threading
+import asyncio
 import time
-from collections.abc import Callable
-from enum import Enum
-from queue import SimpleQueue
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from msgspec.structs import replace
 
 from service import __version__
 from service.engine.jobs import JobSpec
 from service.engine.messages import (
     AbortAll,
-    AddJob,
     CancelJob,
     Cancelled,
-    Command,
-    Drain,
+    EngineConfig,
     EngineInfo,
     Event,
     Failed,
     Finished,
-    Load,
+    ModelInfo,
+    Picture,
+    Preview,
     Progress,
+    Queued,
     Ready,
     Report,
     StepReport,
-    Stopped,
     Terminal,
 )
-from service.engine.process import EngineLoop
-from service.engine.warmup import Warm
+from service.engine.worker import Connection, Phase, Worker
 from service.errors import (
     DrainingError,
     EngineDeadError,
+    EngineKilledError,
     LoadingError,
     QueueFullError,
     RefusedError,
@@ -45,54 +47,76 @@ from service.errors import (
 )
 from service.telemetry import Telemetry
 
+STOP_S = 5.0
+"""How long engines get to end before they are killed."""
 
-class Phase(Enum):
-    """The engine's life."""
 
-    LOADING = "loading"
-    READY = "ready"
-    DRAINING = "draining"
-    STOPPED = "stopped"
-    DEAD = "dead"
+@dataclass(eq=False)
+class _InFlight:
+    """A job from submit to its last event.
+
+    queued, shown: what its readers have got, of the pictures the latest step by image and kind.
+    """
+
+    spec: JobSpec
+    worker: Worker
+    queued: bool = False
+    shown: dict[tuple[int, str], int] = field(default_factory=dict)
+
+    def is_new(self, picture: Picture, step: int) -> bool:
+        """Whether no reader has seen this or a later step of the image. From now on one has."""
+        key = picture.index, picture.kind
+        new = step > self.shown.get(key, 0)
+        if new:
+            self.shown[key] = step
+        return new
 
 
 class EngineClient:
-    """Runs an engine on a thread of its own and talks to it.
+    """Runs engines and talks to them.
 
-    build: makes a warm engine, on its thread. publish: receives every event, on that thread too. capacity:
-    slots, which is how many samples may be in flight. stall_s: a step that takes longer counts as hung.
+    start: starts an engine. configs: of each engine; a single one for any device is followed by one for each
+    further device of its kind. publish: receives every event. capacity: slots, which is how many samples may
+    be in flight. stall_s: an engine that says nothing for so long, with work in flight, is replaced.
     """
 
     def __init__(
         self,
-        build: Callable[[], Warm],
+        start: Callable[[EngineConfig], Connection],
+        configs: Sequence[EngineConfig],
         publish: Callable[[Event], None],
         telemetry: Telemetry,
         *,
         capacity: int,
         stall_s: float = 60.0,
     ) -> None:
-        self._publish, self._telemetry = publish, telemetry
+        self._start, self._publish, self._telemetry = start, publish, telemetry
         self._capacity, self._stall_s = capacity, stall_s
-        self._inbox: SimpleQueue[Command] = SimpleQueue()
-        self._lock = threading.Lock()
-        self._in_flight: dict[str, JobSpec] = {}  # every job from submit to its last event
+        self._in_flight: dict[str, _InFlight] = {}
         self._slots = 0
+        self._draining = False
+        self._restarts = 0
+        self._tasks: list[asyncio.Task[None]] = []
+        self.info: EngineInfo | None = None  # once an engine is warm
+        self.model: ModelInfo | None = None
+        self._workers: list[Worker] = []
         self._phase = Phase.LOADING
-        self._progress = time.monotonic()
-        self._load = Load()
-        self.info: EngineInfo | None = None  # once the engine is warm
-        loop = EngineLoop(build, self._inbox, self._receive)
-        self._thread = threading.Thread(target=loop.run, name="ddpm-engine", daemon=True)
+        for config in configs:
+            self._add_worker(config)
 
     def start(self) -> None:
-        """Begin loading; READY follows by itself."""
-        self._thread.start()
+        """Begin loading; READY follows by itself. Called on the event loop."""
+        self._tasks = [asyncio.create_task(worker.run()) for worker in self._workers]
 
     @property
     def phase(self) -> Phase:
-        """Where the engine is in its life."""
+        """Where the engines are in their life: ready once any is."""
         return self._phase
+
+    @property
+    def exit_code(self) -> int:
+        """What the service should end with: 0, or why an engine was given up."""
+        return max(worker.exit_code for worker in self._workers)
 
     @property
     def idle(self) -> bool:
@@ -101,44 +125,53 @@ class EngineClient:
 
     def submit(self, spec: JobSpec) -> None:
         """Reserve slots for a job and hand it over. Raises a RefusedError, and keeps nothing then."""
-        with self._lock:
-            refusal = self.refusal() or self._full(spec.slots)
-            if refusal is None:
-                if not self._in_flight:
-                    self._progress = time.monotonic()  # being idle was no delay
-                self._in_flight[spec.id] = spec
-                self._slots += spec.slots
-                self._inbox.put(AddJob(spec))
+        refusal = self.refusal() or self._full(spec.slots)
         if refusal is not None:
             self._telemetry.rejected.labels(refusal.code).inc()
             raise refusal
+        ready = [worker for worker in self._workers if worker.phase is Phase.READY]
+        worker = min(ready, key=lambda each: each.backlog)
+        self._in_flight[spec.id] = _InFlight(spec, worker)
+        self._slots += spec.slots
+        worker.add(spec)
 
     def cancel(self, job_id: str) -> None:
         """Stop a job; nothing happens when it is already over."""
-        self._inbox.put(CancelJob(job_id))
+        found = self._in_flight.get(job_id)
+        if found is not None:
+            found.worker.send(CancelJob(job_id))
+            if not found.worker.has_sent(job_id):  # no engine knows of it
+                self._deliver(Cancelled(job_id))
 
     def drain(self) -> None:
         """Accept nothing new; stop once everything in flight is finished."""
-        with self._lock:
-            if self._phase in (Phase.LOADING, Phase.READY):
-                self._set_phase(Phase.DRAINING)
-            self._inbox.put(Drain())
+        self._draining = True
+        for worker in self._workers:
+            worker.drain()
+        self._update_phase()
 
     def abort(self, error: ServiceError) -> None:
         """End every job with an error, now."""
-        self._inbox.put(AbortAll(error))
+        for worker in self._workers:
+            worker.send(AbortAll())
+        for job_id in list(self._in_flight):
+            self._deliver(Failed(job_id, error, started=True))
+
+    async def stop(self) -> None:
+        """End the engines, whatever is in flight; after this no process is left."""
+        self.drain()
+        _, running = await asyncio.wait(self._tasks, timeout=0 if self._in_flight else STOP_S)
+        if running:
+            for worker in self._workers:
+                worker.kill()
+            await asyncio.wait(running, timeout=STOP_S)
 
     def alive(self, now: float | None = None) -> bool:
-        """False when the engine is dead, or has work but made no step for `stall_s`. now: monotonic clock."""
+        """False when the engines are dead, or one has been silent for long, and was not replaced for it."""
         if self._phase is Phase.DEAD:
             return False
-        late = (time.monotonic() if now is None else now) - self._progress > self._stall_s
-        return self.idle or not late
-
-    def join(self, timeout: float | None = None) -> bool:
-        """Wait for the end of the thread. Returns whether it has come."""
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
+        now = time.monotonic() if now is None else now
+        return not any(len(worker) and now - worker.heard > 3 * self._stall_s for worker in self._workers)
 
     def refusal(self) -> RefusedError | None:
         """Why nothing new is accepted in this phase, if so."""
@@ -157,46 +190,78 @@ class EngineClient:
         reason = f"{self._slots} of {self._capacity} images are in flight; {slots} more do not fit."
         # When enough of the work in flight should be done, at the pace measured so far.
         excess = min(1.0, (self._slots + slots - self._capacity) / max(self._slots, 1))
-        return QueueFullError(reason, max(1.0, self._load.backlog_s * excess))
+        return QueueFullError(reason, max(1.0, self._backlog_s() * excess))
 
-    # ── Called on the engine's thread ──────────────────────────────────────────────────────────
+    def _backlog_s(self) -> float:
+        loads = [worker.load.backlog_s for worker in self._workers]
+        return sum(loads) / len(loads)
 
-    def _receive(self, report: Report) -> None:
+    def _add_worker(self, config: EngineConfig) -> Worker:
+        def on_report(report: Report) -> None:
+            self._receive(worker, report)
+
+        worker = Worker(
+            self._start, config, on_report, self._update_phase, self._poisoned, stall_s=self._stall_s
+        )
+        self._workers.append(worker)
+        return worker
+
+    # ── What workers say ───────────────────────────────────────────────────────────────────────
+
+    def _receive(self, worker: Worker, report: Report) -> None:
         match report:
-            case Ready(info):
-                self.info = info
-                labels = info.model, info.runtime, info.device, info.dtype, __version__
-                self._telemetry.model.labels(*labels).set(1)
-                with self._lock:
-                    if self._phase is Phase.LOADING:
-                        self._set_phase(Phase.READY)
-            case Progress(step, load):
-                self._progress = time.monotonic()
-                self._load = load
-                self._telemetry.running.set(load.running)
-                self._telemetry.waiting.set(load.waiting)
+            case Ready(info, model, devices):
+                self._welcome(worker, info, model, devices)
+            case Progress(step):
+                loads = [each.load for each in self._workers]
+                self._telemetry.running.set(sum(load.running for load in loads))
+                self._telemetry.waiting.set(sum(load.waiting for load in loads))
                 self._count(step)
                 for event in step.events:
                     self._deliver(event)
-            case Stopped(failed):
-                self._stop(failed=failed)
+
+    def _welcome(self, worker: Worker, info: EngineInfo, model: ModelInfo, devices: int) -> None:
+        first = self.info is None
+        self.info, self.model = self.info or info, self.model or model
+        labels = info.model, info.runtime, info.device, info.dtype, __version__
+        self._telemetry.model.labels(*labels).set(1)
+        if first and worker.config.device == "auto" and devices > 1:
+            worker.config = replace(worker.config, device=f"{info.device.partition(':')[0]}:0")
+            for index in range(1, devices):
+                other = self._add_worker(
+                    replace(worker.config, device=f"{info.device.partition(':')[0]}:{index}")
+                )
+                self._tasks.append(asyncio.create_task(other.run()))
 
     def _deliver(self, event: Event) -> None:
-        if isinstance(event, Terminal):
-            self._release(event)
+        """Pass on an event, but for what readers have had before an engine died."""
+        found = self._in_flight.get(event.job_id)
+        if found is None:
+            return
+        match event:
+            case Queued():
+                if found.queued:
+                    return
+                found.queued = True
+            case Preview():
+                news = [each for each in event.pictures if found.is_new(each, event.step)]
+                if not news:
+                    return
+                if len(news) < len(event.pictures):
+                    event = replace(event, pictures=tuple(news))
+            case _:
+                self._release(event)
         self._publish(event)
 
     def _release(self, event: Terminal) -> None:
         """Free a job's slots and count how it ended."""
-        with self._lock:
-            spec = self._in_flight.pop(event.job_id, None)
-            if spec is None:
-                return
-            self._slots -= spec.slots
+        found = self._in_flight.pop(event.job_id)
+        self._slots -= found.spec.slots
+        found.worker.remove(event.job_id)
         match event:
             case Finished():
-                if spec.stages[-1].kind == "denoise":
-                    self._telemetry.images.labels(spec.sampler).inc(len(event.pictures))
+                if found.spec.stages[-1].kind == "denoise":
+                    self._telemetry.images.labels(found.spec.sampler).inc(len(event.pictures))
                 self._telemetry.queue_duration.observe(event.queue_s)
             case Cancelled():
                 self._telemetry.cancelled.inc()
@@ -212,15 +277,22 @@ class EngineClient:
             telemetry.batch_rows.observe(step.batch_size)
             telemetry.nonfinite.inc(step.nonfinite)
 
-    def _stop(self, *, failed: bool) -> None:
-        """Refuse what comes; after a failure, give every job that is still in flight an end."""
-        with self._lock:
-            self._set_phase(Phase.DEAD if failed else Phase.STOPPED)
-            left = list(self._in_flight)
-        error = EngineDeadError("The engine has failed; the process is about to be replaced.", 10.0)
-        for job_id in left if failed else ():
-            self._deliver(Failed(job_id, error, started=True))
+    def _poisoned(self, job_id: str) -> None:
+        self._deliver(Failed(job_id, EngineKilledError("The engine died of this job, twice."), started=True))
 
-    def _set_phase(self, phase: Phase) -> None:
-        self._phase = phase
-        self._telemetry.ready.set(phase is Phase.READY)
+    def _update_phase(self) -> None:
+        """Dead as soon as one is given up; otherwise as ready as the most ready of them."""
+        phases = {worker.phase for worker in self._workers}
+        order = (Phase.DEAD, Phase.DRAINING, Phase.READY, Phase.LOADING, Phase.STOPPED)
+        found = next(phase for phase in order if phase in phases)
+        if self._draining and found in (Phase.READY, Phase.LOADING):
+            found = Phase.DRAINING
+        if found is Phase.DEAD and self._phase is not Phase.DEAD:
+            error = EngineDeadError("The engine has failed; the process is about to be replaced.", 10.0)
+            for job_id in list(self._in_flight):
+                self._deliver(Failed(job_id, error, started=True))
+        self._phase = found
+        self._telemetry.ready.set(found is Phase.READY)
+        restarts = sum(worker.restarts for worker in self._workers)
+        self._telemetry.restarts.inc(restarts - self._restarts)
+        self._restarts = restarts

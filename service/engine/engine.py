@@ -1,23 +1,32 @@
-"""One step: choose the samples, denoise them, apply what was cancelled meanwhile, commit.
+"""One step: choose the samples, launch it, and read the results of the step before, which has run meanwhile.
 
-A fault reaches the job that causes it and no other: whatever raises is retried in halves until the culprit
-alone fails, in the network call as well as in what follows it (finiteness, measuring, rendering, the
-hand-over to a next stage). Running out of memory also lowers the batch size for good. Batch neighbours of a
-failed sample continue, bit for bit as without it.
+The device always has the next step queued while the host deals with the results of the last one. What changes
+between the two, a cancellation or a failure, takes effect one step later: rows of a job that has ended are
+dropped when they are read.
+
+A fault reaches the job that causes it and no other. A step that raises changes nothing and is retried in
+halves until the culprit alone fails; so is the measuring that follows it. Running out of memory also lowers
+the batch size for good. Batch neighbours of a failed sample continue, bit for bit as without it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from time import monotonic, perf_counter
-from typing import Protocol, TypeVar
+from traceback import clear_frames
+from typing import Protocol
 
-import numpy as np
-import torch
+from msgspec.structs import replace
 
 from model.chain import Chain, Image
-from model.denoiser import Latent, to_pixels
+from model.denoiser import Stepped
+from model.runtimes import SkippedError
+from model.state import Row
+from model.state import SnapshotKind as Shown
+from service.engine.isolation import isolate
 from service.engine.jobs import Job, Sample, SnapshotKind
 from service.engine.messages import (
     AbortAll,
@@ -28,51 +37,80 @@ from service.engine.messages import (
     Load,
     Measurement,
     Picture,
-    Pixels,
     Preview,
     StepReport,
     Terminal,
 )
 from service.engine.scheduler import Scheduler
-from service.errors import ComputeError, NonFiniteError
+from service.errors import NonFiniteError
 
-Result = TypeVar("Result")
-Failures = dict[Sample, ComputeError]
+PREVIEW_INTERVAL_S = 0.1
+"""Between a job's previews where it does not ask for certain steps; more where there are many jobs."""
+PREVIEWS_PER_S = 1000
+"""Of all such jobs together: more than an API process can send beside its other work helps nobody."""
+LEAD_S = 0.002
+"""How long before the device is expected to be free the next step is launched, beside what that takes and how
+far the expectation may be off."""
+
+
+class Reads(Protocol):
+    """A step on its way."""
+
+    def read(self) -> Sequence[Stepped]:
+        """Wait for it. What it left, in order of its rows."""
 
 
 class Denoises(Protocol):
     """What the engine needs of `model.denoiser.Denoiser`; tests put a fake in its place."""
 
-    def start(self, chain: Chain, carried: Sequence[Image] = ()) -> Latent:
-        """Where a chain begins. carried: what the stage before it left."""
+    def launch(self, rows: Sequence[Row]) -> Reads:
+        """Queue one step of each row."""
 
-    def step(
-        self, chains: Sequence[Chain], latents: Sequence[Latent], steps: Sequence[int]
-    ) -> Sequence[Latent]:
-        """New latents, in order; the given ones are untouched."""
+    def recover(self) -> None:
+        """Step again after a step has failed; what was queued before this is skipped."""
 
     def measure(
-        self, chains: Sequence[Chain], latents: Sequence[Latent], steps: Sequence[int]
+        self, chains: Sequence[Chain], steps: Sequence[int], x0_preds: Sequence[Image]
     ) -> Sequence[tuple[float, float]]:
-        """(bits per dimension, mean squared error) of the latest x₀ predictions, in order."""
+        """(bits per dimension, mean squared error) of x₀ predictions, in order."""
 
 
-class FatalError(RuntimeError):
-    """The device is broken for good; the process has to be replaced."""
+@dataclass(frozen=True)
+class _Raised:
+    """A step that could not even be queued."""
+
+    error: Exception
+
+    def read(self) -> Sequence[Stepped]:
+        raise self.error
 
 
 @dataclass
 class _Progress:
     """What the engine holds of a job in flight, by sample of its current stage.
 
-    latents: of samples that have begun; in the last stage, until they are finished. pictures: of finished
-    samples in the last stage. carried: the latents that the previous stage left.
+    begun: those that have had a slot. previewed: when its latest preview was launched. pictures: of finished
+    samples in the last stage. left: the latents of finished samples in an earlier one. carried: those that
+    the previous stage left.
     """
 
-    latents: dict[Sample, Latent] = field(default_factory=dict)
+    begun: list[Sample] = field(default_factory=list)
+    previewed: float = -math.inf
     measurements: dict[Sample, list[Measurement]] = field(default_factory=dict)
     pictures: dict[Sample, Picture] = field(default_factory=dict)
+    left: dict[Sample, Image] = field(default_factory=dict)
     carried: tuple[Image, ...] = ()
+
+
+@dataclass(eq=False)
+class Flight:
+    """A step on its way. rows: by sample, in order. previews: the samples whose step is to be shown."""
+
+    rows: dict[Sample, Row]
+    size: int
+    previews: set[Sample]
+    step: Reads
+    launched: float
 
 
 @dataclass
@@ -87,206 +125,254 @@ class Engine:
     scheduler: Scheduler
     on_batch_limit: Callable[[int], None] = lambda _size: None
     _progress: dict[str, _Progress] = field(default_factory=dict)
-    _latest: tuple[float, int] | None = None  # start and batch size of the latest step, if another followed
+    _free: list[int] = field(default_factory=list)  # slots that were in use
+    _slots: int = 0  # that have ever been in use
+    _flight: Flight | None = None
+    _read: float = 0.0  # when the latest results were there
+    _launching_s: float = 0.0  # what a launch takes the host, on average
 
     @property
     def load(self) -> Load:
         """What is in flight now."""
-        return Load(self.scheduler.running, self.scheduler.waiting, self.scheduler.backlog_s)
+        scheduler = self.scheduler
+        return Load(scheduler.running, scheduler.waiting, scheduler.backlog, scheduler.backlog_s)
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do: no job, and no step on its way."""
+        return self._flight is None and len(self.scheduler) == 0
 
     def handle(self, command: AddJob | CancelJob | AbortAll) -> list[Event]:
-        """Carry out a command, between two steps or between a network call and its commit."""
+        """Carry out a command, between two steps."""
         match command:
             case AddJob(spec):
                 events = self.scheduler.add(spec, monotonic())
                 self._progress[spec.id] = _Progress()
             case CancelJob(job_id):
                 events = self.scheduler.cancel(job_id)
-            case AbortAll(error):
-                events = self.scheduler.fail_all(error)
+            case AbortAll():
+                events = self.scheduler.cancel_all()
         return self._ended(events)
 
-    def step(self, poll: Callable[[], list[Event]] = list) -> StepReport | None:
-        """Advance a batch of samples by one step. None when there is nothing to do.
+    def step(self) -> StepReport | None:
+        """Launch the next step, and read the one before it. None when there was neither."""
+        if self.idle:
+            return None
+        events, before = self.expire(), self.launch()
+        report = self.read(before) if before is not None else StepReport([])
+        return replace(report, events=[*events, *report.events])
 
-        `poll` is called between the network call and the commit: it handles the commands that have come, so
-        that a job cancelled during the call ends before its result counts, and returns their events.
+    def expire(self) -> list[Event]:
+        """Fail what has become too late, before more is computed for it."""
+        return self._ended(self.scheduler.expire(monotonic()))
+
+    @property
+    def launched(self) -> tuple[str, ...]:
+        """The jobs of the step on its way."""
+        rows = self._flight.rows if self._flight is not None else ()
+        return tuple(dict.fromkeys(sample.job.id for sample in rows))
+
+    def spare_s(self) -> float:
+        """Seconds that are left until the next step has to be launched, so that the device does not wait.
+
+        What comes before then can still be in it.
         """
-        begun = perf_counter()
-        if self._latest is not None:  # from step to step, so that what lies between two counts as well
-            started, size = self._latest
-            self.scheduler.times.observe(size, begun - started)
-            self._latest = None
-        events = self._ended(self.scheduler.expire(monotonic()))
+        if self._flight is None:
+            return 0.0
+        begun = max(self._flight.launched, self._read)
+        expected = self.scheduler.times.at(self._flight.size)
+        lead = LEAD_S + 0.1 * expected + 2 * self._launching_s
+        return begun + expected - lead - perf_counter()
+
+    # ── Launching ──────────────────────────────────────────────────────────────────────────────
+
+    def launch(self) -> Flight | None:
+        """Queue the step that the scheduler chooses, which counts as made from here on.
+
+        Returns the step before it, which is to be read next.
+        """
+        begun, before = perf_counter(), self._flight
         batch = self.scheduler.schedule(monotonic())
-        if not batch.samples:
-            return StepReport(events) if events else None
+        self.scheduler.in_flight = batch.size
+        self._flight = None
+        if batch.samples:
+            previews = self._due(batch.samples, begun)
+            rows = {sample: self._row(sample, preview=sample in previews) for sample in batch.samples}
+            # Behind a step that was not queued nothing may be either: it would run without it.
+            behind = before is not None and isinstance(before.step, _Raised)
+            step = _Raised(SkippedError()) if behind else self._begin(list(rows.values()))
+            self._flight = Flight(rows, batch.size, previews, step, perf_counter())
+            self.scheduler.commit(batch.samples)
+            self._launching_s += 0.1 * (perf_counter() - begun - self._launching_s)
+        return before
 
-        called = perf_counter()
-        latents, failures = self._isolate(self._denoise, batch.samples, self._lower_batch_limit)
-        nonfinite = self._drop_nonfinite(latents, failures)  # waits for the device
-        seconds = perf_counter() - called
+    def _begin(self, rows: Sequence[Row]) -> Reads:
+        try:
+            return self.denoiser.launch(rows)
+        except Exception as error:  # noqa: BLE001 (as if it had happened on the device)
+            return _Raised(error)
 
-        events += poll()
-        here = [sample for sample in latents if not sample.job.over]
-        measured = [sample for sample in here if sample.job.stage.kind == "measure"]
-        found, faults = self._isolate(lambda samples: self._measure(samples, latents), measured)
-        failures |= faults
-        here = [sample for sample in here if sample not in failures]
-        pictures, faults = self._isolate(lambda samples: self._render(samples, latents, found), here)
+    def _begin_again(self, flight: Flight) -> None:
+        """Queue a step that was skipped once more, in its turn, for the jobs that have not ended."""
+        flight.rows = {sample: row for sample, row in flight.rows.items() if not sample.job.over}
+        if flight.rows:
+            self.denoiser.recover()
+            flight.step = self._begin(list(flight.rows.values()))
+            flight.size, flight.launched = _size(flight.rows.values()), perf_counter()
+
+    def _due(self, samples: Sequence[Sample], now: float) -> set[Sample]:
+        """Samples whose step somebody wants to see: the first, the last, and some of those between.
+
+        Those are every `preview_every`-th, or else as many as an eye can follow.
+        """
+        due: set[Sample] = set()
+        timely: dict[Job, bool] = {}
+        interval_s = max(PREVIEW_INTERVAL_S, len(self.scheduler) / PREVIEWS_PER_S)
+        for sample in samples:
+            job, step = sample.job, sample.step + 1
+            if job.spec.preview == "none" or not job.last_stage:
+                continue
+            if job not in timely:
+                timely[job] = now - self._progress[job.id].previewed >= interval_s
+            every = job.spec.preview_every
+            if step in (1, sample.steps) or (timely[job] if every is None else step % every == 0):
+                due.add(sample)
+                self._progress[job.id].previewed = now
+        return due
+
+    def _row(self, sample: Sample, *, preview: bool) -> Row:
+        job = sample.job
+        if sample.slot is None:
+            sample.slot = self._free.pop() if self._free else self._slots
+            self._slots += sample.slot == self._slots
+            self._progress[job.id].begun.append(sample)
+        last, measures = sample.step + 1 == sample.steps, job.stage.kind == "measure"
+        carried = self._progress[job.id].carried if sample.step == 0 else ()
+        if not (preview or last or measures):
+            return Row(sample.chain, sample.slot, sample.step, carried)
+        kinds = dict.fromkeys(_preview_kinds(job) if preview else ())
+        if last and job.last_stage:
+            kinds[job.stage.result] = None
+        pictures = tuple(_shown(kind, job) for kind in kinds)
+        arrays: tuple[Shown, ...] = ("x0",) if measures else ("xt",) if last and not job.last_stage else ()
+        return Row(sample.chain, sample.slot, sample.step, carried, pictures, arrays)
+
+    # ── Reading ────────────────────────────────────────────────────────────────────────────────
+
+    def read(self, flight: Flight) -> StepReport:
+        """Wait for a step, and deal with what it left for jobs that have not ended meanwhile."""
+        events: list[Event] = []
+        samples = [sample for sample in flight.rows if not sample.job.over]
+        recovered = False
+
+        def again(samples: Sequence[Sample]) -> Sequence[Stepped]:
+            nonlocal recovered
+            recovered = True
+            self.denoiser.recover()
+            return self._begin([flight.rows[sample] for sample in samples]).read()
+
+        def out_of_memory(samples: Sequence[Sample]) -> None:
+            self._lower_batch_limit([flight.rows[sample] for sample in samples])
+
+        def first(samples: Sequence[Sample]) -> Sequence[Stepped]:
+            try:
+                read = dict(zip(flight.rows, flight.step.read(), strict=True))
+            except Exception as error:
+                if len(samples) == len(flight.rows):
+                    raise
+                clear_frames(error.__traceback__)
+            else:
+                return [read[sample] for sample in samples]
+            # It may be due to a row that nobody wants any more: without those it is as if skipped.
+            raise SkippedError
+
+        if not samples:  # cancelled, but the device is still at it
+            with suppress(Exception):
+                flight.step.read()
+        try:
+            done, failures = isolate(first, samples, out_of_memory, again)
+        except SkippedError:  # the step before it had failed, and has been dealt with
+            done, failures = isolate(again, samples, out_of_memory)
+        now = perf_counter()
+        seconds = now - max(flight.launched, self._read)
+        self._read = now
+        if done and not failures:  # a step that was skipped for good took no time
+            self.scheduler.times.observe(flight.size, seconds)
+
+        broken = [sample for sample, stepped in done.items() if not stepped.finite]
+        failures |= {each: NonFiniteError("The network gave a NaN or an infinity.") for each in broken}
+        for sample in broken:
+            del done[sample]
+        measured = [sample for sample in done if sample.job.stage.kind == "measure"]
+        found, faults = isolate(lambda some: self._measure(some, flight, done), measured)
         failures |= faults
         for sample, error in failures.items():
             events += self._ended(self.scheduler.fail(sample.job.id, error))
-        events += self._commit([sample for sample in here if not sample.job.over], latents, found, pictures)
-        if not failures and len(self.scheduler):
-            self._latest = begun, batch.size
-        return StepReport(events, batch.size, len(latents), seconds, nonfinite)
+        looked_at = [sample for sample, row in flight.rows.items() if row.pictures or row.arrays]
+        for job, its in _by_job(looked_at).items():
+            if not job.over:
+                events += self._advance(job, its, flight, done, found)
+        if recovered and self._flight is not None:  # or what is launched next would run before it
+            self._begin_again(self._flight)
+        return StepReport(events, flight.size, len(done), seconds, len(broken))
 
-    def _isolate(
-        self,
-        action: Callable[[Sequence[Sample]], Sequence[Result]],
-        samples: Sequence[Sample],
-        on_out_of_memory: Callable[[Sequence[Sample]], None] = lambda _samples: None,
-    ) -> tuple[dict[Sample, Result], Failures]:
-        """The action's result for each sample, and an error for each that makes it raise."""
-        if not samples:
-            return {}, {}
-        try:
-            return dict(zip(samples, action(samples), strict=True)), {}
-        except torch.OutOfMemoryError as error:
-            out_of_memory, cause = True, error
-        except torch.AcceleratorError as error:  # CUDA's state is lost with the first of these
-            raise FatalError(str(error)) from error
-        except Exception as error:  # noqa: BLE001 (whatever it is, it ends one image and not the service)
-            out_of_memory, cause = False, error  # type: ignore[assignment]
-        # Outside the except block, so that the traceback no longer holds the failed call's tensors.
-        reason = f"{type(cause).__name__} in the step of this image."
-        del cause
-        if out_of_memory:
-            torch.cuda.empty_cache()
-            on_out_of_memory(samples)
-        if len(samples) == 1:
-            return {}, {samples[0]: ComputeError(reason)}
-        half = len(samples) // 2
-        first, second = (
-            self._isolate(action, part, on_out_of_memory) for part in (samples[:half], samples[half:])
-        )
-        return first[0] | second[0], first[1] | second[1]
-
-    def _lower_batch_limit(self, samples: Sequence[Sample]) -> None:
-        """Half of these samples' rows are the most of a network call from now on."""
-        fits = max(1, sum(sample.evaluations for sample in samples) // 2)
+    def _lower_batch_limit(self, rows: Sequence[Row]) -> None:
+        """Half of what these samples took is the most of a network call from now on."""
+        fits = max(1, _size(rows) // 2)
         self.scheduler.max_batch_size = min(self.scheduler.max_batch_size, fits)
         self.on_batch_limit(self.scheduler.max_batch_size)
 
-    # ── What is done with a batch, all of it before the commit ─────────────────────────────────
-
-    def _denoise(self, samples: Sequence[Sample]) -> Sequence[Latent]:
-        """The samples' latents after their next step."""
-        for sample in samples:
-            progress = self._progress[sample.job.id]
-            if sample not in progress.latents:
-                progress.latents[sample] = self.denoiser.start(sample.chain, progress.carried)
-        latents = [self._latent(sample) for sample in samples]
-        return self.denoiser.step(
-            [sample.chain for sample in samples], latents, [sample.step for sample in samples]
-        )
-
-    def _drop_nonfinite(self, latents: dict[Sample, Latent], failures: Failures) -> int:
-        """Move samples whose results are not finite over to the failures. Returns how many."""
-
-        def finite(samples: Sequence[Sample]) -> list[bool]:
-            results = [_value(latents[sample], sample.job.stage.result) for sample in samples]
-            return torch.stack(results).isfinite().flatten(1).all(1).tolist()
-
-        found, faults = self._isolate(finite, list(latents))
-        broken = [sample for sample, fine in found.items() if not fine]
-        failures |= faults
-        failures |= {each: NonFiniteError("The network gave a NaN or an infinity.") for each in broken}
-        for sample in (*faults, *broken):
-            del latents[sample]
-        return len(broken)
-
-    def _measure(self, samples: Sequence[Sample], latents: dict[Sample, Latent]) -> list[Measurement]:
+    def _measure(
+        self, samples: Sequence[Sample], flight: Flight, done: dict[Sample, Stepped]
+    ) -> list[Measurement]:
         """What the step of each sample found about its image."""
-        steps = [sample.step for sample in samples]
-        values = self.denoiser.measure(
-            [each.chain for each in samples], [latents[each] for each in samples], steps
-        )
+        steps = [flight.rows[sample].step for sample in samples]
+        predictions = [done[sample].arrays["x0"] for sample in samples]
+        values = self.denoiser.measure([sample.chain for sample in samples], steps, predictions)
         return [
-            Measurement(sample.chain.plan.timesteps[sample.step], *found)
-            for sample, found in zip(samples, values, strict=True)
+            Measurement(sample.chain.plan.timesteps[step], *value)
+            for sample, step, value in zip(samples, steps, values, strict=True)
         ]
 
-    def _render(
-        self, samples: Sequence[Sample], latents: dict[Sample, Latent], found: dict[Sample, Measurement]
-    ) -> list[dict[SnapshotKind, Picture]]:
-        """Pictures of the samples' step that somebody will see, by kind: due previews, and final results."""
-        wanted = [(sample, kind) for sample in samples for kind in _kinds(sample)]
-        if not wanted:
-            return [{} for _ in samples]
-        values = [_value(self._shown(sample, kind, latents), kind) for sample, kind in wanted]
-        pictures: dict[Sample, dict[SnapshotKind, Picture]] = {sample: {} for sample in samples}
-        for (sample, kind), pixels in zip(wanted, to_pictures(torch.stack(values)), strict=True):
-            picture = Picture(sample.index, sample.chain.seed, kind, pixels, found.get(sample))
-            pictures[sample][kind] = picture
-        return list(pictures.values())
-
-    def _shown(self, sample: Sample, kind: SnapshotKind, latents: dict[Sample, Latent]) -> Latent:
-        """After the step; but a measurement's x_t is the one that was measured, before it."""
-        before = kind == "xt" and sample.job.stage.kind == "measure"
-        return self._latent(sample) if before else latents[sample]
-
-    def _latent(self, sample: Sample) -> Latent:
-        return self._progress[sample.job.id].latents[sample]
-
-    # ── The commit ─────────────────────────────────────────────────────────────────────────────
-
-    def _commit(
+    def _advance(
         self,
+        job: Job,
         samples: Sequence[Sample],
-        latents: dict[Sample, Latent],
+        flight: Flight,
+        done: dict[Sample, Stepped],
         found: dict[Sample, Measurement],
-        pictures: dict[Sample, dict[SnapshotKind, Picture]],
-    ) -> list[Event]:
-        """Make the step count: samples that failed or were cancelled are not among these."""
+    ) -> Iterator[Event]:
+        """Take over what a step left of a job's samples that something is wanted of."""
+        progress = self._progress[job.id]
+        shown: dict[int, list[Picture]] = {}
         for sample in samples:
-            progress = self._progress[sample.job.id]
-            progress.latents[sample] = latents[sample]
-            if sample in found:
-                progress.measurements.setdefault(sample, []).append(found[sample])
-            if sample.step + 1 == sample.steps and sample.job.last_stage:
-                progress.pictures[sample] = pictures[sample][sample.job.stage.result]
-                del progress.latents[sample]
-        events: list[Event] = []
-        for job, its in self.scheduler.commit(samples).items():
-            events += self._previews(job, its, pictures)
-            if self.scheduler.stage_done(job):
-                events += self._finish_stage(job)
-        return events
+            step, stepped, measured = flight.rows[sample].step + 1, done[sample], found.get(sample)
+            if measured is not None:
+                progress.measurements.setdefault(sample, []).append(measured)
 
-    def _previews(
-        self, job: Job, samples: Sequence[Sample], pictures: dict[Sample, dict[SnapshotKind, Picture]]
-    ) -> Iterator[Preview]:
-        """One event per step that some of the job's samples have just done and that is due a preview."""
-        by_step: dict[int, list[Sample]] = {}
-        for sample in samples:
-            if _is_due(job, sample.step, sample.steps):
-                by_step.setdefault(sample.step, []).append(sample)
-        eta = self.scheduler.eta(job) if by_step else 0.0
-        for step, group in by_step.items():
-            timestep = group[0].chain.plan.timesteps[step - 1]
-            shown = tuple(pictures[sample][kind] for sample in group for kind in _preview_kinds(job))
-            yield Preview(job.id, step, group[0].steps, timestep, eta, shown)
+            if sample in flight.previews:
+                shown.setdefault(step, []).extend(
+                    _picture(sample, kind, stepped, measured) for kind in _preview_kinds(job)
+                )
+            if step == sample.steps and job.last_stage:
+                progress.pictures[sample] = _picture(sample, job.stage.result, stepped, measured)
+            elif step == sample.steps:
+                progress.left[sample] = stepped.arrays["xt"]
+            if step == sample.steps:
+                self._release(sample)
+        finished = len(progress.pictures if job.last_stage else progress.left) == len(job.samples)
+        eta = self.scheduler.eta(job) if shown and not finished else 0.0
+        for step, pictures in shown.items():
+            chain = next(sample for sample in samples if flight.rows[sample].step + 1 == step).chain
+            yield Preview(job.id, step, len(chain.plan), chain.plan.timesteps[step - 1], eta, tuple(pictures))
+        if finished:
+            yield from self._finish_stage(job)
 
     def _finish_stage(self, job: Job) -> list[Event]:
         """Finish a job whose stage is done, or begin its next stage from what this one left."""
         progress = self._progress[job.id]
         if not job.last_stage:
-            carried, faults = self._isolate(self._carry, job.samples)
-            for error in faults.values():
-                return self._ended(self.scheduler.fail(job.id, error))
-            self._progress[job.id] = _Progress(carried=tuple(carried.values()))
+            self._progress[job.id] = _Progress(carried=tuple(progress.left[sample] for sample in job.samples))
             self.scheduler.next_stage(job)
             return []
         now = monotonic()
@@ -298,22 +384,37 @@ class Engine:
         times = started - job.spec.created, now - started
         return self._ended([Finished(job.id, pictures, *times, measurements)])
 
-    def _carry(self, samples: Sequence[Sample]) -> list[Image]:
-        return [to_array(self._latent(sample).x) for sample in samples]
-
     def _ended(self, events: list[Event]) -> list[Event]:
         """Let go of what is held for jobs that these events end."""
         for event in events:
             if isinstance(event, Terminal):
-                self._progress.pop(event.job_id, None)
+                progress = self._progress.pop(event.job_id, None)
+                for sample in progress.begun if progress is not None else ():
+                    self._release(sample)
         return events
 
+    def _release(self, sample: Sample) -> None:
+        """Give a slot back. A step on its way may still write there; those launched later come after it."""
+        if sample.slot is not None:
+            self._free.append(sample.slot)
+            sample.slot = None
 
-def _is_due(job: Job, step: int, steps: int) -> bool:
-    """Whether a preview shows step `step` (from 1): the first, the last, and every `preview_every`-th."""
-    if job.spec.preview == "none" or not job.last_stage:
-        return False
-    return step in (1, steps) or step % job.spec.preview_every == 0
+
+def _size(rows: Iterable[Row]) -> int:
+    """Network evaluations of a step of these."""
+    return sum(row.chain.plan.evaluations[row.step] for row in rows)
+
+
+def _by_job(samples: Sequence[Sample]) -> dict[Job, list[Sample]]:
+    jobs: dict[Job, list[Sample]] = {}
+    for sample in samples:
+        jobs.setdefault(sample.job, []).append(sample)
+    return jobs
+
+
+def _picture(sample: Sample, kind: SnapshotKind, stepped: Stepped, measured: Measurement | None) -> Picture:
+    pixels = stepped.pictures[_shown(kind, sample.job)]
+    return Picture(sample.index, sample.chain.seed, kind, pixels, measured)
 
 
 def _preview_kinds(job: Job) -> tuple[SnapshotKind, ...]:
@@ -326,23 +427,6 @@ def _preview_kinds(job: Job) -> tuple[SnapshotKind, ...]:
             return (kind,)
 
 
-def _kinds(sample: Sample) -> dict[SnapshotKind, None]:
-    """What is rendered of the step that a sample has just done, before the commit counts it."""
-    done, job = sample.step + 1, sample.job
-    kinds = _preview_kinds(job) if _is_due(job, done, sample.steps) else ()
-    result = (job.stage.result,) if done == sample.steps and job.last_stage else ()
-    return dict.fromkeys((*kinds, *result))
-
-
-def _value(latent: Latent, kind: SnapshotKind) -> torch.Tensor:
-    return latent.x0 if kind == "x0" else latent.x
-
-
-def to_pictures(x: torch.Tensor) -> Pixels:
-    """[B, C, H, W] float in [-1, 1], clamped → [B, H, W, C] uint8, in memory of its own."""
-    return np.ascontiguousarray(to_pixels(x).transpose(0, 2, 3, 1))
-
-
-def to_array(x: torch.Tensor) -> Image:
-    """A latent [C, H, W], as float32 in memory of its own."""
-    return np.array(x.float().cpu().numpy())
+def _shown(kind: SnapshotKind, job: Job) -> Shown:
+    """After the step; but a measurement's x_t is the one that was measured, before it."""
+    return "before" if kind == "xt" and job.stage.kind == "measure" else kind

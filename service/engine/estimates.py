@@ -9,8 +9,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
 from service.engine.jobs import Job
 
 
@@ -47,29 +45,6 @@ class StepTimes:
         rates = [size / seconds for size, seconds in zip(self._sizes, self._seconds, strict=True)]
         enough = (1 - tolerance) * max(rates)
         return next(size for size, rate in zip(self._sizes, rates, strict=True) if rate >= enough)
-
-
-class PrefixSums:
-    """Sums of whole numbers under small keys, and over all the keys below one."""
-
-    def __init__(self) -> None:
-        self._sums = np.zeros(1024, np.int64)
-        self.total = 0
-
-    def add(self, key: int, value: int) -> None:
-        """Add to the sum under a key ≥ 0."""
-        if key >= len(self._sums):
-            self._sums = np.concatenate((self._sums, np.zeros(key, np.int64)))
-        self._sums[key] += value
-        self.total += value
-
-    def at(self, key: int) -> int:
-        """The sum under a key."""
-        return int(self._sums[key]) if key < len(self._sums) else 0
-
-    def below(self, key: int) -> int:
-        """The sum under all smaller keys."""
-        return int(self._sums[:key].sum())
 
 
 def shortest(job: Job, times: StepTimes, max_batch_size: int) -> float:

@@ -15,13 +15,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
-from typing import Any, Literal
-
-import msgspec
-import numpy as np
+from typing import Literal
 
 from model.chain import Chain
-from model.samplers import ROW
 
 PreviewKind = Literal["x0", "xt", "both", "none"]
 SnapshotKind = Literal["x0", "xt"]
@@ -61,7 +57,7 @@ class JobSpec:
     """Everything that decides a job's result, as data: it can be stored, sent, run again and compared.
 
     sampler: what its images are counted by. deadline, created: seconds on the machine's monotonic clock.
-    preview_every: steps between previews, after that of the first step.
+    preview_every: steps between previews, after that of the first step; None: as many as an eye can follow.
     """
 
     id: str
@@ -70,7 +66,7 @@ class JobSpec:
     deadline: float | None = None
     created: float = 0.0
     preview: PreviewKind = "none"
-    preview_every: int = 1
+    preview_every: int | None = 1
 
     @cached_property
     def evaluations(self) -> int:
@@ -108,17 +104,20 @@ class IllegalTransitionError(RuntimeError):
 
 @dataclass(eq=False, slots=True)
 class Sample:
-    """One sample of a job's current stage. step: the next one of its plan."""
+    """One sample of a job's current stage.
+
+    step: the next one of its plan, which has `steps`. slot: where its state is kept.
+    """
 
     job: Job
     index: int
     chain: Chain
     step: int = 0
+    slot: int | None = None
+    steps: int = field(init=False)
 
-    @property
-    def steps(self) -> int:
-        """Steps of the whole plan."""
-        return len(self.chain.plan)
+    def __post_init__(self) -> None:
+        self.steps = len(self.chain.plan)
 
     @property
     def remaining(self) -> int:
@@ -136,27 +135,29 @@ class Job:
     """A job in flight.
 
     started: when its first step was scheduled. place: index of the current stage, whose samples these are.
-    remaining: network evaluations until the job is finished, later stages included.
+    over: whether nothing more will happen to it. remaining: network evaluations until it is finished, later
+    stages included. key, arrival, first_step: its place in the scheduler's order; evaluations of its first
+    step until it has had it.
     """
 
     spec: JobSpec
     state: State = State.WAITING
     started: float | None = None
     place: int = 0
+    over: bool = False
+    key: int = 0
+    arrival: int = 0
+    first_step: int = 0
+    id: str = field(init=False)
     samples: list[Sample] = field(init=False)
     remaining: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.remaining = self.spec.evaluations
+        self.id, self.remaining = self.spec.id, self.spec.evaluations
         self._enter_stage()
 
     def _enter_stage(self) -> None:
         self.samples = [Sample(self, index, chain) for index, chain in enumerate(self.stage.chains)]
-
-    @property
-    def id(self) -> str:
-        """The id of its spec."""
-        return self.spec.id
 
     @property
     def stage(self) -> Stage:
@@ -177,54 +178,4 @@ class Job:
         """Change state. Raises IllegalTransitionError, and changes nothing, when the change is not legal."""
         if state not in LEGAL[self.state]:
             raise IllegalTransitionError(f"job {self.id}: {self.state.value} → {state.value}")
-        self.state = state
-
-    @property
-    def over(self) -> bool:
-        """Whether nothing more will happen to it."""
-        return not LEGAL[self.state]
-
-
-# ── Specs as bytes ─────────────────────────────────────────────────────────────────────────────
-
-Frame = bytes | memoryview
-DTYPES = (np.dtype(np.float32), np.dtype(np.bool_), ROW)
-"""Of a spec's arrays; the header names them by their place here."""
-
-
-def to_frames(spec: JobSpec) -> list[Frame]:
-    """A spec as a header and the memory of its arrays, uncopied; an array that is shared goes once."""
-    places: dict[int, int] = {}  # id of an array → its place among the frames
-    arrays: list[np.ndarray[Any, Any]] = []
-
-    def store(value: object) -> tuple[object, ...]:
-        if not isinstance(value, np.ndarray) or value.dtype not in DTYPES:
-            raise NotImplementedError(f"{type(value).__name__} is not part of a job")
-        if id(value) not in places:
-            places[id(value)] = len(arrays)
-            arrays.append(value)
-        return places[id(value)], DTYPES.index(value.dtype), value.shape
-
-    header = msgspec.msgpack.encode(spec, enc_hook=store)
-    return [header, *(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data for array in arrays)]
-
-
-def from_frames(frames: list[Frame]) -> JobSpec:
-    """The spec that `to_frames` was given. Its arrays are read-only views of the frames.
-
-    Raises msgspec.MsgspecError or ValueError for frames that are no spec.
-    """
-    header, *buffers = frames
-    arrays: dict[int, np.ndarray[Any, Any]] = {}
-
-    def load(_: type, value: list[Any]) -> np.ndarray[Any, Any]:
-        place, dtype, shape = value
-        try:
-            if place not in arrays:
-                arrays[place] = np.frombuffer(buffers[place], DTYPES[dtype]).reshape(shape)
-                arrays[place].flags.writeable = False
-        except (IndexError, OverflowError) as error:  # msgspec wraps a ValueError, but none of these
-            raise ValueError(f"no such array: {error}") from error
-        return arrays[place]
-
-    return msgspec.msgpack.decode(header, type=JobSpec, dec_hook=load)
+        self.state, self.over = state, not LEGAL[state]

@@ -1,7 +1,7 @@
 """What goes into the engine and what comes out, as frozen data.
 
-Commands change what is in flight; events say what happened to a job. Pictures are uint8 [H, W, C] arrays,
-whole and independent.
+Commands change what is in flight; events say what happened to a job; reports are all that an engine sends.
+Pictures are uint8 [H, W, C] arrays, read-only where they have come from another process.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
+from model.schedule import NoiseSchedule
+from model.typicality import Typicality
 from service.engine.jobs import JobSpec, SnapshotKind
 from service.errors import ServiceError
 
@@ -18,25 +20,40 @@ Pixels = NDArray[np.uint8]
 # ── Commands ───────────────────────────────────────────────────────────────────────────────────
 
 
-class AddJob(Struct, frozen=True):
+class EngineConfig(Struct, frozen=True, tag=True):
+    """What an engine is to run, sent to it once, first of all. As the settings of the same names.
+
+    slots: samples in flight at once, at most.
+    """
+
+    model: str
+    device: str = "auto"
+    runtime: str = "auto"
+    dtype: str = "auto"
+    max_batch: int = 0
+    slots: int = 256
+    policy: str = "remaining"
+    batch_invariant: bool = True
+    log_format: str = "text"
+
+
+class AddJob(Struct, frozen=True, tag=True):
     """Run this job, whose slots are reserved."""
 
     spec: JobSpec
 
 
-class CancelJob(Struct, frozen=True):
+class CancelJob(Struct, frozen=True, tag=True):
     """Stop a job; nothing happens when it is already over."""
 
     job_id: str
 
 
-class AbortAll(Struct, frozen=True):
-    """End every job in flight with this error."""
-
-    error: ServiceError
+class AbortAll(Struct, frozen=True, tag=True):
+    """Drop every job in flight."""
 
 
-class Drain(Struct, frozen=True):
+class Drain(Struct, frozen=True, tag=True):
     """Stop the engine as soon as nothing is in flight. No AddJob follows it."""
 
 
@@ -45,7 +62,7 @@ Command = AddJob | CancelJob | AbortAll | Drain
 # ── Events ─────────────────────────────────────────────────────────────────────────────────────
 
 
-class Measurement(Struct, frozen=True):
+class Measurement(Struct, frozen=True, tag=True):
     """What a measuring step found: L_t in bits per dimension, mean squared error of x₀ in [-1, 1]."""
 
     timestep: int
@@ -53,7 +70,7 @@ class Measurement(Struct, frozen=True):
     mse: float
 
 
-class Picture(Struct, frozen=True, eq=False):
+class Picture(Struct, frozen=True, eq=False, tag=True):
     """A finished sample, or a snapshot of one in progress. measurement: of the step that it shows."""
 
     index: int
@@ -63,7 +80,7 @@ class Picture(Struct, frozen=True, eq=False):
     measurement: Measurement | None = None
 
 
-class Queued(Struct, frozen=True):
+class Queued(Struct, frozen=True, tag=True):
     """Accepted. position: jobs that go before it; eta_s: seconds until it is expected to be finished."""
 
     job_id: str
@@ -71,7 +88,7 @@ class Queued(Struct, frozen=True):
     eta_s: float
 
 
-class Preview(Struct, frozen=True):
+class Preview(Struct, frozen=True, tag=True):
     """Some of a job's samples have just done step `step` of `steps` (from 1), at `timestep`."""
 
     job_id: str
@@ -82,7 +99,7 @@ class Preview(Struct, frozen=True):
     pictures: tuple[Picture, ...]
 
 
-class Finished(Struct, frozen=True):
+class Finished(Struct, frozen=True, tag=True):
     """All samples are done. Durations in seconds. measurements: by sample and step, of a measuring stage."""
 
     job_id: str
@@ -92,7 +109,7 @@ class Finished(Struct, frozen=True):
     measurements: tuple[tuple[Measurement, ...], ...] = ()
 
 
-class Failed(Struct, frozen=True):
+class Failed(Struct, frozen=True, tag=True):
     """It ended without a result; the error says why. started: whether it had had a step."""
 
     job_id: str
@@ -100,7 +117,7 @@ class Failed(Struct, frozen=True):
     started: bool = False
 
 
-class Cancelled(Struct, frozen=True):
+class Cancelled(Struct, frozen=True, tag=True):
     """It was stopped on request."""
 
     job_id: str
@@ -112,7 +129,7 @@ Event = Queued | Preview | Terminal
 # ── Reports ────────────────────────────────────────────────────────────────────────────────────
 
 
-class Invariance(Struct, frozen=True):
+class Invariance(Struct, frozen=True, tag=True):
     """How far batch neighbours changed a result when it was tried: the most over these batch sizes."""
 
     batch_sizes: tuple[int, ...]
@@ -124,7 +141,7 @@ class Invariance(Struct, frozen=True):
         return self.max_abs_difference == 0.0
 
 
-class EngineInfo(Struct, frozen=True):
+class EngineInfo(Struct, frozen=True, tag=True):
     """What runs, and what was measured at its start. step_times: (batch size, seconds)."""
 
     model: str
@@ -136,15 +153,34 @@ class EngineInfo(Struct, frozen=True):
     invariance: Invariance
 
 
-class Load(Struct, frozen=True):
-    """What is in flight. running: samples of the latest step; backlog_s: seconds of work left."""
+class ModelInfo(Struct, frozen=True, eq=False, tag=True):
+    """The model that an engine has loaded.
+
+    conditional: its network takes class labels; guided: it has a null class; classified: there is a
+    classifier for guidance. typicality: of its training images, where it is known.
+    """
+
+    name: str
+    schedule: NoiseSchedule
+    shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    conditional: bool
+    guided: bool
+    classified: bool
+    typicality: Typicality | None
+    parameters: int
+
+
+class Load(Struct, frozen=True, tag=True):
+    """What is in flight. running: samples of the latest step; backlog: network evaluations left."""
 
     running: int = 0
     waiting: int = 0
+    backlog: int = 0
     backlog_s: float = 0.0
 
 
-class StepReport(Struct, frozen=True):
+class StepReport(Struct, frozen=True, tag=True):
     """One step, or no step where batch_size is 0.
 
     batch_size: rows of the network call. samples: how many were advanced. seconds: of the denoiser's work, to
@@ -158,23 +194,33 @@ class StepReport(Struct, frozen=True):
     nonfinite: int = 0
 
 
-class Ready(Struct, frozen=True):
-    """The engine is loaded and warm."""
+class Loaded(Struct, frozen=True, tag=True):
+    """The engine has its model, and is about to warm up."""
+
+
+class Ready(Struct, frozen=True, tag=True):
+    """The engine is loaded and warm. devices: how many of its kind this machine has."""
 
     info: EngineInfo
+    model: ModelInfo
+    devices: int = 1
 
 
-class Progress(Struct, frozen=True):
-    """What has happened since the last report, and what is in flight now."""
+class Progress(Struct, frozen=True, tag=True):
+    """What has happened since the last report, and what is in flight now.
+
+    launched: the jobs of a step that has just been launched, where these are others than before.
+    """
 
     step: StepReport
     load: Load
+    launched: tuple[str, ...] | None = None
 
 
-class Stopped(Struct, frozen=True):
+class Stopped(Struct, frozen=True, tag=True):
     """The engine has ended: after a drain, or because it cannot continue."""
 
     failed: bool
 
 
-Report = Ready | Progress | Stopped
+Report = Loaded | Ready | Progress | Stopped

@@ -25,9 +25,10 @@ from typing import Literal
 from sortedcontainers import SortedList
 
 from service.engine import estimates
-from service.engine.estimates import PrefixSums, StepTimes
+from service.engine.estimates import StepTimes
 from service.engine.jobs import Job, JobSpec, Sample, State
 from service.engine.messages import Cancelled, Event, Failed, Queued
+from service.engine.order import Order, PrefixSums
 from service.errors import CancelledError, DeadlineError, ServiceError
 
 Policy = Literal["remaining", "fifo", "sharing"]
@@ -43,12 +44,16 @@ class Batch:
 
 @dataclass
 class Scheduler:
-    """Holds every job from arrival to end. `max_batch_size` may be lowered while running (out of memory)."""
+    """Holds every job from arrival to end. `max_batch_size` may be lowered while running (out of memory).
+
+    in_flight: rows of a step whose samples are committed, but whose results are not there yet.
+    """
 
     max_batch_size: int
     times: StepTimes
     policy: Policy = "remaining"
     fifo_interval: int = 8
+    in_flight: int = 0
     _jobs: dict[str, Job] = field(default_factory=dict)  # in order of arrival
     _arrivals: int = 0
     _steps: int = 0
@@ -56,14 +61,11 @@ class Scheduler:
     def __post_init__(self) -> None:
         if self.max_batch_size < 1 or self.fifo_interval < 2:
             raise ValueError("max_batch_size must be at least 1 and fifo_interval at least 2")
-        # (key, arrival, job), smallest first; a job's entries are taken out before its work changes.
-        self._order: SortedList[tuple[int, int, str]] = SortedList()
-        self._entries: dict[str, tuple[int, int, str]] = {}
+        # By key, smallest first; a job is taken out of its places before its work changes.
+        self._order: Order[Job] = Order()
+        self._new: Order[Job] = Order()  # those without a committed step
         self._active: dict[str, list[Sample]] = {}  # unfinished ones, the least advanced first
-        self._new: SortedList[tuple[int, int, str]] = SortedList()  # entries without a committed step
-        self._first: dict[str, int] = {}  # evaluations of their first steps
-        # Under a job's remaining work: that work, and if it has had no step yet, that of the first.
-        self._work, self._first_work = PrefixSums(), PrefixSums()
+        self._first_work = PrefixSums()  # evaluations of the first steps of those, under their remaining work
         self._deadlines: SortedList[tuple[float, str]] = SortedList()
         self._backlog = self._running = self._unfinished = 0
 
@@ -104,11 +106,12 @@ class Scheduler:
             self._deadlines.add((spec.deadline, job.id))
         self._backlog += job.remaining
         self._begin_stage(job)
-        self._enter(job, self._arrivals)
-        self._new.add(self._entries[job.id])
-        # Evaluations of its first step, should it have the batch to itself.
-        self._first[job.id] = min(self.max_batch_size, sum(sample.evaluations for sample in job.samples))
-        self._first_work.add(job.remaining, self._first[job.id])
+        job.arrival = self._arrivals
+        self._enter(job)
+        self._new.add(job.key, job.arrival, job)
+        # Should it have the batch to itself.
+        job.first_step = min(self.max_batch_size, sum(sample.evaluations for sample in job.samples))
+        self._first_work.add(job.remaining, job.first_step)
         return [queued]
 
     def cancel(self, job_id: str) -> list[Event]:
@@ -127,9 +130,9 @@ class Scheduler:
         self._leave(job, State.CANCELLED if isinstance(error, CancelledError) else State.FAILED)
         return [Failed(job_id, error, started=job.started is not None)]
 
-    def fail_all(self, error: ServiceError) -> list[Event]:
-        """End every job with an error."""
-        return [event for job_id in list(self._jobs) for event in self.fail(job_id, error)]
+    def cancel_all(self) -> list[Event]:
+        """Drop every job."""
+        return [event for job_id in list(self._jobs) for event in self.cancel(job_id)]
 
     def expire(self, now: float) -> list[Event]:
         """Fail the jobs whose deadline has passed, before more is computed for them."""
@@ -144,12 +147,13 @@ class Scheduler:
         chosen: list[Sample] = []
         # A bounded look ahead: a last odd row is not worth walking a long queue for.
         for job in islice(self._by_priority(), 4 * self.max_batch_size):
-            for sample in islice(self._active[job.id], 4 * self.max_batch_size):
+            for sample in self._active[job.id][: 4 * self.max_batch_size]:
                 # A guided sample takes two rows, and has to run even where only one fits.
-                if sample.evaluations <= free or not chosen:
+                evaluations = sample.evaluations
+                if evaluations <= free or not chosen:
                     self._start(job, now)
                     chosen.append(sample)
-                    free -= sample.evaluations
+                    free -= evaluations
                 if free <= 0:
                     break
             if free <= 0:
@@ -158,21 +162,22 @@ class Scheduler:
         return Batch(tuple(chosen), self.max_batch_size - free)
 
     def commit(self, samples: Sequence[Sample]) -> dict[Job, list[Sample]]:
-        """Advance samples by the step just done, but for those whose jobs have ended since.
+        """Advance samples by a step, but for those whose jobs have ended since it was scheduled.
 
-        Returns the jobs that were advanced and which of their samples. One whose stage is done is to be
-        finished, failed or given its next stage before anything else is scheduled.
+        A step counts when it is launched, before its results are there: what is left is known without them.
+        Returns the jobs that were advanced and which of their samples. A job whose stage is done waits to be
+        finished, failed or given its next stage.
         """
         self._steps += 1
         advanced: dict[Job, list[Sample]] = {}
         for sample in samples:
-            if sample.job.id in self._jobs:
+            if not sample.job.over:
                 advanced.setdefault(sample.job, []).append(sample)
         for job, its in advanced.items():
-            arrival = self._exit(job)
+            self._exit(job)
             for sample in its:
                 self._advance(sample)
-            self._enter(job, arrival)
+            self._enter(job)
         return advanced
 
     def stage_done(self, job: Job) -> bool:
@@ -192,34 +197,32 @@ class Scheduler:
         """Seconds until `job` is expected to be finished, should no other job come."""
         backlog = self._backlog + (0 if job.id in self._jobs else job.remaining)
         ahead = self._ahead(job)[1]
-        return estimates.until_finished(job, ahead, backlog, self.times, self.max_batch_size)
+        running = self.times.at(self.in_flight) if self.in_flight else 0.0
+        return running + estimates.until_finished(job, ahead, backlog, self.times, self.max_batch_size)
 
     def _ahead(self, job: Job) -> tuple[int, int]:
         """(jobs, network evaluations) that go before a job; when sharing, all others do.
 
         Does not look at every job.
         """
-        entry = self._entries.get(job.id)
+        here = job.id in self._jobs
         if self.policy == "sharing":
-            return len(self) - (entry is not None), self._backlog - (job.remaining if entry else 0)
+            return len(self) - here, self._backlog - (job.remaining if here else 0)
         if self.policy == "fifo":
             earlier = takewhile(lambda other: other is not job, self._jobs.values())
             return (
-                self._order.bisect_left(entry) if entry else len(self),
-                sum(other.remaining for other in earlier) if entry else self._backlog,
+                self._order.before(job.key, job.arrival) if here else len(self),
+                sum(other.remaining for other in earlier) if here else self._backlog,
             )
-        entry = entry or (job.remaining, self._arrivals + 1, job.id)
-        key = entry[0]
-        before = self._order.bisect_left(entry)
-        equal_before = before - self._order.bisect_left((key, 0, ""))
-        work = self._work.below(key) + equal_before * key
+        key, arrival = (job.key, job.arrival) if here else (job.remaining, self._arrivals + 1)
+        work = self._order.sum_below(key) + self._order.before_within(key, arrival) * key
         # Those behind it have their first step before its last.
         behind = self._first_work.total - self._first_work.below(key)
-        equal_new = self._new.bisect_left((key + 1, 0, "")) - self._new.bisect_left((key, 0, ""))
+        equal_new = self._new.count(key)
         if equal_new:  # of those with as much to do, the part that did not come before it
-            not_behind = self._new.bisect_right(entry) - self._new.bisect_left((key, 0, ""))
+            not_behind = self._new.before_within(key, arrival + 1)
             behind -= self._first_work.at(key) * not_behind // equal_new
-        return before, work + behind
+        return self._order.before(key, arrival), work + behind
 
     def _by_priority(self) -> Iterator[Job]:
         in_order_of_arrival = self._steps % self.fifo_interval == self.fifo_interval - 1
@@ -227,8 +230,8 @@ class Scheduler:
             return iter(self._jobs.values())
         ordered = iter(self._order)
         if self.policy == "remaining" and self._new:
-            ordered = chain(self._new, (entry for entry in self._order if entry[2] not in self._first))
-        return (self._jobs[job_id] for _, _, job_id in ordered)
+            ordered = chain(self._new, (job for job in self._order if not job.first_step))
+        return ordered
 
     def _start(self, job: Job, now: float) -> None:
         if job.state is State.WAITING:
@@ -240,32 +243,29 @@ class Scheduler:
         self._unfinished += len(job.samples)
 
     def _advance(self, sample: Sample) -> None:
-        active = self._active[sample.job.id]
+        job, evaluations = sample.job, sample.evaluations
+        active = self._active[job.id]
         active.remove(sample)
-        sample.job.remaining -= sample.evaluations
-        self._backlog -= sample.evaluations
+        job.remaining -= evaluations
+        self._backlog -= evaluations
         sample.step += 1
         if sample.step < sample.steps:
             active.append(sample)
         else:
             self._unfinished -= 1
 
-    def _enter(self, job: Job, arrival: int) -> None:
-        key = {"remaining": job.remaining, "fifo": 0, "sharing": self._steps}[self.policy]
-        self._entries[job.id] = (key, arrival, job.id)
-        self._order.add(self._entries[job.id])
-        self._work.add(job.remaining, job.remaining)
+    def _enter(self, job: Job) -> None:
+        policy = self.policy
+        job.key = job.remaining if policy == "remaining" else self._steps if policy == "sharing" else 0
+        self._order.add(job.key, job.arrival, job)
 
-    def _exit(self, job: Job) -> int:
-        """Take a job's entries out, before it changes. Returns its arrival, for the next entry."""
-        entry = self._entries.pop(job.id)
-        self._order.remove(entry)
-        self._work.add(job.remaining, -job.remaining)
-        first = self._first.pop(job.id, None)
-        if first is not None:
-            self._new.remove(entry)
-            self._first_work.add(job.remaining, -first)
-        return entry[1]
+    def _exit(self, job: Job) -> None:
+        """Take a job out of its places, before it changes."""
+        self._order.remove(job.key, job.arrival)
+        if job.first_step:
+            self._new.remove(job.key, job.arrival)
+            self._first_work.add(job.remaining, -job.first_step)
+            job.first_step = 0
 
     def _leave(self, job: Job, state: State) -> None:
         self._exit(job)

@@ -1,6 +1,6 @@
 """From the engine to asyncio: one stream of events per job.
 
-The engine publishes and never waits. Previews that nobody has read yet are replaced by newer ones of the same
+Publishing never waits for a reader. Previews that nobody has read yet are replaced by newer ones of the same
 image; the first and the last event are never dropped. There is one way to read a stream:
 
     async with streams.subscribe(job_id, context, grace_s=10) as events:
@@ -13,7 +13,6 @@ period, the stream is forgotten, and a job that is still running is cancelled.
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -40,10 +39,9 @@ class SequencedEvent:
 class Stream(Generic[Context]):
     """The events of one job, for one reader at a time."""
 
-    def __init__(self, job_id: str, context: Context, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, job_id: str, context: Context) -> None:
         self.job_id, self.context = job_id, context
-        self._loop, self._wake = loop, asyncio.Event()
-        self._lock = threading.Lock()
+        self._wake = asyncio.Event()
         self._queued: Queued | None = None
         self._previews: dict[tuple[int, str], Preview] = {}  # (image, kind) → its latest snapshot
         self._last: Terminal | None = None
@@ -54,22 +52,18 @@ class Stream(Generic[Context]):
         self.removal: asyncio.TimerHandle | None = None  # pending while there is no reader
 
     def publish(self, event: Event) -> None:
-        """Hand over an event. Called from any thread; never blocks for a reader."""
-        with self._lock:
-            match event:
-                case Queued():
-                    self._queued = event
-                case Preview():
-                    for picture in event.pictures:
-                        key = (picture.index, picture.kind)
-                        self._previews.pop(key, None)  # re-inserted at the end: order is order of arrival
-                        self._previews[key] = replace(event, pictures=(picture,))
-                case _:
-                    self._last = event
-        try:
-            self._loop.call_soon_threadsafe(self._wake.set)
-        except RuntimeError:  # the loop is closed: nobody is left to wake
-            return
+        """Hand over an event."""
+        match event:
+            case Queued():
+                self._queued = event
+            case Preview():
+                for picture in event.pictures:
+                    key = (picture.index, picture.kind)
+                    self._previews.pop(key, None)  # re-inserted at the end: order is order of arrival
+                    self._previews[key] = replace(event, pictures=(picture,))
+            case _:
+                self._last = event
+        self._wake.set()
 
     @property
     def over(self) -> bool:
@@ -90,36 +84,43 @@ class Stream(Generic[Context]):
         """Whether no other reader has taken over."""
         return reader == self._reader
 
-    async def read(self, reader: int, idle_s: float | None) -> AsyncIterator[SequencedEvent | None]:
-        """Every event until the last, or until another reader takes over; None after `idle_s` without one."""
+    async def wait(self, reader: int, idle_s: float | None = None) -> bool:
+        """Wait for something to take. False after `idle_s` seconds without, and if there is nothing more."""
         if self._last_number is not None and self._last is not None and not self._taken:
-            yield SequencedEvent(self._last_number, self._last)  # it was sent, but did not arrive
-            return
+            self._taken.append(
+                SequencedEvent(self._last_number, self._last)
+            )  # it was sent, but did not arrive
         while self.is_current(reader):
             if not self._taken:
                 self._take()
-            if not self._taken:
-                try:
-                    async with asyncio.timeout(idle_s):
-                        await self._wake.wait()
-                except TimeoutError:
-                    yield None
-                continue
-            item = self._taken.popleft()
-            yield item
-            if item.number == self._last_number:
-                return
+            if self._taken:
+                return True
+            try:
+                async with asyncio.timeout(idle_s):
+                    await self._wake.wait()
+            except TimeoutError:
+                break
+        return False
+
+    def take(self) -> SequencedEvent:
+        """The next event, once it has been waited for."""
+        return self._taken.popleft()
+
+    def take_all(self) -> list[SequencedEvent]:
+        """All events that are there, once they have been waited for."""
+        taken = list(self._taken)
+        self._taken.clear()
+        return taken
 
     def _take(self) -> None:
         """Number what has been published since the last time."""
-        with self._lock:
-            self._wake.clear()
-            events: list[Event] = [] if self._queued is None else [self._queued]
-            events += _merged(list(self._previews.values()))
-            self._queued = None
-            self._previews.clear()
-            if self._last is not None:
-                events.append(self._last)
+        self._wake.clear()
+        events: list[Event] = [] if self._queued is None else [self._queued]
+        events += _merged(list(self._previews.values()))
+        self._queued = None
+        self._previews.clear()
+        if self._last is not None:
+            events.append(self._last)
         for event in events:
             self._number += 1
             self._taken.append(SequencedEvent(self._number, event))
@@ -138,26 +139,34 @@ class Subscription(Generic[Context]):
         """Whether no other reader has taken over."""
         return self._stream.is_current(self._reader)
 
-    async def __aiter__(self) -> AsyncIterator[SequencedEvent]:
-        async for item in self._stream.read(self._reader, None):
-            assert item is not None  # which only comes where a time was given
-            yield item
+    async def batches(self, idle_s: float | None = None) -> AsyncIterator[list[SequencedEvent]]:
+        """What there is to read, again and again: all of it at once, and nothing after `idle_s` without it.
 
-    def with_idle(self, idle_s: float) -> AsyncIterator[SequencedEvent | None]:
-        """The same events, and None whenever there has been none for `idle_s` seconds."""
-        return self._stream.read(self._reader, idle_s)
+        Ends after the last event, or when another reader takes over.
+        """
+        while self.current:
+            batch = self._stream.take_all() if await self._stream.wait(self._reader, idle_s) else []
+            if batch or self.current:
+                yield batch
+            if batch and isinstance(batch[-1].event, Terminal):
+                return
+
+    async def __aiter__(self) -> AsyncIterator[SequencedEvent]:
+        async for batch in self.batches():
+            for item in batch:
+                yield item
 
     async def first(self) -> SequencedEvent:
         """The next event, whatever it is."""
-        async for item in self:
-            return item
+        if await self._stream.wait(self._reader):
+            return self._stream.take()
         raise asyncio.CancelledError  # another reader took over
 
     async def last(self) -> Terminal:
         """The last event; those before it are skipped."""
-        async for item in self:
-            if isinstance(item.event, Terminal):
-                return item.event
+        async for batch in self.batches():
+            if isinstance(batch[-1].event, Terminal):
+                return batch[-1].event
         raise asyncio.CancelledError  # another reader took over
 
 
@@ -192,7 +201,7 @@ class Streams(Generic[Context]):
         """
         stream = self._streams.get(job_id)
         if stream is None:
-            stream = self._streams[job_id] = Stream(job_id, context, asyncio.get_running_loop())
+            stream = self._streams[job_id] = Stream(job_id, context)
         subscription = stream.attach()
         self._keep(stream)
         try:
@@ -205,7 +214,7 @@ class Streams(Generic[Context]):
                 self._leave(stream, grace_s)
 
     def publish(self, event: Event) -> None:
-        """Hand an event to its job's stream, if it still has one. Called from the engine's thread."""
+        """Hand an event to its job's stream, if it still has one."""
         stream = self._streams.get(event.job_id)
         if stream is not None:
             stream.publish(event)

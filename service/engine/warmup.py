@@ -1,4 +1,4 @@
-"""From a loaded checkpoint to a warm engine: build the runtime, time its steps, measure batch invariance."""
+"""From a folder to a warm engine: load it, build the runtime, time its steps, measure batch invariance."""
 
 from __future__ import annotations
 
@@ -6,21 +6,32 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from time import perf_counter
+from typing import cast
 
 import numpy as np
+import torch
 
-from model.chain import Chain
+from model import checkpoint
+from model.chain import Chain, Image
 from model.checkpoint import Checkpoint
-from model.denoiser import Denoiser, Latent
-from model.runtimes import Runtime, keep_torch_off, load_runtime
+from model.denoiser import Denoiser
+from model.runtimes import (
+    DtypeName,
+    Runtime,
+    RuntimeName,
+    check_available,
+    count_devices,
+    keep_torch_off,
+    load_runtime,
+)
 from model.samplers import Guidance, build_plan
+from model.state import Row
 from service.engine.engine import Engine
 from service.engine.estimates import StepTimes
-from service.engine.jobs import JobSpec, Stage
-from service.engine.messages import AddJob, EngineInfo, Failed, Finished, Invariance
-from service.engine.scheduler import Scheduler
-from service.settings import Settings
+from service.engine.messages import EngineConfig, EngineInfo, Invariance, ModelInfo
+from service.engine.scheduler import Policy, Scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -35,16 +46,51 @@ COMPILED_ROWS = 8
 
 @dataclass(frozen=True)
 class Warm:
-    """A warm engine and what is known about it."""
+    """A warm engine and what is known about it. devices: of its kind on this machine."""
 
     engine: Engine
     info: EngineInfo
+    model: ModelInfo
+    devices: int = 1
 
 
-def warm_up(model: Checkpoint, settings: Settings) -> Warm:
+def load(config: EngineConfig) -> Checkpoint:
+    """Load a folder.
+
+    Raises CheckpointError for a folder that cannot be used, RuntimeUnavailableError for what the machine
+    cannot do.
+    """
+    check_available(config.runtime, config.device)
+    return checkpoint.load(Path(config.model))
+
+
+def model_info(model: Checkpoint) -> ModelInfo:
+    """What the API has to know of a checkpoint."""
+    config = model.unet.config
+    return ModelInfo(
+        name=model.name,
+        schedule=model.schedule,
+        shape=(config.in_channels, config.sample_size, config.sample_size),
+        class_names=model.class_names,
+        conditional=config.num_class_embeds is not None,
+        guided=model.null_class is not None,
+        classified=model.classifier is not None,
+        typicality=model.typicality,
+        parameters=sum(parameter.numel() for parameter in model.unet.parameters()),
+    )
+
+
+def warm_up(model: Checkpoint, settings: EngineConfig) -> Warm:
     """Build, time and check. Raises RuntimeUnavailableError when the machine cannot do what is asked for."""
-    # Not padded yet: the times of small batches decide how large a batch pays.
-    runtime = load_runtime(model, settings.runtime, settings.device, settings.dtype, batch_invariant=False)
+    # Not padded to one shape yet: the times of small batches decide how large a batch pays.
+    runtime = load_runtime(
+        model,
+        cast("RuntimeName", settings.runtime),
+        settings.device,
+        cast("DtypeName", settings.dtype),
+        batch_invariant=False,
+        tf32=not settings.batch_invariant,  # who asks for the same bits anywhere does not want fewer of them
+    )
     keep_torch_off(runtime)
     denoiser = Denoiser.of(model, runtime)
     sizes: Sequence[int] = cpu_batch_sizes() if runtime.device.type == "cpu" else BATCH_SIZES
@@ -57,7 +103,9 @@ def warm_up(model: Checkpoint, settings: Settings) -> Warm:
     label = 0 if denoiser.conditional else None
     chains = [Chain(plan, seed, label) for seed in range(max(sizes))]
 
+    denoiser.reserve(settings.slots)  # first, since recorded steps are recorded anew for more slots
     runtime.prepare(sizes)
+    runtime.batch_sizes = _recorded(runtime, sizes)
     points = _time_batch_sizes(denoiser, chains, sizes)
     if settings.max_batch > points[-1][0]:
         points.append((settings.max_batch, _time_step(denoiser, chains)))
@@ -79,9 +127,9 @@ def warm_up(model: Checkpoint, settings: Settings) -> Warm:
 
     def on_batch_limit(size: int) -> None:
         if runtime.batch_sizes:  # or a smaller batch would be padded to what did not fit
-            runtime.batch_sizes = (size,)
+            runtime.batch_sizes = (*(each for each in runtime.batch_sizes if each < size), size)
 
-    scheduler = Scheduler(max_batch_size, StepTimes(points), settings.policy)
+    scheduler = Scheduler(max_batch_size, StepTimes(points), cast("Policy", settings.policy))
     engine = Engine(denoiser, scheduler, on_batch_limit)
     info = EngineInfo(
         model.name,
@@ -92,13 +140,18 @@ def warm_up(model: Checkpoint, settings: Settings) -> Warm:
         tuple(points),
         invariance,
     )
-    return Warm(engine, info)
+    return Warm(engine, info, model_info(model), count_devices(runtime.device))
 
 
 def cpu_batch_sizes() -> tuple[int, ...]:
     """Batch sizes that are worth a try on this machine's processor."""
     most = max(8, ROWS_PER_CORE * (os.cpu_count() or 1))
     return tuple(size for size in BATCH_SIZES if size <= most)
+
+
+def _recorded(runtime: Runtime, sizes: Sequence[int]) -> tuple[int, ...]:
+    """The batch sizes whose steps are recorded: all on CUDA, where eager steps wait for the host."""
+    return tuple(sizes) if runtime.device.type == "cuda" else ()
 
 
 def _shapes(
@@ -111,9 +164,7 @@ def _shapes(
     """
     if invariant or runtime.name == "torch-compile":
         return (max_batch_size,)
-    if runtime.device.type == "cuda":
-        return (*(size for size in sizes if size < max_batch_size), max_batch_size)
-    return ()
+    return _recorded(runtime, [*(size for size in sizes if size < max_batch_size), max_batch_size])
 
 
 def _time_batch_sizes(
@@ -122,12 +173,21 @@ def _time_batch_sizes(
     """(batch size, seconds) of ever larger steps, until two sizes in a row bring no more rows per second.
 
     Then all of them again and again, in turn: the least of each counts, so that a disturbance at start-up
-    does not decide how large the batches are.
+    does not decide how large the batches are. A size that takes more memory than there is ends them too.
     """
     times: dict[int, float] = {}
-    best, without_gain = 0.0, 0
+    best, without_gain, out_of_memory = 0.0, 0, False
     for size in sizes:
-        times[size] = _time_step(denoiser, chains[:size])
+        try:
+            times[size] = _time_step(denoiser, chains[:size])
+        except RuntimeError as error:
+            if not times or not isinstance(error.__cause__, torch.OutOfMemoryError):
+                raise
+            out_of_memory = True
+        if out_of_memory:  # here, where nothing holds the failed call's tensors any more
+            torch.cuda.empty_cache()
+            denoiser.recover()
+            break
         rate = size / times[size]
         without_gain = 0 if rate > best * 1.05 else without_gain + 1
         best = max(best, rate)
@@ -141,43 +201,37 @@ def _time_batch_sizes(
 
 
 def _time_step(denoiser: Denoiser, chains: Sequence[Chain], repeats: int = 2) -> float:
-    """Seconds of an engine's step of these chains, a preview of each included.
+    """Seconds of a step of these chains, a preview of each included.
 
     The best of `repeats` after a first, which counts if it is alone. Raises RuntimeError when it fails.
     """
-    batch_size = sum(chain.plan.evaluations[0] for chain in chains)
-    engine = Engine(denoiser, Scheduler(batch_size, StepTimes([(1, 1.0)])))
-    engine.handle(AddJob(JobSpec("warm-up", "ddim", (Stage("denoise", tuple(chains)),), preview="x0")))
     times: list[float] = []
-    while len(times) <= repeats:
+    for step in range(min(1 + repeats, len(chains[0].plan))):
         begun = perf_counter()
-        report = engine.step()
+        try:
+            denoiser.launch([Row(chain, i, step, pictures=("x0",)) for i, chain in enumerate(chains)]).read()
+        except Exception as error:
+            raise RuntimeError(f"the network fails on {len(chains)} rows") from error
         times.append(perf_counter() - begun)
-        events = report.events if report is not None else []
-        if any(isinstance(event, Failed) for event in events):
-            raise RuntimeError(f"the network fails on {len(chains)} rows")
-        if any(isinstance(event, Finished) for event in events):
-            break
     return min(times[1:] or times)
 
 
 def measure_invariance(denoiser: Denoiser, chains: Sequence[Chain], max_batch_size: int) -> Invariance:
     """Run the first step of the first chain alone and among others, first and last, and compare the bits."""
-    latents = [denoiser.start(chain) for chain in chains]
 
-    def first_among(count: int, place: int) -> Latent:
+    def first_among(count: int, place: int) -> Image:
         order = [*range(1, count)]
         order.insert(place, 0)
-        stepped = denoiser.step([chains[i] for i in order], [latents[i] for i in order], [0] * count)
-        return stepped[place]
+        rows = [Row(chains[i], i, 0, arrays=("xt",) if i == 0 else ()) for i in order]
+        return denoiser.launch(rows).read()[place].arrays["xt"]
 
-    alone = first_among(1, 0).x
+    alone = first_among(1, 0)
     sizes = sorted(
         {size for size in (2, 3, max_batch_size // 2, max_batch_size) if 2 <= size <= max_batch_size}
     )
     worst = 0.0
     for size in sizes:
         for place in (0, size - 1):
-            difference = (first_among(size, place).x - alone).abs().max().item()
+            difference = np.abs(first_among(size, place) - alone).max()
             worst = float(np.maximum(worst, difference))
     return Invariance(tuple(sizes), worst)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
 
-from fastapi import Depends, Request
+from fastapi import Request
+from msgspec.structs import asdict
 
 from service.engine.client import EngineClient
+from service.engine.messages import ModelInfo
 from service.engine.streams import Streams
+from service.errors import LoadingError
 from service.http.answers import EventPresenter
 from service.settings import Settings
 from service.tasks.sampling import ModelCapabilities
@@ -23,17 +25,32 @@ class AppState:
     streamed.
     """
 
-    capabilities: ModelCapabilities
     engine: EngineClient
     streams: Streams[EventPresenter | None]
     telemetry: Telemetry
     settings: Settings
+    _capabilities: ModelCapabilities | None = None
+
+    @property
+    def capabilities(self) -> ModelCapabilities:
+        """What can be asked of the model. Raises LoadingError as long as that is not known."""
+        if self._capabilities is None:
+            if self.engine.model is None:
+                raise self.engine.refusal() or LoadingError("The network is being loaded.", 2.0)
+            self._capabilities = capabilities_of(self.engine.model, self.settings)
+        return self._capabilities
+
+
+def capabilities_of(model: ModelInfo, settings: Settings) -> ModelCapabilities:
+    """What can be asked of a model under these settings."""
+    return ModelCapabilities(
+        **asdict(model),
+        max_images=min(settings.max_images, settings.max_queue),  # more would always be refused
+        deadline_s=settings.deadline_s,
+    )
 
 
 def app_state(request: Request) -> AppState:
     """The state of the app that serves a request."""
     found: AppState = request.app.state.ddpm
     return found
-
-
-State = Annotated[AppState, Depends(app_state)]

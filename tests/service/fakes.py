@@ -16,18 +16,19 @@ import torch
 from model import noise
 from model.chain import Chain, Image
 from model.checkpoint import Checkpoint
-from model.denoiser import Latent
+from model.denoiser import Latent, Stepped, render
 from model.encoder import EncoderConfig, NoiseClassifier
+from model.runtimes import SkippedError
 from model.samplers import ROW, Guidance, Plan, build_plan
 from model.schedule import NoiseSchedule, linear_betas
+from model.state import Row
 from model.unet import UNet, UNetConfig
 from service.engine.engine import Engine
 from service.engine.estimates import StepTimes
 from service.engine.jobs import JobSpec, PreviewKind, Stage
-from service.engine.messages import EngineInfo, Invariance
+from service.engine.messages import EngineConfig, EngineInfo, Invariance, ModelInfo
 from service.engine.scheduler import Scheduler
-from service.engine.warmup import Warm
-from service.settings import Settings
+from service.engine.warmup import Warm, model_info
 
 PATIENCE_S = 60.0
 """How long a test waits for something that should happen at once, before it fails."""
@@ -69,7 +70,7 @@ def counting_job(
     evaluations: int = 1,
     deadline: float | None = None,
     preview: PreviewKind = "none",
-    preview_every: int = 1,
+    preview_every: int | None = 1,
 ) -> JobSpec:
     """A job for the scheduler alone."""
     stages = (counting_stage(n, steps, evaluations),)
@@ -129,10 +130,10 @@ class Gate:
 
 @dataclass
 class FakeDenoiser:
-    """Computes each sample by itself, so that batch neighbours change nothing.
+    """Computes each sample by itself, so that batch neighbours change nothing; and only when it is read.
 
     raises, gives_nan: seeds whose samples do so in every step. rows_that_fit: a larger call runs out of
-    memory. carried: what chains were started with, by seed.
+    memory. seen: every x, by seed and step. carried: what chains were started with, by seed.
     """
 
     gate: Gate = field(default_factory=Gate)
@@ -143,6 +144,17 @@ class FakeDenoiser:
     starts: list[int] = field(default_factory=list)
     seen: dict[tuple[int, int], bytes] = field(default_factory=dict)
     carried: dict[int, Sequence[Image]] = field(default_factory=dict)
+    slots: dict[int, Latent] = field(default_factory=dict)
+    launched: list[list[Row]] = field(default_factory=list)
+    epoch: int = 0
+    failed: int = -1
+
+    def launch(self, rows: Sequence[Row]) -> FakeStep:
+        self.launched.append(list(rows))
+        return FakeStep(self, rows, self.epoch)
+
+    def recover(self) -> None:
+        self.epoch += 1
 
     def start(self, chain: Chain, carried: Sequence[Image] = ()) -> Latent:
         self.starts.append(chain.seed)
@@ -151,27 +163,29 @@ class FakeDenoiser:
         x = torch.from_numpy(noise.normal(chain.seed, noise.START, (1, SIZE, SIZE)))
         return Latent(x, torch.zeros_like(x))
 
-    def step(
-        self, chains: Sequence[Chain], latents: Sequence[Latent], steps: Sequence[int]
-    ) -> Sequence[Latent]:
+    def step(self, rows: Sequence[Row]) -> list[Stepped]:
+        """What a step does once its turn has come. The slots change last."""
         self.gate.come_through()
-        width = sum(chain.plan.evaluations[step] for chain, step in zip(chains, steps, strict=True))
+        width = sum(row.chain.plan.evaluations[row.step] for row in rows)
         self.widths.append(width)
         if width > self.rows_that_fit:
             raise torch.OutOfMemoryError(f"{width} rows do not fit")
-        for chain in chains:
-            if chain.seed in self.raises:
-                raise self.raises[chain.seed](f"seed {chain.seed}")
-        return [self._one(*each) for each in zip(chains, latents, steps, strict=True)]
+        for row in rows:
+            if row.chain.seed in self.raises:
+                raise self.raises[row.chain.seed](f"seed {row.chain.seed}")
+        before = [
+            self.start(row.chain, row.carried) if row.step == 0 else self.slots[row.slot] for row in rows
+        ]
+        after = [self._one(row.chain, latent, row.step) for row, latent in zip(rows, before, strict=True)]
+        done = [_stepped(*each) for each in zip(rows, before, after, strict=True)]
+        self.slots |= {row.slot: latent for row, latent in zip(rows, after, strict=True)}
+        return done
 
     def measure(
-        self, chains: Sequence[Chain], latents: Sequence[Latent], steps: Sequence[int]
+        self, chains: Sequence[Chain], steps: Sequence[int], x0_preds: Sequence[Image]
     ) -> Sequence[tuple[float, float]]:
         """The step, and how far the x₀ prediction is from grey."""
-        return [
-            (float(step), float(latent.x0.square().mean()))
-            for latent, step in zip(latents, steps, strict=True)
-        ]
+        return [(float(step), float(np.square(x0).mean())) for x0, step in zip(x0_preds, steps, strict=True)]
 
     def _one(self, chain: Chain, latent: Latent, step: int) -> Latent:
         x = 0.9 * latent.x + 0.1 * torch.from_numpy(noise.normal(chain.seed, step, (1, SIZE, SIZE)))
@@ -179,6 +193,31 @@ class FakeDenoiser:
             x[0, 0, 0] = float("nan")
         self.seen[chain.seed, step] = x.numpy().tobytes()
         return Latent(x, x.clamp(-1, 1))
+
+
+@dataclass(frozen=True)
+class FakeStep:
+    denoiser: FakeDenoiser
+    rows: Sequence[Row]
+    epoch: int
+
+    def read(self) -> list[Stepped]:
+        if self.epoch == self.denoiser.failed:
+            raise SkippedError
+        try:
+            return self.denoiser.step(self.rows)
+        except BaseException:
+            self.denoiser.failed = self.epoch
+            raise
+
+
+def _stepped(row: Row, before: Latent, after: Latent) -> Stepped:
+    values = {"x0": after.x0, "xt": after.x, "before": before.x}
+    return Stepped(
+        bool((after.x + after.x0).isfinite().all()),
+        {kind: render(values[kind][None])[0].numpy() for kind in row.pictures},
+        {kind: values[kind].numpy() for kind in row.arrays},
+    )
 
 
 # ── A model and an app ─────────────────────────────────────────────────────────────────────────
@@ -235,10 +274,15 @@ def fake_info(max_batch_size: int = 8) -> EngineInfo:
     return EngineInfo("tiny", "fake", "cpu", "float32", max_batch_size, times, Invariance((2,), 0.0))
 
 
-def fake_warm(denoiser: FakeDenoiser, max_batch_size: int = 8) -> Callable[[Checkpoint, Settings], Warm]:
-    """A `warm` for create_app that has nothing to load."""
+@cache
+def fake_model() -> ModelInfo:
+    return model_info(tiny_model())
 
-    def warm(_model: Checkpoint, _settings: Settings) -> Warm:
-        return Warm(fake_engine(denoiser, max_batch_size), fake_info(max_batch_size))
+
+def fake_warm(denoiser: FakeDenoiser, max_batch_size: int = 8) -> Callable[[EngineConfig], Warm]:
+    """Makes an engine that has nothing to load."""
+
+    def warm(_: EngineConfig) -> Warm:
+        return Warm(fake_engine(denoiser, max_batch_size), fake_info(max_batch_size), fake_model())
 
     return warm

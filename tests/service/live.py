@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -11,18 +12,23 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import uvicorn
 
 from service.app import create_app
-from service.errors import DrainingError
+from service.engine.jobs import JobSpec
+from service.engine.messages import EngineConfig
+from service.engine.warmup import Warm
+from service.errors import CancelledError
 from service.http.state import AppState
-from service.server import DrainingServer
+from service.server import DrainingServer, HttpProtocol
 from service.settings import Settings
-from tests.service.fakes import PATIENCE_S, FakeDenoiser, fake_warm, tiny_model, until
+from tests.service.fakes import PATIENCE_S, FakeDenoiser, fake_warm, until
+from tests.service.threads import ThreadConnection
 
+Result = TypeVar("Result")
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -34,15 +40,22 @@ def settings(**values: Any) -> Settings:
 class Threaded:
     """The app on a real socket, its server in a thread of this process."""
 
-    def __init__(self, denoiser: FakeDenoiser, warm: Any, chosen: Settings) -> None:
+    def __init__(
+        self, denoiser: FakeDenoiser, warm: Callable[[EngineConfig], Warm], chosen: Settings
+    ) -> None:
         self.denoiser, self.gate = denoiser, denoiser.gate
-        self.app = create_app(tiny_model(), chosen, warm)
+        self.app = create_app(chosen, lambda config: ThreadConnection(config, warm))
         self.state: AppState = self.app.state.ddpm
         config = uvicorn.Config(
-            self.app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=2
+            self.app,
+            port=0,
+            http=HttpProtocol,
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=2,
         )
         self.server = DrainingServer(config, self.state, chosen.drain_s)
-        self._thread = threading.Thread(target=self.server.run, daemon=True)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
         until(lambda: self.server.started, "the start")
         port = self.server.servers[0].sockets[0].getsockname()[1]
@@ -51,6 +64,25 @@ class Threaded:
         self.client = httpx.Client(
             base_url=self.url, timeout=PATIENCE_S, verify=False
         )  # no certificates on loopback
+
+    def _run(self) -> None:
+        asyncio.run(self._serve())
+
+    async def _serve(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        await self.server.serve()
+
+    def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """The function's result on the server's event loop."""
+
+        async def called() -> Result:
+            return function(*arguments)
+
+        return asyncio.run_coroutine_threadsafe(called(), self.loop).result(PATIENCE_S)
+
+    def submit(self, spec: JobSpec) -> None:
+        """Submit a job whose events nobody reads."""
+        self.call(self.state.engine.submit, spec)
 
     def ready(self) -> Threaded:
         until(lambda: self.client.get("/readyz").status_code == 200, "readiness")
@@ -64,13 +96,12 @@ class Threaded:
         assert not self._thread.is_alive()
 
     def stop(self) -> None:
-        self.state.engine.abort(DrainingError("the test is over", 1.0))
-        self.state.engine.drain()
+        if self._thread.is_alive():
+            self.call(self.state.engine.abort, CancelledError("the test is over"))
         self.gate.open()
         self.server.should_exit = True
         self.client.close()
         self.wait_for_exit()
-        self.state.engine.join(PATIENCE_S)
 
 
 Serve = Callable[..., Threaded]

@@ -20,6 +20,7 @@ CODES = {
     "CancelledError": ("cancelled", 499),
     "ComputeError": ("compute_failed", 500),
     "NonFiniteError": ("non_finite", 500),
+    "EngineKilledError": ("engine_killed", 500),
     "ServiceError": ("error", 500),
 }
 """Part of the wire interface: a change here breaks clients."""

@@ -28,6 +28,7 @@ DOCUMENTED = {
     "ddpm_last_step_timestamp_seconds": [],
     "ddpm_event_loop_lag_seconds": [],
     "ddpm_model_info": ["model", "runtime", "device", "dtype", "version"],
+    "ddpm_engine_restarts_total": [],
     "ddpm_ready": [],
 }
 

@@ -4,45 +4,47 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
-from service.engine.client import Phase
+from service.engine.worker import Phase
 from service.errors import EngineDeadError, LoadingError
 from service.http.info import describe
-from service.http.state import State
+from service.http.state import app_state
 
 router = APIRouter(tags=["operations"])
 
 
 @router.get("/livez")
 @router.get("/v2/health/live", include_in_schema=False)
-async def livez(state: State) -> dict[str, str]:
+async def livez(request: Request) -> dict[str, str]:
     """Alive: the engine makes progress whenever it has work."""
-    if not state.engine.alive():
+    if not app_state(request).engine.alive():
         raise EngineDeadError("The engine makes no progress.", 10.0)
     return {"status": "alive"}
 
 
 @router.get("/readyz")
 @router.get("/v2/health/ready", include_in_schema=False)
-async def readyz(state: State) -> dict[str, str]:
+async def readyz(request: Request) -> dict[str, str]:
     """Ready: loaded, warm, and not draining."""
-    refusal = state.engine.refusal()
+    refusal = app_state(request).engine.refusal()
     if refusal is not None:
         raise refusal
     return {"status": Phase.READY.value}
 
 
 @router.get("/metrics", response_class=Response)
-async def metrics(state: State) -> Response:
+async def metrics(request: Request) -> Response:
     """All metrics in Prometheus' text format."""
-    return Response(state.telemetry.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    return Response(
+        app_state(request).telemetry.render(), media_type="text/plain; version=0.0.4; charset=utf-8"
+    )
 
 
 @router.get("/info")
-async def info(state: State) -> dict[str, Any]:
+async def info(request: Request) -> dict[str, Any]:
     """The model, the samplers, defaults, limits, the device, and how far batch neighbours change a result."""
-    engine = state.engine.info
-    if engine is None:
+    state = app_state(request)
+    if state.engine.info is None:
         raise state.engine.refusal() or LoadingError("The network is being loaded.", 2.0)
-    return describe(state.capabilities, state.settings, engine)
+    return describe(state.capabilities, state.settings, state.engine.info)

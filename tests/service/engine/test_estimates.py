@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.engine.estimates import PrefixSums, StepTimes
+from service.engine.estimates import StepTimes
+from service.engine.order import PrefixSums
 
 
 @given(st.lists(st.tuples(st.integers(0, 5000), st.integers(-9, 9)), max_size=30), st.integers(0, 6000))

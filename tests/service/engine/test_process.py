@@ -15,6 +15,7 @@ from service.engine.messages import (
     Drain,
     Event,
     Finished,
+    Load,
     Progress,
     Queued,
     Ready,
@@ -23,7 +24,7 @@ from service.engine.messages import (
 )
 from service.engine.process import EngineLoop
 from service.engine.warmup import Warm
-from tests.service.fakes import FakeDenoiser, fake_engine, fake_info, job_of
+from tests.service.fakes import FakeDenoiser, fake_engine, fake_info, fake_model, job_of
 
 
 def run(denoiser: FakeDenoiser, *commands: Command) -> list[Report]:
@@ -32,7 +33,7 @@ def run(denoiser: FakeDenoiser, *commands: Command) -> list[Report]:
     for command in commands:
         inbox.put(command)
     reports: list[Report] = []
-    EngineLoop(lambda: Warm(fake_engine(denoiser), fake_info()), inbox, reports.append).run()
+    EngineLoop(lambda: Warm(fake_engine(denoiser), fake_info(), fake_model()), inbox, reports.append).run()
     return reports
 
 
@@ -43,18 +44,20 @@ def events(reports: list[Report]) -> list[Event]:
 def test_a_drained_loop_finishes_what_it_was_given() -> None:
     jobs = job_of("a", [1], steps=2), job_of("b", [2], steps=3)
     reports = run(FakeDenoiser(), *(AddJob(job) for job in jobs), Drain())
-    assert reports[0] == Ready(fake_info())
+    assert reports[0] == Ready(fake_info(), fake_model())
     assert reports[-1] == Stopped(failed=False)
     assert [type(event) for event in events(reports)] == [Queued, Queued, Finished, Finished]
 
 
-def test_the_load_is_reported_before_a_step_and_after_it() -> None:
-    reports = run(FakeDenoiser(), AddJob(job_of("a", [1, 2], steps=1)), Drain())
-    before, after = (report for report in reports if isinstance(report, Progress))
-    assert (before.step.batch_size, before.load.waiting, before.load.running) == (0, 2, 0)
-    assert before.load.backlog_s > 0
-    assert (after.step.batch_size, after.load.waiting, after.load.running) == (2, 0, 0)
-    assert after.load.backlog_s == 0
+def test_what_is_launched_is_reported_before_its_results() -> None:
+    reports = run(FakeDenoiser(), AddJob(job_of("a", [1, 2], steps=2)), Drain())
+    progress = [report for report in reports if isinstance(report, Progress)]
+    told = [(each.launched, each.step.batch_size, len(each.step.events)) for each in progress]
+    assert told == [(("a",), 0, 1), (None, 2, 0), ((), 0, 0), (None, 2, 1)]
+    first, last = progress[0].load, progress[-1].load
+    assert (first.running, first.waiting, first.backlog) == (2, 0, 2)
+    assert first.backlog_s > 0
+    assert last == Load()
 
 
 def test_commands_are_handled_in_order() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import pytest
 from hypothesis import given, settings
@@ -31,20 +33,48 @@ def add(under: Scheduler, spec: JobSpec, now: float = 0.0) -> Job:
     return under._jobs[spec.id]
 
 
-def commit(under: Scheduler, batch: Batch) -> list[str]:
-    """Advance the batch as the engine does: stages follow one another. Returns the ids of finished jobs."""
+def launch(under: Scheduler, now: float = 0.0) -> Batch:
+    """Choose a step and count it, before its results are there."""
+    batch = under.schedule(now)
+    under.in_flight = batch.size
+    under.commit(batch.samples)
+    return batch
+
+
+def read(under: Scheduler, batch: Batch, behind: Sequence[Batch] = ()) -> list[str]:
+    """What follows from a step's results: stages follow one another. Returns the ids of finished jobs.
+
+    behind: later steps that have been launched; a stage whose samples are in those has not ended.
+    """
     finished = []
-    for job in under.commit(batch.samples):
-        if under.stage_done(job) and job.last_stage:
+    unread = {sample.job for later in behind for sample in later.samples}
+    for job in dict.fromkeys(sample.job for sample in batch.samples):
+        if job.over or job in unread or not under.stage_done(job):
+            continue
+        if job.last_stage:
             under.finish(job)
             finished.append(job.id)
-        elif under.stage_done(job):
+        else:
             under.next_stage(job)
+    if not behind:
+        under.in_flight = 0
     return finished
 
 
 def step(under: Scheduler, now: float = 0.0) -> list[str]:
-    return commit(under, under.schedule(now))
+    return read(under, launch(under, now))
+
+
+@dataclass
+class Ahead:
+    """Steps as the engine makes them: each is launched before the one before it is read."""
+
+    under: Scheduler
+    flight: Batch | None = None
+
+    def step(self) -> list[str]:
+        before, self.flight = self.flight, launch(self.under)
+        return read(self.under, before, [self.flight]) if before is not None else []
 
 
 def chosen(batch: Batch) -> Counter[str]:
@@ -63,7 +93,7 @@ def steps_until(under: Scheduler, job: Job, limit: int = 100_000) -> int:
 
 
 class Life(RuleBasedStateMachine):
-    """Jobs come, are cancelled, fail and expire between and during steps."""
+    """Jobs come, are cancelled, fail and expire while none, one or two steps are on their way."""
 
     @initialize(
         max_batch_size=st.integers(1, 9),
@@ -76,7 +106,7 @@ class Life(RuleBasedStateMachine):
         self.names: list[str] = []
         self.jobs: dict[str, Job] = {}  # those that were accepted
         self.ends: Counter[str] = Counter()
-        self.batch: Batch | None = None
+        self.flights: list[Batch] = []  # launched and not read
 
     def take(self, events: list[Event]) -> None:
         for event in events:
@@ -120,6 +150,13 @@ class Life(RuleBasedStateMachine):
         assert len(events) == (not was_over)
         self.take(events)
 
+    @rule()
+    def cancel_all(self) -> None:
+        alive = [name for name, job in self.jobs.items() if not job.over]
+        events = self.under.cancel_all()
+        assert events == [Cancelled(name) for name in alive]
+        self.take(events)
+
     @rule(seconds=st.floats(0, 10))
     def wait(self, seconds: float) -> None:
         self.now += seconds
@@ -131,29 +168,41 @@ class Life(RuleBasedStateMachine):
     def lower_the_batch_limit(self) -> None:
         self.under.max_batch_size = max(1, self.under.max_batch_size // 2)
 
-    @precondition(lambda self: self.batch is None)
+    @precondition(lambda self: len(self.flights) < 2)
     @rule()
-    def schedule(self) -> None:
-        batch = self.batch = self.under.schedule(self.now)
+    def launch(self) -> None:
+        to_do = [job for job in self.jobs.values() if not job.over and not self.under.stage_done(job)]
+        done = len(self.under) - len(to_do)
+        before = {sample: sample.step for job in self.jobs.values() for sample in job.samples}
+        batch = self.under.schedule(self.now)
         assert batch.size == sum(sample.evaluations for sample in batch.samples)
         alone_at_one = self.under.max_batch_size == 1 and len(batch.samples) == 1
         assert batch.size <= self.under.max_batch_size or (alone_at_one and batch.size == 2)
         assert len(set(batch.samples)) == len(batch.samples) == self.under.running
         assert all(s.step < s.steps and s.job.state is State.RUNNING for s in batch.samples)
-        assert bool(batch.samples) == bool(len(self.under))
+        # The look ahead is bounded: jobs that wait for their results can fill it where the limit has fallen.
+        assert bool(batch.samples) == bool(to_do) or done >= 4 * self.under.max_batch_size
+        backlog = self.under.backlog
+        advanced = self.under.commit(batch.samples)
+        assert [sample for its in advanced.values() for sample in its] == sorted(
+            batch.samples, key=lambda sample: list(advanced).index(sample.job)
+        )
+        assert backlog - self.under.backlog == batch.size
+        self.under.in_flight = batch.size
+        self.flights.append(batch)
+        for sample, step in before.items():
+            assert sample.step == step + (sample in batch.samples)
 
-    @precondition(lambda self: self.batch is not None)
+    @precondition(lambda self: self.flights)
     @rule()
-    def commit(self) -> None:
-        assert self.batch is not None
-        before = {sample: sample.step for sample in self.batch.samples}
-        alive = {sample for sample in self.batch.samples if not sample.job.over}
-        for name in commit(self.under, self.batch):
+    def read(self) -> None:
+        before = self.under.backlog, self.under._steps
+        batch = self.flights.pop(0)
+        for name in read(self.under, batch, self.flights):
             self.ends[name] += 1
-            assert self.jobs[name].over
-        self.batch = None
-        for sample, done in before.items():
-            assert sample.step == done + (sample in alive)
+            assert self.jobs[name].state is State.FINISHED
+            assert self.jobs[name].remaining == 0
+        assert (self.under.backlog, self.under._steps) == before  # it has been counted
 
     @invariant()
     def counters_equal_a_recount(self) -> None:
@@ -168,8 +217,11 @@ class Life(RuleBasedStateMachine):
         for job in alive:
             later = sum(stage.evaluations for stage in job.spec.stages[job.place + 1 :])
             assert job.remaining == sum(s.remaining for s in job.samples) + later
-            assert not self.under.stage_done(job)
-            assert self.under.eta(job) > 0
+            assert self.under.stage_done(job) == all(s.step == s.steps for s in job.samples)
+            if self.under.stage_done(job):  # then a step of it has not been read
+                assert any(sample.job is job for batch in self.flights for sample in batch.samples)
+            assert self.under.eta(job) > 0 or job.remaining == self.under.in_flight == 0
+            assert self.under.eta(job) >= (STEP_S if self.under.in_flight else 0.0)
         assert self.ends == Counter(
             name for name in self.names if name not in self.jobs or self.jobs[name].over
         )
@@ -177,8 +229,8 @@ class Life(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "jobs"):
             return
-        if self.batch is not None:
-            self.commit()
+        while self.flights:
+            self.read()
         for _ in range(self.under.backlog):
             self.ends.update(step(self.under, self.now))
         assert len(self.under) == self.under.backlog == 0
@@ -198,25 +250,27 @@ def press(under: Scheduler, count: int) -> None:
         under.add(counting_job(f"new{count}.{i}", steps=1), 0)
 
 
-def steps_under_pressure(fifo_interval: int, limit: int) -> int | None:
+def steps_under_pressure(fifo_interval: int, limit: int, ahead: bool = False) -> int | None:
     """Steps that a 20-image job takes while there are always enough one-step jobs to fill the step."""
     under = scheduler(max_batch_size=8, fifo_interval=fifo_interval)
     big = add(under, counting_job("big", n=20, steps=30))
-    step(under)
+    make = Ahead(under).step if ahead else lambda: step(under)
+    make()
     for count in range(1, limit):
         press(under, count)
-        step(under)
+        make()
         if big.over:
             return count + 1
     return None
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("interval", [2, 4, 8])
-def test_a_big_job_finishes_under_an_endless_stream_of_small_ones(interval: int) -> None:
+def test_a_big_job_finishes_under_an_endless_stream_of_small_ones(interval: int, ahead: bool) -> None:
     alone = 20 * 30 / 8
-    taken = steps_under_pressure(interval, limit=interval * 80 + interval)
+    taken = steps_under_pressure(interval, interval * 80 + interval, ahead)
     assert taken is not None
-    assert taken <= interval * (alone + 1)
+    assert taken <= interval * (alone + 1) + ahead  # its results are read a step later
 
 
 def test_without_the_fifo_step_it_would_starve() -> None:
@@ -306,9 +360,9 @@ def test_sharing_alternates() -> None:
         under.add(counting_job(name, steps=5), 0)
     order = []
     for _ in range(6):
-        batch = under.schedule(0)
+        batch = launch(under)
         order.append(batch.samples[0].job.id)
-        commit(under, batch)
+        read(under, batch)
     assert order == ["a", "b", "c", "a", "b", "c"]
 
 
@@ -385,29 +439,81 @@ def test_a_finished_job_does_not_expire() -> None:
 # ── Cancellation ───────────────────────────────────────────────────────────────────────────────
 
 
-def test_cancelled_during_a_step_its_result_does_not_count() -> None:
+def test_cancelled_before_a_step_counts_it_does_not() -> None:
     under = scheduler()
     gone = add(under, counting_job("gone", n=2, steps=1))
     add(under, counting_job("neighbour", steps=1))
     batch = under.schedule(0)
     assert chosen(batch) == {"gone": 2, "neighbour": 1}
     assert under.cancel("gone") == [Cancelled("gone")]
-    assert commit(under, batch) == ["neighbour"]
+    assert [job.id for job in under.commit(batch.samples)] == ["neighbour"]
+    assert read(under, batch) == ["neighbour"]
     assert gone.state is State.CANCELLED
     assert [sample.step for sample in gone.samples] == [0, 0]
     assert under.cancel("gone") == []
     assert under.cancel("never heard of") == []
 
 
-def test_fail_all_ends_everybody_once() -> None:
+def test_cancelled_before_its_last_step_is_read_it_does_not_finish() -> None:
+    under = scheduler()
+    gone = add(under, counting_job("gone", n=2, steps=1))
+    add(under, counting_job("neighbour", steps=1))
+    batch = launch(under)
+    assert (under.stage_done(gone), gone.remaining, under.backlog) == (True, 0, 0)
+    assert under.cancel("gone") == [Cancelled("gone")]
+    assert read(under, batch) == ["neighbour"]
+    assert gone.state is State.CANCELLED
+    assert (len(under), under.running, under.waiting) == (0, 0, 0)
+
+
+def test_cancel_all_ends_everybody_once() -> None:
     under = scheduler(max_batch_size=1)
     for name in "abc":
         under.add(counting_job(name), 0)
-    step(under)
-    events = under.fail_all(ComputeError("all"))
-    assert {event.job_id for event in events} == set("abc")
-    assert under.fail_all(ComputeError("again")) == []
+    batch = launch(under)
+    assert under.cancel_all() == [Cancelled(name) for name in "abc"]
+    assert under.cancel_all() == []
     assert (under.running, under.waiting, under.backlog) == (0, 0, 0)
+    assert read(under, batch) == []
+    assert launch(under).samples == ()
+
+
+# ── Launched ahead ─────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_step_counts_when_it_is_launched() -> None:
+    under = scheduler()
+    job = add(under, counting_job("a", n=2, steps=3))
+    flights = [launch(under) for _ in range(3)]
+    assert [chosen(batch) for batch in flights] == [{"a": 2}] * 3
+    assert (job.remaining, under.backlog, under.waiting, len(under)) == (0, 0, 0, 1)
+    assert launch(under).samples == ()  # nothing is left to launch, though it has not ended
+    assert job.state is State.RUNNING
+    assert read(under, flights[0], flights[1:]) == read(under, flights[1], flights[2:]) == []
+    assert read(under, flights[2]) == ["a"]
+
+
+def test_the_next_stage_waits_for_the_results_and_others_do_not() -> None:
+    under = scheduler(max_batch_size=4)
+    job = add(under, JobSpec("a", "ddim", (counting_stage(3, 2), counting_stage(4, 1))))
+    add(under, counting_job("b", steps=9))
+    ahead = Ahead(under)
+    seen = []
+    while not job.over:
+        ahead.step()
+        assert ahead.flight is not None
+        seen.append(chosen(ahead.flight))
+    assert seen == [{"a": 3, "b": 1}, {"a": 3, "b": 1}, {"b": 1}, {"a": 4}, {"b": 1}]
+
+
+def test_jobs_whose_results_are_awaited_do_not_hide_the_others() -> None:
+    under = scheduler(max_batch_size=4, fifo_interval=10**6)
+    under.add(counting_job("next", n=9, steps=2), 0)
+    step(under)
+    for name in "abcd":
+        under.add(counting_job(name, steps=1), 0)
+    assert chosen(launch(under)) == dict.fromkeys("abcd", 1)
+    assert chosen(launch(under)) == {"next": 4}
 
 
 # ── Positions and times ────────────────────────────────────────────────────────────────────────
@@ -436,6 +542,27 @@ def test_the_eta_comes_true_when_nobody_else_comes(policy: Policy) -> None:
     for count in range(1, 30):
         ends |= dict.fromkeys(step(under), count * STEP_S)
     assert promised == ends
+
+
+def test_the_eta_includes_the_step_on_its_way() -> None:
+    under = scheduler(max_batch_size=4)
+    under.times = StepTimes([(1, 1.0), (4, 2.0)])
+    job = add(under, counting_job("a", n=4, steps=3))
+    assert under.eta(job) == 6.0
+    flights = [launch(under)]
+    assert under.eta(job) == 6.0  # 2 until that is there, and two more
+    assert under.eta(Job(counting_job("other", n=4, steps=1))) >= 2.0 + 2.0
+    flights.append(launch(under))
+    read(under, flights[0], flights[1:])
+    assert under.eta(job) == 4.0
+    flights.append(launch(under))
+    read(under, flights[1], flights[2:])
+    assert under.eta(job) == 2.0
+    assert read(under, flights[2]) == ["a"]
+    alone = Job(counting_job("b", steps=1))
+    assert under.eta(alone) == 1.0
+    under.in_flight = 1
+    assert under.eta(alone) == 2.0
 
 
 def slow_ahead(under: Scheduler, job: Job) -> tuple[int, int, int]:
@@ -509,8 +636,8 @@ def test_a_stage_follows_another_without_a_gap() -> None:
     job = add(under, JobSpec("a", "ddim", (counting_stage(2, 3), counting_stage(3, 2))))
     sizes = []
     while not job.over:
-        batch = under.schedule(0)
+        batch = launch(under)
         sizes.append(batch.size)
-        commit(under, batch)
+        read(under, batch)
     assert sizes == [2, 2, 2, 3, 3]
     assert (len(under), under.backlog, under.waiting) == (0, 0, 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Awaitable, Callable, Iterator
 
 import numpy as np
@@ -32,7 +31,7 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
 
 
 def a_stream() -> Stream[None]:
-    return Stream("job", None, asyncio.get_running_loop())
+    return Stream("job", None)
 
 
 async def read(stream: Stream[None]) -> list[SequencedEvent]:
@@ -106,25 +105,6 @@ def test_previews_come_in_the_order_of_their_latest_snapshots() -> None:
     run(test)
 
 
-def test_publishing_from_another_thread_wakes_the_reader() -> None:
-    async def test() -> None:
-        stream = a_stream()
-        reading = asyncio.create_task(read(stream))
-        await asyncio.sleep(0)  # it waits now
-
-        def publish() -> None:
-            stream.publish(QUEUED)
-            stream.publish(FINISHED)
-
-        thread = threading.Thread(target=publish)
-        thread.start()
-        items = await reading
-        thread.join()
-        assert [item.event for item in items] == [QUEUED, FINISHED]
-
-    run(test)
-
-
 def test_publishing_after_the_loop_is_closed_is_harmless() -> None:
     streams: list[Stream[None]] = []
 
@@ -139,15 +119,29 @@ def test_publishing_after_the_loop_is_closed_is_harmless() -> None:
 def test_a_reader_learns_that_nothing_happens() -> None:
     async def test() -> None:
         stream = a_stream()
-        events = stream.attach().with_idle(0.01)
-        assert [await anext(events) for _ in range(2)] == [None, None]
+        batches = stream.attach().batches(0.01)
+        assert [await anext(batches) for _ in range(2)] == [[], []]
         stream.publish(QUEUED)
-        item = await anext(events)
-        assert item is not None
+        (item,) = await anext(batches)
         assert item.event is QUEUED
-        assert await anext(events) is None
+        assert await anext(batches) == []
+        stream.publish(shown := preview(3))
         stream.publish(FINISHED)
-        assert [item.event async for item in events if item is not None] == [FINISHED]
+        (batch,) = [batch async for batch in batches]
+        assert described(batch) == [("Preview", shown.step, [0]), ("Finished", None, [])]  # both at once
+        assert [item.number for item in batch] == [2, 3]
+
+    run(test)
+
+
+def test_the_first_event_alone_leaves_the_others() -> None:
+    async def test() -> None:
+        stream = a_stream()
+        for event in (QUEUED, preview(1), FINISHED):
+            stream.publish(event)
+        events = stream.attach()
+        assert (await events.first()).event is QUEUED
+        assert [item.number async for item in events] == [2, 3]
 
     run(test)
 

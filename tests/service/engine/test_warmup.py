@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from model import runtimes
 from model.chain import Chain
-from model.checkpoint import Checkpoint
-from model.denoiser import Denoiser, Latent
+from model.checkpoint import CheckpointError, save
+from model.denoiser import Denoiser, Stepped
 from model.encoder import NoiseClassifier
-from service.app import model_capabilities
+from model.runtimes import RuntimeUnavailableError
+from model.state import Row
 from service.engine import warmup
-from service.engine.messages import AddJob, Failed, Finished, Invariance
-from service.engine.warmup import Warm, measure_invariance, warm_up
+from service.engine.messages import AddJob, EngineConfig, Event, Failed, Finished, Invariance
+from service.engine.warmup import Warm, load, measure_invariance, model_info, warm_up
 from service.errors import ComputeError
 from service.http.info import describe
+from service.http.state import capabilities_of
 from service.tasks.generate import GenerateRequest, prepare_generate
 from tests.service.fakes import FakeDenoiser, job_of, tiny_classifier, tiny_model
 from tests.service.live import settings
@@ -32,8 +37,19 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 4)
 
 
+def config(**values: Any) -> EngineConfig:
+    return EngineConfig(**{"model": "tiny", "device": "cpu", "runtime": "torch", **values})
+
+
 def warm(**values: Any) -> Warm:
-    return warm_up(tiny_model(), settings(runtime="torch", device="cpu", **values))
+    return warm_up(tiny_model(), config(**values))
+
+
+def drain(warm: Warm) -> list[Event]:
+    events: list[Event] = []
+    while (report := warm.engine.step()) is not None:
+        events += report.events
+    return events
 
 
 def runtime_of(warm: Warm) -> runtimes.Runtime:
@@ -62,7 +78,7 @@ def test_torch_has_one_thread_beside_openvino(runtime: str, threads: int) -> Non
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        warm_up(tiny_model(), settings(runtime=runtime, device="cpu", max_batch=1))
+        warm(runtime=runtime, max_batch=1)
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
@@ -116,13 +132,46 @@ def test_a_disturbed_first_timing_does_not_decide_the_batch_size(monkeypatch: py
 
 
 def test_a_warm_engine_runs() -> None:
-    engine = warm(max_batch=2).engine
-    job = job_of("a", [1], steps=2, guidance_scale=2.0)
-    engine.handle(AddJob(job))
-    engine.step()
-    report = engine.step()
-    assert report is not None
-    assert [type(event) for event in report.events] == [Finished]
+    found = warm(max_batch=2)
+    found.engine.handle(AddJob(job_of("a", [1], steps=2, guidance_scale=2.0)))
+    assert [type(event) for event in drain(found)] == [Finished]
+
+
+def test_a_warm_engine_has_its_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that none of them is made while steps are on their way."""
+    found = warm(max_batch=2, slots=7)
+    denoiser = found.engine.denoiser
+    assert isinstance(denoiser, Denoiser)
+    assert len(denoiser.slots) == 7
+    monkeypatch.setattr(denoiser.slots, "_grown", None)
+    found.engine.handle(AddJob(job_of("a", range(7), steps=2)))
+    assert [type(event) for event in drain(found)] == [Finished]
+
+
+def test_a_network_that_fails_is_found_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> torch.Tensor:
+        raise ValueError("not today")
+
+    monkeypatch.setattr(runtimes.TorchRuntime, "forward", broken)
+    with pytest.raises(RuntimeError, match="the network fails on 1 rows"):
+        warm(max_batch=1)
+
+
+def test_a_timed_step_is_one_of_the_engine_with_a_preview_of_each_sample() -> None:
+    denoiser = FakeDenoiser()
+    chains = job_of("a", range(3), steps=4).stages[0].chains
+    assert warmup._time_step(denoiser, chains) > 0  # type: ignore[arg-type]  # a fake in its place
+    assert denoiser.widths == [3, 3, 3]
+    assert [[row.step for row in rows] for rows in denoiser.launched] == [[0] * 3, [1] * 3, [2] * 3]
+    assert {(row.slot, row.pictures) for row in denoiser.launched[0]} == {(i, ("x0",)) for i in range(3)}
+    warmup._time_step(denoiser, chains[:2], repeats=0)  # type: ignore[arg-type]
+    assert denoiser.widths == [3, 3, 3, 2]
+
+
+def test_a_short_plan_is_timed_as_far_as_it_goes() -> None:
+    denoiser = FakeDenoiser()
+    warmup._time_step(denoiser, job_of("a", [1], steps=1).stages[0].chains)  # type: ignore[arg-type]
+    assert denoiser.widths == [1]
 
 
 def test_out_of_memory_lowers_the_padding_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,31 +189,89 @@ def test_out_of_memory_lowers_the_padding_too(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(runtime, "forward", cramped)
     job = job_of("a", [1, 2, 3], steps=1)
     found.engine.handle(AddJob(job))
-    events = []
-    while (report := found.engine.step()) is not None:
-        events += report.events
+    events = drain(found)
     assert [type(event) for event in events] == [Finished], events
     assert found.engine.scheduler.max_batch_size in (1, 2)
     assert runtime.batch_sizes == (found.engine.scheduler.max_batch_size,)
 
 
+def test_out_of_memory_leaves_the_smaller_shapes() -> None:
+    """As a GPU has them where invariance is not asked for: small batches are not padded to the limit."""
+    found = warm(max_batch=8, batch_invariant=False)
+    runtime: Any = runtime_of(found)
+    runtime.batch_sizes = (1, 2, 4, 8)
+    found.engine.on_batch_limit(3)
+    assert tuple(runtime.batch_sizes) == (1, 2, 3)
+
+
+def test_a_batch_that_does_not_fit_is_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, widths = runtimes.TorchRuntime.forward, []
+
+    def cramped(
+        runtime: runtimes.TorchRuntime, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None
+    ) -> torch.Tensor:
+        widths.append(len(x))
+        if len(x) > 2:
+            raise torch.OutOfMemoryError("too wide")
+        return real(runtime, x, t, y)
+
+    monkeypatch.setattr(runtimes.TorchRuntime, "forward", cramped)
+    found = warm()
+    assert found.engine.scheduler.max_batch_size in (1, 2)
+    assert max(widths) == 4
+    found.engine.handle(AddJob(job_of("a", [1, 2, 3], steps=2)))
+    assert [type(event) for event in drain(found)] == [Finished]
+    with pytest.raises(RuntimeError, match="the network fails on 4 rows"):
+        warm(max_batch=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "invariant", "expected"),
+    [("torch", True, (8,)), ("torch", False, (1, 2, 4, 8)), ("torch-compile", False, (8,))],
+)
+def test_the_shapes_of_a_gpu(name: str, invariant: bool, expected: tuple[int, ...]) -> None:
+    gpu: Any = SimpleNamespace(name=name, device=torch.device("cuda"))
+    assert warmup._shapes(gpu, (1, 2, 4, 8, 16, 32), 8, invariant=invariant) == expected
+    assert warmup._recorded(gpu, (1, 2, 4)) == (1, 2, 4), "timed as they will be served"
+
+
+def test_slots_are_reserved_before_anything_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recorded steps are forgotten when there are more: what was timed would have to be recorded anew."""
+    found: list[int] = []
+
+    def timed(denoiser: Denoiser, *_: Any) -> float:
+        found.append(len(denoiser.slots))
+        return 1.0
+
+    monkeypatch.setattr(warmup, "_time_step", timed)
+    warm(max_batch=4, slots=300)
+    assert set(found) == {300}
+
+
+@pytest.mark.gpu
+def test_a_warm_gpu_has_recorded_what_it_serves() -> None:
+    found = warm(device="cuda", max_batch=4, batch_invariant=False, slots=300)
+    denoiser = found.engine.denoiser
+    assert isinstance(denoiser, Denoiser)
+    assert {width for width, _ in denoiser._recordings} == {1, 2, 4}
+    kept = dict(denoiser._recordings)
+    found.engine.handle(AddJob(job_of("a", [1, 2, 3], steps=3)))
+    assert [type(event) for event in drain(found)] == [Finished]
+    assert denoiser._recordings == kept
+
+
 def test_a_class_model_without_a_null_class_warms_up() -> None:
-    found = warm_up(tiny_model(guided=False), settings(runtime="torch", device="cpu", max_batch=1))
+    found = warm_up(tiny_model(guided=False), config(max_batch=1))
     assert found.engine.scheduler.max_batch_size == 1
-    job = job_of("a", [1], steps=1)
-    found.engine.handle(AddJob(job))
-    report = found.engine.step()
-    assert report is not None
-    (event,) = report.events
+    found.engine.handle(AddJob(job_of("a", [1], steps=1)))
+    (event,) = drain(found)
     assert isinstance(event, Failed)  # it has no unconditional branch; such a request is refused on admission
     assert isinstance(event.error, ComputeError)
 
 
 def test_an_unconditional_model_warms_up() -> None:
-    model = tiny_model(guided=False, classes=0)
-    chosen = settings(runtime="torch", device="cpu", max_batch=2)
-    found = warm_up(model, chosen)
-    info = describe(model_capabilities(model, chosen), chosen, found.info)
+    found = warm_up(tiny_model(guided=False, classes=0), config(max_batch=2))
+    info = describe(capabilities_of(found.model, settings()), settings(), found.info)
     assert info["model"]["classes"] == []
     assert info["model"]["guidance"] is False
     assert info["limits"]["max_batch"] == 2
@@ -173,7 +280,7 @@ def test_an_unconditional_model_warms_up() -> None:
 
 def test_openvino_is_invariant_at_any_batch_size() -> None:
     pytest.importorskip("openvino")
-    found = warm_up(tiny_model(), settings(runtime="openvino", max_batch=4))
+    found = warm(runtime="openvino", max_batch=4)
     assert found.info.runtime == "openvino"
     assert runtime_of(found).batch_sizes == ()
     assert found.info.invariance.holds
@@ -182,19 +289,18 @@ def test_openvino_is_invariant_at_any_batch_size() -> None:
 # ── Learned variances and guidance by a classifier ────────────────────────────────────────────
 
 
-def finished(found: Warm, model: Checkpoint, **requests: dict[str, Any]) -> dict[str, list[bytes]]:
+def finished(found: Warm, **requests: dict[str, Any]) -> dict[str, list[bytes]]:
     """Each request's pixels, all of them run side by side."""
-    known = model_capabilities(model, settings())
+    known = capabilities_of(found.model, settings())
     specs = {
         name: replace(prepare_generate(GenerateRequest(**body), known).spec, preview="none")
         for name, body in requests.items()
     }
     for spec in specs.values():
         found.engine.handle(AddJob(spec))
-    results: dict[str, Any] = {}
-    while (report := found.engine.step()) is not None:
-        assert not [event for event in report.events if isinstance(event, Failed)]
-        results |= {event.job_id: event.pictures for event in report.events if isinstance(event, Finished)}
+    events = drain(found)
+    assert not [event for event in events if isinstance(event, Failed)]
+    results = {event.job_id: event.pictures for event in events if isinstance(event, Finished)}
     return {name: [p.pixels.tobytes() for p in results[spec.id]] for name, spec in specs.items()}
 
 
@@ -205,39 +311,40 @@ DDPM = {"sampler": "ddpm", "num_inference_steps": 5, "seed": 1, "n": 2, "class_l
 def test_a_network_that_learned_its_variance_is_served(runtime: str) -> None:
     pytest.importorskip("openvino")
     model = tiny_model(learned=True)
-    found = warm_up(model, settings(runtime=runtime, device="cpu", max_batch=4))
+    found = warm_up(model, config(runtime=runtime, max_batch=4))
     assert found.info.invariance.holds
     guided = {**DDPM, "guidance_scale": 3.0}
-    together = finished(found, model, plain=DDPM, guided=guided, ddim={**DDPM, "sampler": "ddim"})
+    together = finished(found, plain=DDPM, guided=guided, ddim={**DDPM, "sampler": "ddim"})
     assert len({image for images in together.values() for image in images}) == 6
-    assert finished(found, model, plain=DDPM)["plain"] == together["plain"]
+    assert finished(found, plain=DDPM)["plain"] == together["plain"]
     # Its variance is what it says: the same network without it gives other images.
     fixed = replace(model, schedule=replace(model.schedule, variance_type="fixed_small"))
-    found = warm_up(fixed, settings(runtime=runtime, device="cpu", max_batch=4))
-    assert finished(found, fixed, plain=DDPM)["plain"] != together["plain"]
-    assert finished(found, fixed, ddim={**DDPM, "sampler": "ddim"})["ddim"] == together["ddim"]
+    found = warm_up(fixed, config(runtime=runtime, max_batch=4))
+    assert finished(found, plain=DDPM)["plain"] != together["plain"]
+    assert finished(found, ddim={**DDPM, "sampler": "ddim"})["ddim"] == together["ddim"]
 
 
 @pytest.mark.parametrize("runtime", ["torch", "openvino"])
 def test_a_classifier_guides_what_asks_for_it_and_nothing_else(runtime: str) -> None:
     pytest.importorskip("openvino")
     model = replace(tiny_model(), classifier=tiny_classifier())
-    chosen = settings(runtime=runtime, device="cpu", max_batch=4)
+    chosen = config(runtime=runtime, max_batch=4)
     found = warm_up(model, chosen)
     assert found.info.invariance.holds
-    assert describe(model_capabilities(model, chosen), chosen, found.info)["model"]["classifier"] is True
+    assert (
+        describe(capabilities_of(found.model, settings()), settings(), found.info)["model"]["classifier"]
+        is True
+    )
     guided = {**DDPM, "guidance_scale": 1.0, "classifier_scale": 20.0}
     plain = {**guided, "classifier_scale": 0.0}
-    together = finished(
-        found, model, guided=guided, plain=plain, other={**guided, "sampler": "dpmpp_2m", "n": 3}
-    )
+    together = finished(found, guided=guided, plain=plain, other={**guided, "sampler": "dpmpp_2m", "n": 3})
     assert together["guided"] != together["plain"]
     # The same bytes alone, and one by one.
-    assert finished(found, model, guided=guided)["guided"] == together["guided"]
-    assert finished(found, model, second={**guided, "seed": 2, "n": 1})["second"] == together["guided"][1:]
+    assert finished(found, guided=guided)["guided"] == together["guided"]
+    assert finished(found, second={**guided, "seed": 2, "n": 1})["second"] == together["guided"][1:]
     without = replace(model, classifier=None)
     found = warm_up(without, chosen)
-    assert finished(found, without, plain=plain)["plain"] == together["plain"]
+    assert finished(found, plain=plain)["plain"] == together["plain"]
 
 
 def test_the_gradients_are_part_of_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +353,7 @@ def test_the_gradients_are_part_of_what_is_measured(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(NoiseClassifier, "gradient", leaky)
     model = replace(tiny_model(), classifier=tiny_classifier())
-    found = warm_up(model, settings(runtime="torch", device="cpu", max_batch=4))
+    found = warm_up(model, config(max_batch=4))
     assert not found.info.invariance.holds
 
 
@@ -258,13 +365,12 @@ class Leaky(FakeDenoiser):
 
     leak = 1e-6
 
-    def step(
-        self, chains: Sequence[Chain], latents: Sequence[Latent], steps: Sequence[int]
-    ) -> Sequence[Latent]:
-        out = super().step(chains, latents, steps)
-        if len(chains) > 2:
-            out[0].x.add_(self.leak)
-        return out
+    def step(self, rows: Sequence[Row]) -> list[Stepped]:
+        done = super().step(rows)
+        if len(rows) > 2 and rows[0].arrays:
+            xt = done[0].arrays["xt"]
+            xt += np.float32(self.leak)
+        return done
 
 
 @pytest.mark.parametrize(("leak", "difference"), [(1e-6, 1e-6), (float("nan"), float("nan"))])
@@ -288,6 +394,51 @@ def test_sizes_without_gain_are_not_timed_but_the_asked_for_one_is(
         return 0.01 * len(chains)
 
     monkeypatch.setattr(warmup, "_time_step", in_proportion)
-    made = warm_up(tiny_model(), settings(max_batch=64, runtime="openvino"))
+    made = warm(max_batch=64, runtime="openvino")
     assert timed == [1, 2, 4, 64]
     assert made.engine.scheduler.max_batch_size == 64
+
+
+# ── What is loaded, and what is said of it ─────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("classes", "guided"), [(3, True), (3, False), (0, False)])
+@pytest.mark.parametrize("classified", [False, True])
+def test_what_the_service_has_to_know_of_a_model(classes: int, guided: bool, classified: bool) -> None:
+    model = tiny_model(guided=guided, classes=classes)
+    if classified:
+        model = replace(model, classifier=tiny_classifier())
+    found = model_info(model)
+    assert (found.name, found.shape) == ("tiny", (1, 8, 8))
+    assert found.class_names == ("cat", "dog", "Ankle Boot")[:classes]
+    assert (found.conditional, found.guided, found.classified) == (classes > 0, guided, classified)
+    assert found.schedule is model.schedule
+    assert found.typicality is None
+    assert found.parameters == sum(weights.numel() for weights in model.unet.state_dict().values())
+
+
+def folder(at: Path) -> str:
+    save(at, tiny_model())
+    return str(at)
+
+
+def test_a_folder_is_loaded_and_warmed_up(tmp_path: Path) -> None:
+    wanted = config(model=folder(tmp_path / "mini"), max_batch=2)
+    found = warm_up(load(wanted), wanted)
+    assert (found.model.name, found.info.model, found.devices) == ("mini", "mini", 1)
+    known, original = found.model, model_info(tiny_model())
+    assert (known.class_names, known.parameters) == (original.class_names, original.parameters)
+    assert known.schedule.betas.tobytes() == original.schedule.betas.tobytes()
+    made = warm(max_batch=2)
+    assert finished(found, ddpm=DDPM) == finished(made, ddpm=DDPM)
+
+
+def test_a_folder_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError):
+        load(config(model=str(tmp_path)))
+
+
+@pytest.mark.parametrize("values", [{"device": "cuda:99"}, {"device": "meta", "runtime": "openvino"}])
+def test_what_the_machine_cannot_do_is_said_before_anything_is_loaded(values: dict[str, str]) -> None:
+    with pytest.raises(RuntimeUnavailableError):
+        load(config(model="nowhere", **values))

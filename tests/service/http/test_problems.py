@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from service.http.middleware import MAX_BODY_BYTES, LimitedRoute
 from service.http.problems import ErrorFormats, Problem, problem_json
 from service.http.respond import answer
-from service.http.state import State
+from service.http.state import app_state
 from service.tasks.generate import GenerateRequest, prepare_generate
 from tests.service.fakes import FakeDenoiser
 from tests.service.live import Serve, Threaded, sse
@@ -154,8 +154,9 @@ def with_toy_format(server: Threaded) -> Threaded:
         raise LookupError(MARK)
 
     @router.post("/generate")
-    async def generate(body: GenerateRequest, request: Request, state: State) -> Response:
-        return await answer("application/json", prepare_generate(body, state.capabilities), request, state)
+    async def generate(body: GenerateRequest, request: Request) -> Response:
+        prepared = prepare_generate(body, app_state(request).capabilities)
+        return await answer("application/json", prepared, request)
 
     server.app.include_router(router)
     server.app.state.error_formats.register("/toy", toy_error)

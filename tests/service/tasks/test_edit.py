@@ -96,9 +96,8 @@ def test_defaults_are_reported() -> None:
     assert inpainting.spec.evaluations < 6 * edit(strength=1.0).spec.evaluations
 
 
-def test_previews_follow_the_length_of_the_chain() -> None:
-    assert edit(mask=RIGHT).spec.preview_every == 210 // 25
-    assert edit(strength=0.5).spec.preview_every == 1
+def test_previews_are_those_that_are_asked_for() -> None:
+    assert edit(mask=RIGHT).spec.preview_every is None
     assert edit(strength=0.5, preview_every=7, preview="both").spec.preview_every == 7
 
 

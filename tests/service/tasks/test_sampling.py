@@ -13,8 +13,9 @@ from pydantic import ValidationError
 from model.checkpoint import Checkpoint
 from model.samplers import COLUMNS, SAMPLERS
 from model.schedule import SPACINGS
-from service.app import model_capabilities
+from service.engine.warmup import model_info
 from service.errors import InvalidRequestError
+from service.http.state import capabilities_of
 from service.tasks.generate import GenerateRequest, StreamQuery, prepare_generate
 from service.tasks.sampling import DEFAULT_STEPS, MAX_SEED, ModelCapabilities, PreparedRequest
 from tests.service.fakes import EVERYWHERE, tiny_classifier, tiny_model
@@ -22,7 +23,7 @@ from tests.service.live import settings
 
 
 def capabilities(model: Checkpoint | None = None, **values: Any) -> ModelCapabilities:
-    return model_capabilities(model or tiny_model(), settings(**values))
+    return capabilities_of(model_info(model or tiny_model()), settings(**values))
 
 
 def prepare(request: dict[str, Any], known: ModelCapabilities | None = None) -> PreparedRequest:
@@ -315,10 +316,9 @@ def test_the_deadline_is_the_clients_or_the_services(wanted: float | None, allow
     assert spec.deadline - spec.created == pytest.approx(allowed)
 
 
-@pytest.mark.parametrize(("steps", "every"), [(1, 1), (25, 1), (50, 2), (100, 4)])
-def test_about_two_dozen_previews_of_any_chain(steps: int, every: int) -> None:
-    spec = prepare({"num_inference_steps": steps}).spec
-    assert (spec.preview, spec.preview_every) == ("x0", every)
+def test_previews_are_those_that_are_asked_for() -> None:
+    spec = prepare({}).spec
+    assert (spec.preview, spec.preview_every) == ("x0", None)
     assert prepare({"preview_every": 7}).spec.preview_every == 7
     assert prepare({"preview": "both"}).spec.preview == "both"
 

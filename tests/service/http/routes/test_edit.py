@@ -19,7 +19,7 @@ from service.engine.messages import Pixels
 from service.engine.warmup import warm_up
 from service.http.middleware import MAX_BODY_BYTES, MAX_UPLOAD_BYTES
 from service.tasks import uploads
-from tests.service.fakes import SIZE, until
+from tests.service.fakes import SIZE, tiny_model, until
 from tests.service.http.test_problems import MARK, problem
 from tests.service.live import Serve, Threaded, serving, sse
 from tests.service.tasks.test_uploads import ANIMATED, DAMAGED, NO_PICTURE, claims, file, halves, noise
@@ -51,7 +51,13 @@ def images(server: Threaded, path: str, **fields: Any) -> list[dict[str, Any]]:
 def real() -> Iterator[Threaded]:
     """A server with the tiny network itself."""
     servers = serving()
-    yield next(servers)(warm=warm_up, runtime="torch", device="cpu", max_batch=4, max_images=8).ready()
+    yield next(servers)(
+        warm=lambda config: warm_up(tiny_model(), config),
+        runtime="torch",
+        device="cpu",
+        max_batch=4,
+        max_images=8,
+    ).ready()
     next(servers, None)
 
 
@@ -407,7 +413,7 @@ def test_pictures_are_decoded_on_another_thread(serve: Serve, monkeypatch: pytes
     monkeypatch.setattr(uploads, "_opened", watched)
     server.client.post("/edit", json={"image": text(IMAGE), "num_inference_steps": 1})
     assert len(seen) == 1
-    assert seen[0].startswith("asyncio_")  # of asyncio.to_thread's pool
+    assert seen[0].startswith(("asyncio_", "uvloop_"))  # of the pool of asyncio.to_thread
 
 
 # ── What is said of it ─────────────────────────────────────────────────────────────────────────

@@ -18,9 +18,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from service.engine.engine import PREVIEW_INTERVAL_S
 from service.engine.messages import Picture
 from service.errors import NotAcceptableError
 from service.http.answers import choose_media_type, encoded
+from service.tasks.images import ImageFormat
 from tests.service.fakes import EVERYWHERE, SIZE, FakeDenoiser, until
 from tests.service.http.test_problems import problem
 from tests.service.live import Serve, Sse, Threaded, sse
@@ -228,10 +230,12 @@ def test_a_deadline_that_passes_while_running(serve: Serve) -> None:
         asked = pool.submit(server.client.post, "/generate", json={"num_inference_steps": 50})
         server.gate.wait_for_arrival(1)
         (job,) = server.state.engine._in_flight.values()
-        until(lambda: time.monotonic() > (job.deadline or 0), "the deadline")
+        until(lambda: time.monotonic() > (job.spec.deadline or 0), "the deadline")
         server.gate.allow(1)
         problem(asked.result(), 504, "deadline_exceeded")
-    assert server.gate.arrived == 1
+        server.gate.open()
+    until(lambda: server.state.engine.idle)
+    assert server.gate.arrived <= 2  # the one that had been launched, and no more
 
 
 def test_a_nan_is_a_500_of_its_own(serve: Serve) -> None:
@@ -291,16 +295,13 @@ def test_a_reader_that_keeps_up_sees_the_whole_chain(serve: Serve) -> None:
     assert server.metric("ddpm_time_to_first_preview_seconds_count") == 1
 
 
-def test_by_default_a_50_step_chain_has_about_two_dozen_previews(serve: Serve) -> None:
+def test_by_default_a_long_chain_has_few_previews_and_always_the_first_and_the_last(serve: Serve) -> None:
     server = serve()
-    server.gate.shut()
-    with server.client.stream("GET", "/stream?num_inference_steps=50") as response:
-        seen = []
-        for event in sse(response):
-            seen.append(event)
-            server.gate.allow(2)
-    # That of the first step and those of every second one; the first two may have come together.
-    assert sum(event.name == "preview" for event in seen) in (25, 26)
+    begun = time.monotonic()
+    with server.client.stream("GET", "/stream?num_inference_steps=100") as response:
+        steps = [event.data["step"] for event in sse(response) if event.name == "preview"]
+    assert (steps[0], steps[-1]) == (1, 100)
+    assert len(steps) <= 3 + (time.monotonic() - begun) / PREVIEW_INTERVAL_S
 
 
 def test_a_reader_that_does_not_keep_up_gets_the_latest(serve: Serve) -> None:
@@ -328,14 +329,26 @@ def test_a_quiet_stream_is_kept_open_by_pings(serve: Serve, monkeypatch: pytest.
         assert "event: completed" in list(lines)
 
 
-@pytest.mark.parametrize(("size", "scale", "inline"), [(20, 1, True), (200, 1, False), (20, 16, False)])
-def test_large_pictures_are_encoded_on_another_thread(size: int, scale: int, inline: bool) -> None:
+@pytest.mark.parametrize(
+    ("image_format", "size", "scale", "inline"),
+    [
+        ("png", 20, 1, True),
+        ("png", 200, 1, False),
+        ("png", 20, 16, False),
+        ("jpeg", 60, 1, True),
+        ("jpeg", 70, 1, False),
+        ("webp", 70, 1, False),
+    ],
+)
+def test_large_pictures_are_encoded_on_another_thread(
+    image_format: ImageFormat, size: int, scale: int, inline: bool
+) -> None:
     pictures = (Picture(0, 0, "xt", np.zeros((size, size, 1), np.uint8)),)
 
     def thread() -> bytes:
         return str(threading.get_ident()).encode()
 
-    found = asyncio.run(encoded(thread, pictures, scale))
+    found = asyncio.run(encoded(thread, pictures, image_format, scale))
     assert (found == thread()) == inline
 
 

@@ -10,9 +10,8 @@ from http.client import HTTPConnection
 import httpx
 import pytest
 
-from model.checkpoint import Checkpoint
+from service.engine.messages import EngineConfig
 from service.engine.warmup import Warm
-from service.settings import Settings
 from tests.service.fakes import PATIENCE_S, FakeDenoiser, fake_warm, until
 from tests.service.live import Serve
 from tests.service.test_telemetry import DOCUMENTED, families
@@ -28,9 +27,9 @@ class SlowToLoad:
         self.may_end = threading.Event()
         self.denoiser = FakeDenoiser()
 
-    def __call__(self, model: Checkpoint, settings: Settings) -> Warm:
+    def __call__(self, config: EngineConfig) -> Warm:
         assert self.may_end.wait(PATIENCE_S)
-        return fake_warm(self.denoiser)(model, settings)
+        return fake_warm(self.denoiser)(config)
 
 
 def test_loading_is_alive_and_not_ready(serve: Serve) -> None:
@@ -54,13 +53,16 @@ def test_loading_is_alive_and_not_ready(serve: Serve) -> None:
     assert server.metric("ddpm_ready") == 1
 
 
-def test_a_hung_step_is_not_alive(serve: Serve) -> None:
-    server = serve(stall_s=0.05)
+def test_a_silent_engine_that_is_not_replaced_is_not_alive(serve: Serve) -> None:
+    server = serve()
     server.gate.shut()
     with server.client.stream("GET", "/stream") as stream:
         lines = stream.iter_lines()
         next(lines)
-        until(lambda: server.client.get("/livez").status_code == 503, "the watchdog")
+        (worker,) = server.state.engine._workers
+        worker.heard -= 2 * worker.stall_s  # the watchdog looks once a second
+        assert server.client.get("/livez").status_code == 200
+        worker.heard -= 2 * worker.stall_s
         problem = server.client.get(LIVE[1])
         assert (problem.status_code, problem.json()["code"]) == (503, "worker_dead")
         server.gate.open()

@@ -1,0 +1,337 @@
+"""One engine, as the API sees it: a process that is started, watched, and replaced when it dies.
+
+The jobs that were in flight when an engine died are run again from their specs, which gives the same results.
+Those that were in a step at that moment may be what it died of, so each of these has the new engine to itself
+until it is past that point. One that the engine dies of there again fails; all others come after it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from socket import MSG_PEEK, SO_RCVBUF, SO_SNDBUF, SOL_SOCKET, socket, socketpair
+from typing import Protocol
+
+from service.engine.jobs import JobSpec
+from service.engine.messages import (
+    AddJob,
+    Command,
+    Drain,
+    EngineConfig,
+    Load,
+    Progress,
+    Ready,
+    Report,
+    Stopped,
+)
+from service.engine.wire import read_report, to_bytes
+
+logger = logging.getLogger(__name__)
+
+COMMAND = (sys.executable, "-m", "service.engine.process")
+UNUSABLE = 3
+"""Exit code of an engine whose model or device cannot be used: another try would end in the same way."""
+DEATHS, WINDOW_S = 5, 600.0
+"""After so many deaths of one engine in so many seconds it is given up."""
+BACKOFF_S, LONGEST_BACKOFF_S = 0.5, 30.0
+"""Before the second start in that time; each further one waits twice as long."""
+BUFFER = 4 << 20
+
+
+class Connection(Protocol):
+    """An engine that has been started."""
+
+    async def receive(self) -> Report | None:
+        """The next report; None once it has ended."""
+
+    def send(self, command: Command) -> None:
+        """Hand over a command; does not wait."""
+
+    def kill(self) -> None:
+        """End it now."""
+
+    async def wait(self) -> int:
+        """Its exit code, once it has ended."""
+
+
+class ProcessConnection:
+    """An engine in a process of its own, started by making this. command: is given a file descriptor."""
+
+    def __init__(self, config: EngineConfig, command: Sequence[str] = COMMAND) -> None:
+        ours, theirs = socketpair()
+        for end in (ours, theirs):
+            end.setsockopt(SOL_SOCKET, SO_SNDBUF, BUFFER)
+            end.setsockopt(SOL_SOCKET, SO_RCVBUF, BUFFER)
+        with theirs:
+            self._process = subprocess.Popen(
+                [*command, str(theirs.fileno())], stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
+            )
+        ours.sendall(to_bytes(config))
+        self._socket: socket = ours
+        self._ends: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self._unsent: list[bytes] = []
+
+    def wait_until_loaded(self) -> int | None:
+        """Wait until the engine has its model. Returns an exit code if it ends without: its own, or 1."""
+        return None if self._socket.recv(1, MSG_PEEK) else max(1, self._process.wait())
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
+    async def receive(self) -> Report | None:
+        """The next report; None once the process has ended."""
+        if self._ends is None:
+            self._ends = await asyncio.open_unix_connection(sock=self._socket, limit=BUFFER)
+        return await read_report(self._ends[0])
+
+    def send(self, command: Command) -> None:
+        """Hand over a command; an engine that has died does not get it.
+
+        What is sent in one turn of the event loop goes together: the engine is woken once.
+        """
+        assert self._ends is not None, "nothing is sent before the first report"
+        if not self._unsent:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._unsent.append(to_bytes(command))
+
+    def _flush(self) -> None:
+        if self._ends is not None:
+            self._ends[1].write(b"".join(self._unsent))
+        self._unsent.clear()
+
+    def kill(self) -> None:
+        """End the process."""
+        self._process.kill()
+
+    async def wait(self) -> int:
+        """The exit code, once the process has ended. Closes the connection, which ends it too."""
+        if self._ends is not None:
+            self._ends[1].close()
+        else:
+            self._socket.close()
+        return await asyncio.to_thread(self._process.wait)
+
+
+class Phase(Enum):
+    """The life of an engine, and of all of them together."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+    DEAD = "dead"
+
+
+@dataclass(eq=False)
+class Assigned:
+    """A job that a worker has to run.
+
+    steps: how many it has been in since it was sent. suspect: how many it had been in when an engine died
+    during one of them.
+    """
+
+    spec: JobSpec
+    sent: bool = False
+    steps: int = 0
+    in_step: bool = False
+    suspect: int | None = None
+
+
+@dataclass(eq=False)
+class Worker:
+    """Keeps an engine running and gives it its jobs.
+
+    start: starts an engine. on_report: called with every report. on_phase: when the phase has changed.
+    on_poison: with the id of a job that killed its engine twice. stall_s: without a report for so long while
+    there is work, the engine counts as hung, and is killed.
+    """
+
+    start: Callable[[EngineConfig], Connection]
+    config: EngineConfig
+    on_report: Callable[[Report], None]
+    on_phase: Callable[[], None]
+    on_poison: Callable[[str], None]
+    stall_s: float = 60.0
+    phase: Phase = Phase.LOADING
+    load: Load = field(default_factory=Load)
+    exit_code: int = 0
+    restarts: int = 0
+    heard: float = field(default_factory=time.monotonic)
+    _jobs: dict[str, Assigned] = field(default_factory=dict)  # in order of arrival
+    _deaths: list[float] = field(default_factory=list)
+    _unreported: int = 0
+    _connection: Connection | None = None
+    _ready: bool = False
+    _draining: bool = False
+    _killed: bool = False
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    @property
+    def backlog(self) -> int:
+        """Network evaluations that are left, and those of jobs that came since the engine's latest report."""
+        return self.load.backlog + self._unreported
+
+    def has_sent(self, job_id: str) -> bool:
+        """Whether the engine that runs now has been given a job."""
+        return self._ready and self._jobs[job_id].sent
+
+    def add(self, spec: JobSpec) -> None:
+        """Run a job."""
+        if not self._jobs:
+            self.heard = time.monotonic()  # being idle was no delay
+        self._jobs[spec.id] = Assigned(spec)
+        self._unreported += spec.evaluations
+        self._feed()
+
+    def remove(self, job_id: str) -> None:
+        """Forget a job that has ended."""
+        if self._jobs.pop(job_id, None) is not None:
+            self._feed()
+
+    def send(self, command: Command) -> None:
+        """Pass a command on, if there is an engine; one that is being replaced has no jobs yet."""
+        if self._connection is not None and self._ready:
+            self._connection.send(command)
+
+    def drain(self) -> None:
+        """End when the jobs have ended: at once where there are none."""
+        self._draining = True
+        if self._jobs:
+            self.send(Drain())
+        elif self._connection is not None and not self._ready:
+            self._connection.kill()
+        else:
+            self.send(Drain())
+
+    def kill(self) -> None:
+        """End now, whatever is in flight."""
+        self._draining = self._killed = True
+        if self._connection is not None:
+            self._connection.kill()
+
+    async def run(self) -> None:
+        """Keep an engine running until it has been drained or is given up."""
+        try:
+            while self.phase not in (Phase.STOPPED, Phase.DEAD):
+                if self._over:
+                    self._set(Phase.STOPPED)
+                else:
+                    await self._live()
+        except Exception:
+            logger.exception("the engine's worker has failed")
+            self.exit_code = 1
+            self.kill()
+            self._set(Phase.DEAD)
+
+    @property
+    def _over(self) -> bool:
+        """Whether no engine is needed any more."""
+        return self._killed or (self._draining and not self._jobs)
+
+    async def _live(self) -> None:
+        """One engine, from its start to its end."""
+        connection = self._connection = self.start(self.config)
+        self.heard = time.monotonic()
+        watch = asyncio.create_task(self._watch(connection))
+        stopped: Stopped | None = None
+        while (report := await connection.receive()) is not None:
+            self.heard = time.monotonic()
+            if isinstance(report, Stopped):
+                stopped = report
+            else:
+                self._take(report)
+                # A report wakes many readers. They come first, or a pile of reports would hold up all else.
+                await asyncio.sleep(0)
+        watch.cancel()
+        code = await connection.wait()
+        loaded, self._ready, self._connection = self._ready, False, None
+        if (stopped is not None and not stopped.failed) or self._over:
+            self._set(Phase.STOPPED)
+        elif code == UNUSABLE and not loaded:
+            self.exit_code = UNUSABLE
+            self._set(Phase.DEAD)
+        else:
+            await self._died(code, loaded=loaded)
+
+    def _take(self, report: Report) -> None:
+        match report:
+            case Ready():
+                self._ready = True
+                self.on_report(report)
+                self._set(Phase.DRAINING if self._draining else Phase.READY)
+                self._feed()
+                if self._draining:
+                    self.send(Drain())
+            case Progress(_, load, launched):
+                self.load, self._unreported = load, 0
+                if launched is not None:
+                    for job_id, assigned in self._jobs.items():
+                        assigned.in_step = job_id in launched
+                if report.step.batch_size:
+                    for assigned in self._jobs.values():
+                        assigned.steps += assigned.in_step
+                self.on_report(report)
+                self._feed()
+
+    def _feed(self) -> None:
+        """Send what may be sent: suspects one at a time, and all else after them."""
+        if not self._ready or self._connection is None:
+            return
+        for assigned in self._jobs.values():
+            if assigned.suspect is not None and assigned.sent:
+                if assigned.steps <= assigned.suspect + 1:
+                    return  # it is being tried
+                assigned.suspect = None
+        waiting = [assigned for assigned in self._jobs.values() if not assigned.sent]
+        suspects = [assigned for assigned in waiting if assigned.suspect is not None]
+        for assigned in suspects[:1] or waiting:
+            assigned.sent = True
+            self._connection.send(AddJob(assigned.spec))
+
+    async def _died(self, code: int, *, loaded: bool) -> None:
+        """Blame, and wait before the next start; or give up."""
+        self.restarts += loaded
+        now = time.monotonic()
+        self._deaths = [*(then for then in self._deaths if now - then < WINDOW_S), now]
+        logger.error("the engine has ended with code %d and %d jobs in flight", code, len(self._jobs))
+        if not loaded or len(self._deaths) >= DEATHS:
+            self.exit_code = 1
+            self._set(Phase.DEAD)
+            return
+        self._set(Phase.DRAINING if self._draining else Phase.LOADING)
+        for job_id, assigned in list(self._jobs.items()):
+            if assigned.sent and assigned.suspect is not None:
+                del self._jobs[job_id]
+                self.on_poison(job_id)
+                continue
+            # One that has never been in a step may have been in the one that nobody was told of.
+            if assigned.sent and (assigned.in_step or not assigned.steps):
+                assigned.suspect = assigned.steps
+            assigned.sent, assigned.steps, assigned.in_step = False, 0, False
+        again = len(self._deaths) - 2
+        if again >= 0:
+            await asyncio.sleep(min(LONGEST_BACKOFF_S, BACKOFF_S * 2**again))
+
+    async def _watch(self, connection: Connection) -> None:
+        """Kill an engine that has work but says nothing."""
+        while True:
+            await asyncio.sleep(min(1.0, self.stall_s / 4))
+            if self._ready and self._jobs and time.monotonic() - self.heard > self.stall_s:
+                logger.error("the engine has not answered for %.0f s: it is killed", self.stall_s)
+                connection.kill()
+                return
+
+    def _set(self, phase: Phase) -> None:
+        if phase is not self.phase:
+            self.phase = phase
+            self.on_phase()
