@@ -7,28 +7,26 @@ nothing else.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import msgspec
 from fastapi import Request, Response
-from fastapi.responses import JSONResponse
-from fastapi.sse import format_sse_event
 
 from service.engine.messages import Cancelled, Failed, Finished, Picture, Preview, Queued
 from service.engine.streams import SequencedEvent
 from service.errors import CancelledError, NotAcceptableError
 from service.http.bodies import bodies_of, queued_body
 from service.http.problems import to_problem
-from service.tasks.images import MEDIA_TYPES, encode
+from service.tasks.images import MEDIA_TYPES, ImageFormat, encode
 from service.tasks.sampling import PreparedRequest
 
 JSON = "application/json"
 EVENTS = "text/event-stream"
 MEDIA = (JSON, *MEDIA_TYPES.values(), EVENTS)
 """What answers come as, in our order of preference."""
-INLINE_VALUES = 10_000
-"""Of pixels: fewer are encoded sooner than another thread is woken twice, in less than a millisecond."""
+INLINE_VALUES: dict[ImageFormat, int] = {"png": 16_000, "jpeg": 4_000, "webp": 1_000}
+"""Of pixels: so many are encoded in about a millisecond, and sooner than another thread is woken twice."""
 
 
 class Presenter(Protocol):
@@ -49,9 +47,10 @@ class JsonPresenter:
         bodies = bodies_of(self.prepared)
 
         def body() -> bytes:
-            return bytes(JSONResponse(bodies.completed(result, self.model)).body)
+            return msgspec.json.encode(bodies.completed(result, self.model))
 
-        content = await encoded(body, result.pictures, self.prepared.scale, work=bool(result.measurements))
+        work, image_format = bool(result.measurements), self.prepared.output_format
+        content = await encoded(body, result.pictures, image_format, self.prepared.scale, work=work)
         return Response(content, media_type=JSON, headers=_headers(result))
 
 
@@ -70,7 +69,8 @@ class PicturePresenter:
             sheet, parameters = bodies.sheet(result)
             return encode(sheet, image_format, {**parameters, "model": self.model}, scale)
 
-        content = await encoded(picture, result.pictures, scale, work=bool(result.measurements))
+        work = bool(result.measurements)
+        content = await encoded(picture, result.pictures, image_format, scale, work=work)
         return Response(content, media_type=self.media_type, headers=_headers(result))
 
 
@@ -82,15 +82,22 @@ class EventPresenter:
 
     async def chunk(self, item: SequencedEvent) -> bytes:
         """One event with its id, `<job>:<number>`."""
-        event, scale = item.event, self.prepared.scale
+        event, prepared = item.event, self.prepared
         pictures = event.pictures if isinstance(event, Preview | Finished) else ()
         work = isinstance(event, Finished) and bool(event.measurements)
-        return await encoded(lambda: self._chunk(item), pictures, scale, work=work)
+        return await encoded(
+            lambda: self._chunk(item), pictures, prepared.output_format, prepared.scale, work=work
+        )
 
     def _chunk(self, item: SequencedEvent) -> bytes:
         name, data = self._named(item)
         identity = f"{self.prepared.spec.id}:{item.number}"
-        return format_sse_event(event=name, data_str=json.dumps(data), id=identity)
+        # JSON has no line breaks, so it is one `data` field.
+        return b"event: %b\ndata: %b\nid: %b\n\n" % (
+            name.encode(),
+            msgspec.json.encode(data),
+            identity.encode(),
+        )
 
     def _named(self, item: SequencedEvent) -> tuple[str, dict[str, Any]]:
         match item.event:
@@ -108,14 +115,20 @@ class EventPresenter:
 
 
 async def encoded(
-    make: Callable[[], bytes], pictures: Sequence[Picture], scale: int, *, work: bool = False
+    make: Callable[[], bytes],
+    pictures: Sequence[Picture],
+    image_format: ImageFormat,
+    scale: int,
+    *,
+    work: bool = False,
 ) -> bytes:
     """Bytes made inline if that is quick, else in a thread, so that other connections are not held up.
 
     work: there is more to do than to encode these pictures.
     """
     values = sum(picture.pixels.size for picture in pictures) * scale**2
-    return make() if values <= INLINE_VALUES and not work else await asyncio.to_thread(make)
+    inline = values <= INLINE_VALUES[image_format] and not work
+    return make() if inline else await asyncio.to_thread(make)
 
 
 def _headers(result: Finished) -> dict[str, str]:

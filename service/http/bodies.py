@@ -158,7 +158,8 @@ def _image(
     picture: Picture, prepared: PreparedRequest, provenance: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """One image inside JSON."""
-    data = encode(picture.pixels, prepared.output_format, provenance, prepared.scale)
+    passing = provenance is None
+    data = encode(picture.pixels, prepared.output_format, provenance, prepared.scale, passing=passing)
     return {
         "index": picture.index,
         "seed": picture.seed,

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import TypeVar
 
 from fastapi import Request, Response
-from fastapi.sse import EventSourceResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from service.engine.jobs import JobSpec
 from service.engine.messages import Cancelled, Failed, Finished, Preview, Terminal
@@ -25,7 +24,7 @@ from service.http.answers import (
     Presenter,
 )
 from service.http.problems import Problem
-from service.http.state import AppState
+from service.http.state import AppState, app_state
 from service.tasks.sampling import PreparedRequest
 
 PING_S = 15.0
@@ -40,11 +39,11 @@ REFUSALS = {
         (504, "The deadline has passed or cannot be met"),
     )
 }
-Result = TypeVar("Result")
 
 
-async def answer(media_type: str, prepared: PreparedRequest, request: Request, state: AppState) -> Response:
+async def answer(media_type: str, prepared: PreparedRequest, request: Request) -> Response:
     """Run a job and answer as `negotiate` chose. Raises the error of a job that does not finish."""
+    state = app_state(request)
     model = state.capabilities.name
     if media_type == EVENTS:
         return EventStream(EventPresenter(prepared, model), state, prepared.spec)
@@ -54,56 +53,73 @@ async def answer(media_type: str, prepared: PreparedRequest, request: Request, s
         else PicturePresenter(prepared, model, media_type)
     )
     spec = replace(prepared.spec, preview="none")
-    async with state.streams.subscribe(spec.id, None) as events:
+    async with state.streams.subscribe(spec.id, None) as events, while_connected(request.receive):
         state.engine.submit(spec)
-        last = await wait_or_disconnect(request, events.last())
+        last = await events.last()
     return await presenter.respond(finished(last))
 
 
-class EventStream(EventSourceResponse):
+class EventStream(Response):
     """A job's events while it runs.
 
     Subscription and admission come before the answer begins, so that a refusal is a status and not a broken
     200, and end with it, so that nothing is left behind should the client be gone before the first event.
     """
 
+    media_type = EVENTS
+
     def __init__(self, presenter: EventPresenter, state: AppState, spec: JobSpec | None = None) -> None:
         """spec: a job to submit; None continues the one that the presenter is of."""
-        super().__init__(
-            self._chunks(),
-            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", "Vary": "Accept"},
-        )
+        self.status_code, self.background = 200, None
+        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no", "Vary": "Accept"})
         self._presenter, self._state, self._spec = presenter, state, spec
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream. Raises the refusal of a job that is not accepted."""
-        state, job_id = self._state, self._presenter.prepared.spec.id
+        state, job_id, begun = self._state, self._presenter.prepared.spec.id, False
         if self._spec is None and state.streams.find(job_id) is None:
             await Response(status_code=204)(scope, receive, send)  # its grace period has ended just now
             return
         async with state.streams.subscribe(job_id, self._presenter, state.settings.stream_grace_s) as events:
-            self._events: Subscription[EventPresenter | None] = events
-            self._first: SequencedEvent | None = None
-            if self._spec is not None:
-                state.engine.submit(self._spec)
-                self._first = await wait_or_disconnect(Request(scope, receive), events.first())
-                if isinstance(self._first.event, Terminal):
-                    finished(self._first.event)
-            await super().__call__(scope, receive, send)
+            try:
+                async with while_connected(receive):
+                    first = await self._submit(events)
+                    begun = True
+                    await self._send(events, first, send)
+            except CancelledError:
+                if not begun:  # later the client may come back
+                    raise
 
-    async def _chunks(self) -> AsyncIterator[bytes]:
-        """The events as bytes, with a ping where nothing happens for a while."""
-        begun, previewed = time.monotonic(), False
-        if self._first is not None:
-            yield await self._presenter.chunk(self._first)
-        async for item in self._events.with_idle(PING_S):
-            if item is None:
-                yield b": ping\n\n"
-                continue
-            if isinstance(item.event, Preview) and not previewed:
+    async def _submit(self, events: Subscription[EventPresenter | None]) -> list[SequencedEvent]:
+        if self._spec is None:
+            return []
+        self._state.engine.submit(self._spec)
+        first = await events.first()
+        if isinstance(first.event, Terminal):
+            finished(first.event)
+        return [first]
+
+    async def _send(
+        self, events: Subscription[EventPresenter | None], first: list[SequencedEvent], send: Send
+    ) -> None:
+        """The events as they come, those that have come together at once; a ping where there are none."""
+        started, previewed = time.monotonic(), False
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        if first:
+            await send(_body(await self._chunk(first)))
+        async for batch in events.batches(PING_S):
+            if not previewed and any(isinstance(item.event, Preview) for item in batch):
                 previewed = True
-                self._state.telemetry.first_preview.observe(time.monotonic() - begun)
-            yield await self._presenter.chunk(item)
+                self._state.telemetry.first_preview.observe(time.monotonic() - started)
+            await send(_body(await self._chunk(batch) or b": ping\n\n"))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _chunk(self, items: list[SequencedEvent]) -> bytes:
+        return b"".join([await self._presenter.chunk(item) for item in items])
+
+
+def _body(content: bytes) -> Message:
+    return {"type": "http.response.body", "body": content, "more_body": True}
 
 
 def resume(last_event_id: str, state: AppState) -> Response:
@@ -116,22 +132,27 @@ def resume(last_event_id: str, state: AppState) -> Response:
     return EventStream(found.context, state)
 
 
-async def wait_or_disconnect(request: Request, answer: Awaitable[Result]) -> Result:
-    """Wait for the answer, but no longer than the client does. Raises CancelledError when it disconnects."""
+@asynccontextmanager
+async def while_connected(receive: Receive) -> AsyncIterator[None]:
+    """End the body when the client disconnects. Raises CancelledError then."""
+    here = asyncio.current_task()
+    assert here is not None
 
-    async def disconnect() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
             pass
+        here.cancel()
 
-    working, leaving = asyncio.ensure_future(answer), asyncio.ensure_future(disconnect())
+    watching = asyncio.create_task(watch())
     try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise CancelledError("The client disconnected.")
+        yield
+    except asyncio.CancelledError:
+        # The watch runs only while the body waits, so this is where its cancellation arrives.
+        if watching.done() and not watching.cancelled() and here.uncancel() == 0:
+            raise CancelledError("The client disconnected.") from None
+        raise
     finally:
-        working.cancel()
-        leaving.cancel()
+        watching.cancel()
 
 
 def finished(event: Terminal) -> Finished:

@@ -44,7 +44,9 @@ class JobRequest(BaseModel):
     preview: PreviewKind = Field(
         "x0", description="what a stream shows: the x₀ prediction, x_t, both or none"
     )
-    preview_every: int | None = Field(None, ge=1, description="steps between a stream's previews")
+    preview_every: int | None = Field(
+        None, ge=1, description="steps between a stream's previews; absent: ten previews a second at most"
+    )
 
 
 class SamplingRequest(JobRequest):
@@ -267,7 +269,6 @@ def job_spec(
     """A job of these stages, under a new id. sampler: what its images are counted by."""
     now = time.monotonic()
     allowed = min(request.deadline_s or capabilities.deadline_s, capabilities.deadline_s)
-    steps = len(stages[-1].chains[0].plan)
     return JobSpec(
         id=secrets.token_hex(8),
         sampler=sampler,
@@ -275,8 +276,7 @@ def job_spec(
         deadline=now + allowed,
         created=now,
         preview=request.preview,
-        # About two dozen previews of a chain of any length, unless asked otherwise.
-        preview_every=request.preview_every or max(1, steps // 25),
+        preview_every=request.preview_every,
     )
 
 

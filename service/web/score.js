@@ -16,7 +16,7 @@ export class ScoreRun {
   // Evaluates `terms` timesteps and calls onFrame after every event. Returns the problem of an `error` event, else
   // null. Throws Problem.
   async run({ terms, label }, signal, onFrame) {
-    const body = { images: [this.image.url.split(",")[1]], terms, seed: 0, preview: "both" };
+    const body = { images: [this.image.url.split(",")[1]], terms, seed: 0, preview: "both", preview_every: 1 };
     if (label !== null) body.class_label = label;
     for await (const { type, data } of follow("score", signal, body)) {
       if (type === "error") return data;

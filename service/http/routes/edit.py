@@ -10,7 +10,7 @@ from service.http.answers import negotiate
 from service.http.forms import HALVES, body_schema, read_body
 from service.http.middleware import UploadRoute
 from service.http.respond import REFUSALS, answer
-from service.http.state import State
+from service.http.state import app_state
 from service.tasks.edit import EditRequest, prepare_edit
 
 router = APIRouter(tags=["edit"], route_class=UploadRoute)
@@ -28,7 +28,7 @@ EXAMPLES = {
 
 
 @router.post("/edit", responses=REFUSALS, openapi_extra=body_schema(EditRequest, EXAMPLES))  # type: ignore[arg-type]
-async def edit(request: Request, state: State) -> Response:
+async def edit(request: Request) -> Response:
     """Change a picture: by `strength` (SDEdit), or where `mask` is white (RePaint).
 
     What a mask shows black comes back exactly, pixel for pixel of the picture at the model's size. `Accept`
@@ -37,5 +37,5 @@ async def edit(request: Request, state: State) -> Response:
     media_type = negotiate(request)
     body = await read_body(request, EditRequest)
     # Always in a thread: how large a picture is only shows once it is open.
-    prepared = await asyncio.to_thread(prepare_edit, body, state.capabilities)
-    return await answer(media_type, prepared, request, state)
+    prepared = await asyncio.to_thread(prepare_edit, body, app_state(request).capabilities)
+    return await answer(media_type, prepared, request)

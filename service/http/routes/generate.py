@@ -9,24 +9,23 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from service.http.answers import EVENTS, negotiate
 from service.http.middleware import LimitedRoute
 from service.http.respond import REFUSALS, answer, resume
-from service.http.state import State
+from service.http.state import app_state
 from service.tasks.generate import GenerateRequest, StreamQuery, prepare_generate
 
 router = APIRouter(tags=["generate"], route_class=LimitedRoute)
 
 
 @router.post("/generate", responses=REFUSALS)  # type: ignore[arg-type]  # FastAPI types the keys int | str
-async def generate(body: GenerateRequest, request: Request, state: State) -> Response:
+async def generate(body: GenerateRequest, request: Request) -> Response:
     """Generate images. `Accept` chooses JSON with base64 (default), the picture itself, or events."""
     media_type = negotiate(request)
-    return await answer(media_type, prepare_generate(body, state.capabilities), request, state)
+    return await answer(media_type, prepare_generate(body, app_state(request).capabilities), request)
 
 
 @router.get("/stream", response_class=Response, responses=REFUSALS)  # type: ignore[arg-type]
 async def stream(
     query: Annotated[StreamQuery, Query()],
     request: Request,
-    state: State,
     last_event_id: Annotated[str | None, Header()] = None,
 ) -> Response:
     """Watch images being generated. A reconnect with `Last-Event-ID` continues its job and starts no other.
@@ -34,5 +33,5 @@ async def stream(
     That holds for the event streams of every route.
     """
     if last_event_id is not None:
-        return resume(last_event_id, state)
-    return await answer(EVENTS, prepare_generate(query, state.capabilities), request, state)
+        return resume(last_event_id, app_state(request))
+    return await answer(EVENTS, prepare_generate(query, app_state(request).capabilities), request)

@@ -10,7 +10,7 @@ from service.http.answers import negotiate
 from service.http.forms import HALVES, body_schema, read_body
 from service.http.middleware import UploadRoute
 from service.http.respond import REFUSALS, answer
-from service.http.state import State
+from service.http.state import app_state
 from service.tasks.interpolate import InterpolateRequest, prepare_interpolation
 
 router = APIRouter(tags=["edit"], route_class=UploadRoute)
@@ -23,7 +23,7 @@ EXAMPLES = {
 
 
 @router.post("/interpolate", responses=REFUSALS, openapi_extra=body_schema(InterpolateRequest, EXAMPLES))  # type: ignore[arg-type]
-async def interpolate(request: Request, state: State) -> Response:
+async def interpolate(request: Request) -> Response:
     """A path from one image to another: an image for each of `points` λ from 0 to 1 (DDPM, Fig. 8).
 
     Each image of the answer has its `lambda`; as a picture they are in one row. `Accept` chooses the answer
@@ -31,5 +31,5 @@ async def interpolate(request: Request, state: State) -> Response:
     """
     media_type = negotiate(request)
     body = await read_body(request, InterpolateRequest)
-    prepared = await asyncio.to_thread(prepare_interpolation, body, state.capabilities)
-    return await answer(media_type, prepared, request, state)
+    prepared = await asyncio.to_thread(prepare_interpolation, body, app_state(request).capabilities)
+    return await answer(media_type, prepared, request)

@@ -10,7 +10,7 @@ from service.http.answers import negotiate
 from service.http.forms import HALVES, body_schema, read_body
 from service.http.middleware import UploadRoute
 from service.http.respond import REFUSALS, answer
-from service.http.state import State
+from service.http.state import app_state
 from service.tasks.score import ScoreRequest, prepare_score
 
 router = APIRouter(tags=["score"], route_class=UploadRoute)
@@ -22,7 +22,7 @@ EXAMPLES = {
 
 
 @router.post("/score", responses=REFUSALS, openapi_extra=body_schema(ScoreRequest, EXAMPLES))  # type: ignore[arg-type]
-async def score(request: Request, state: State) -> Response:
+async def score(request: Request) -> Response:
     """How likely pictures are: the variational bound in bits per dimension, from its terms by timestep.
 
     The answer includes the rate–distortion curve and, where the model has the statistics, how unusual the
@@ -31,5 +31,5 @@ async def score(request: Request, state: State) -> Response:
     """
     media_type = negotiate(request)
     body = await read_body(request, ScoreRequest)
-    prepared = await asyncio.to_thread(prepare_score, body, state.capabilities)
-    return await answer(media_type, prepared, request, state)
+    prepared = await asyncio.to_thread(prepare_score, body, app_state(request).capabilities)
+    return await answer(media_type, prepared, request)
