@@ -3,117 +3,130 @@
 `python -m bench.device --rows 64 --step-ms 4 --size 32` prints rows per second as a share of what the device
 could do, for
 
-denoiser  `Denoiser.step`
-engine    `Engine.step`, without previews and with one of every second step
+denoiser  `Denoiser.launch`, each step launched before the one before it is read
+engine    `Engine.step`, without previews
+previews  the same with previews of x₀, as many as a client gets by default
 json      the service over HTTP, JSON, as many clients as fill a batch and a half
 streams   the same with every client streaming
 
+and what the processes of the last two took of a core meanwhile, the slowest answer of `/livez`, and the
+memory of API and engine. `--only json,streams` and `--sampler ddpm` measure less; `--devices 2` has the
+service run so many of them, and `--clients 1000` sends it more requests at once.
+
 `python -m bench.device --serve PORT …` serves the real app over the device: unconditional, three channels.
-Clients are bare sockets on the same cores.
+Clients are bare sockets in a process of their own, on the same cores.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from itertools import count
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from urllib.request import urlopen
 
-import httpx
-import torch
+import psutil
 
-from bench.loop import per_second, saturate
+from bench.http import kept_busy, row_rate
 from bench.servers import ROOT, free_port
-from bench.soak import tiny_model
-from model.chain import Chain
-from model.checkpoint import Checkpoint
-from model.denoiser import Denoiser
-from model.runtimes.simulated import SimulatedRuntime
-from model.samplers import build_plan
 from service.app import create_app
-from service.engine.engine import Engine
-from service.engine.estimates import StepTimes
-from service.engine.jobs import JobSpec, PreviewKind, Stage
-from service.engine.messages import AddJob, EngineInfo, Invariance
-from service.engine.scheduler import Scheduler
-from service.engine.warmup import Warm
+from service.engine.messages import EngineConfig
+from service.engine.worker import ProcessConnection
 from service.server import serve
 from service.settings import Settings
 
 SAMPLERS = {"dpmpp_2m": 20, "ddpm": 50}
 """With their numbers of steps: the first draws no noise after its start, the second in every step."""
-START_S = 60.0
+LAYERS = ("denoiser", "engine", "previews", "json", "streams")
+HTTP = {"json": "application/json", "streams": "text/event-stream"}
+"""The layers that are a process, by what their clients accept."""
+QUEUE = 4096
+WARM = "the simulated device is warm"
+STOP_S = 30.0
 
 
-def build(rows: int, step_s: float, size: int) -> tuple[Checkpoint, Warm]:
-    """A model whose network is never run, and an engine over the simulated device in its place."""
-    model = tiny_model(size, channels=3)
-    runtime = SimulatedRuntime(rows, step_s)
-    denoiser = Denoiser.of(model, runtime)
-    times = ((1, step_s), (rows, step_s))
-    engine = Engine(denoiser, Scheduler(rows, StepTimes(times)))
-    invariance = Invariance((), 0.0)  # x / 2 cannot depend on other rows
-    info = EngineInfo(model.name, runtime.name, "cpu", runtime.dtype, rows, times, invariance)
-    return model, Warm(engine, info)
+@dataclass
+class Service:
+    """The service over the device, and its process."""
 
+    url: str
+    process: psutil.Process
+    cores: dict[str, list[str]] = field(default_factory=dict)
+    """What processes took of a core, by layer, in words: an entry for each sampler."""
 
-def denoiser_rate(engine: Engine, sampler: str, seconds: float) -> float:
-    """Rows per second of full steps."""
-    denoiser, rows = engine.denoiser, engine.scheduler.max_batch_size
-    assert isinstance(denoiser, Denoiser)
-    schedule = denoiser.schedule
-    assert schedule is not None
-    plan = build_plan(schedule, sampler, SAMPLERS[sampler])
-    chains = [Chain(plan, seed) for seed in range(rows)]
-    latents = [denoiser.start(chain) for chain in chains]
-
-    def step() -> int:
-        denoiser.step(chains, latents, [0] * rows)
-        return rows
-
-    return per_second(step, seconds)
-
-
-def engine_rate(engine: Engine, sampler: str, preview: PreviewKind, seconds: float) -> float:
-    """Rows per second of the engine, kept busy by jobs of one image."""
-    assert isinstance(engine.denoiser, Denoiser)
-    assert engine.denoiser.schedule is not None
-    plan = build_plan(engine.denoiser.schedule, sampler, SAMPLERS[sampler])
-    numbers = count()
-
-    def step() -> int:
-        while len(engine.scheduler) < engine.scheduler.max_batch_size * 3 // 2:
-            number = next(numbers)
-            stage = Stage("denoise", (Chain(plan, number),))
-            job = JobSpec(
-                f"{sampler}-{preview}-{number}", sampler, (stage,), preview=preview, preview_every=2
+    def rate(self, layer: str, sampler: str, clients: int, seconds: float) -> float:
+        """Rows per second, kept busy over HTTP. Notes what it took."""
+        body = {"sampler": sampler, "num_inference_steps": SAMPLERS[sampler]}
+        with kept_busy(self.url, HTTP[layer], body, clients) as pid:
+            watched = {"API": [self.process], "engine": self.process.children()}
+            watched["clients"] = [psutil.Process(pid)]
+            with ThreadPoolExecutor(1) as pool:
+                probe = pool.submit(slowest_livez, self.url, seconds)
+                before, begun = _cpu_s(watched), time.perf_counter()
+                rate = row_rate(self.url, seconds)
+                passed, after = time.perf_counter() - begun, _cpu_s(watched)
+            held = [each.memory_info().rss / 2**20 for name in ("API", "engine") for each in watched[name]]
+        shares = {
+            name: " + ".join(
+                f"{(end - start) / passed:.0%}" for start, end in zip(before[name], after[name], strict=True)
             )
-            engine.handle(AddJob(job))
-        report = engine.step()
-        return report.batch_size if report is not None else 0
+            for name in watched
+        }
+        told = ", ".join(f"{name} {share}" for name, share in shares.items())
+        told += f", /livez at most {probe.result() * 1e3:.0f} ms, " + " + ".join(
+            f"{each:.0f}" for each in held
+        )
+        told += " MiB"
+        self.cores.setdefault(layer, []).append(f"{sampler}: {told}")
+        return rate
 
-    return per_second(step, seconds)
+
+def slowest_livez(url: str, seconds: float) -> float:
+    """The longest that `/livez` took to answer, asked twenty times a second."""
+    slowest, end = 0.0, time.perf_counter() + seconds
+    while (begun := time.perf_counter()) < end:
+        with urlopen(f"{url}/livez", timeout=STOP_S) as answer:
+            answer.read()
+        slowest = max(slowest, time.perf_counter() - begun)
+        time.sleep(0.05)
+    return slowest
 
 
-def served(args: argparse.Namespace, port: int) -> subprocess.Popen[bytes]:
-    """The service over the device as a process, once it is ready. Raises RuntimeError if it never is."""
-    size = ["--rows", str(args.rows), "--step-ms", str(args.step_ms), "--size", str(args.size)]
-    command = [sys.executable, "-m", "bench.device", "--serve", str(port), *size]
-    popen = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-    give_up = time.monotonic() + START_S
-    while time.monotonic() < give_up and popen.poll() is None:
+def _cpu_s(processes: Mapping[str, Sequence[psutil.Process]]) -> dict[str, list[float]]:
+    times = {name: [each.cpu_times() for each in some] for name, some in processes.items()}
+    return {name: [each.user + each.system for each in some] for name, some in times.items()}
+
+
+@contextmanager
+def served(args: argparse.Namespace) -> Iterator[Service]:
+    """The service over the device, once all its engines are warm. Raises RuntimeError if it never is."""
+    port = free_port()
+    command = [sys.executable, "-m", "bench.device", *_device(args), "--devices", str(args.devices)]
+    with subprocess.Popen(
+        [*command, "--serve", str(port)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as popen:
         try:
-            if httpx.get(f"http://127.0.0.1:{port}/readyz", trust_env=False).status_code == 200:
-                return popen
-        except httpx.TransportError:
-            pass
-        time.sleep(0.1)
-    popen.kill()
-    popen.wait()
-    raise RuntimeError("the service did not become ready")
+            assert popen.stdout is not None
+            warm = sum(popen.stdout.readline().strip() == WARM for _ in range(args.devices))
+            if warm < args.devices:
+                raise RuntimeError("the service did not become ready")
+            time.sleep(0.5)  # until the API has heard of it
+            yield Service(f"http://127.0.0.1:{port}", psutil.Process(popen.pid))
+        finally:
+            popen.terminate()
+            popen.wait(STOP_S)
+
+
+def _device(args: argparse.Namespace) -> list[str]:
+    return ["--rows", str(args.rows), "--step-ms", str(args.step_ms), "--size", str(args.size)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -122,57 +135,99 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=64, help="rows of a network call")
     parser.add_argument("--step-ms", type=float, default=4.0, help="milliseconds it takes")
     parser.add_argument("--size", type=int, default=32, help="pixels per side, three channels")
+    parser.add_argument("--clients", type=int, help="of the service; absent: a batch and a half")
+    parser.add_argument("--devices", type=int, default=1, help="of the service, each with an engine")
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
+    parser.add_argument("--only", type=_layers, default=LAYERS, help=f"layers to measure: {','.join(LAYERS)}")
+    parser.add_argument("--sampler", action="append", choices=SAMPLERS, help="to measure; repeatable")
     parser.add_argument("--serve", type=int, metavar="PORT", help="serve the app over the device instead")
+    parser.add_argument("--engine", metavar="FD", help="be an engine of that, which talks to it here")
     args = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    model, warm = build(args.rows, args.step_ms / 1000, args.size)
+    if args.engine is not None:
+        _be_engine(args)
     if args.serve is not None:
-        return _serve(model, warm, args.serve)
+        return _serve(args)
+    samplers = args.sampler or list(SAMPLERS)
+    found: dict[str, list[float]] = {}
+    cores: dict[str, list[str]] = {}
+    if inner := [layer for layer in args.only if layer not in HTTP]:
+        found |= _inner(args, samplers, inner)
+    if outer := [layer for layer in args.only if layer in HTTP]:
+        clients = args.clients or args.rows * args.devices * 3 // 2
+        with served(args) as service:
+            for layer in outer:
+                title = {"json": "JSON over HTTP", "streams": "every client streaming"}[layer]
+                found[f"{title}, {clients} clients"] = [
+                    service.rate(layer, sampler, clients, args.seconds) / args.devices for sampler in samplers
+                ]
+            cores = service.cores
     could = args.rows / (args.step_ms / 1000)
-    port = free_port()
-    popen = served(args, port)
-    shares: dict[str, list[float]] = {}
-    try:
-        for sampler in SAMPLERS:
-            for name, measure in _measures(warm.engine, sampler, port, args).items():
-                shares.setdefault(name, []).append(measure() / could)
-    finally:
-        popen.terminate()
-        popen.wait(30)
-    print(
-        f"{args.rows} rows in {args.step_ms:g} ms, 3×{args.size}×{args.size}: share of {could:,.0f} rows/s\n"
-    )
-    print("||" + "|".join(f"{sampler}, {steps} steps" for sampler, steps in SAMPLERS.items()) + "|")
-    print("|---" + "|--:" * len(SAMPLERS) + "|")
-    for name, found in shares.items():
-        print(f"|{name}|" + "|".join(f"{share:.0%}" for share in found) + "|")
+    devices = f"each of {args.devices} devices' " if args.devices > 1 else ""
+    print(f"{args.rows} rows in {args.step_ms:g} ms, 3×{args.size}×{args.size}: share of {devices}", end="")
+    print(f"{could:,.0f} rows/s\n")
+    print("||" + "|".join(f"{sampler}, {SAMPLERS[sampler]} steps" for sampler in samplers) + "|")
+    print("|---" + "|--:" * len(samplers) + "|")
+    for title, rates in found.items():
+        print(f"|{title}|" + "|".join(f"{rate / could:.0%}" for rate in rates) + "|")
+    for layer, told in cores.items():
+        print(f"\nof a core, {layer}: " + "; ".join(told))
     return 0
 
 
-def _measures(
-    engine: Engine, sampler: str, port: int, args: argparse.Namespace
-) -> dict[str, Callable[[], float]]:
-    url, seconds, clients = f"http://127.0.0.1:{port}", args.seconds, args.rows * 3 // 2
-    body: dict[str, object] = {"sampler": sampler, "num_inference_steps": SAMPLERS[sampler]}
+def _layers(text: str) -> list[str]:
+    chosen = text.split(",")
+    if unknown := set(chosen) - set(LAYERS):
+        raise argparse.ArgumentTypeError(f"no such layer: {', '.join(sorted(unknown))}")
+    return [layer for layer in LAYERS if layer in chosen]
 
-    def over_http(accept: str) -> float:
-        return asyncio.run(saturate(url, accept, body, seconds, clients))
 
+def _inner(
+    args: argparse.Namespace, samplers: Sequence[str], layers: Sequence[str]
+) -> dict[str, list[float]]:
+    """Rows per second of the layers that need no process of their own, for each sampler."""
+    from bench.simulated import build, denoiser_rate, engine_rate, model_of  # with torch
+
+    engine = build(model_of(args.size), args.rows, args.step_ms / 1000, EngineConfig("", slots=QUEUE)).engine
+    seconds = args.seconds
+    measures: dict[str, tuple[str, Callable[[str, int], float]]] = {
+        "denoiser": ("`Denoiser.launch`", lambda name, steps: denoiser_rate(engine, name, steps, seconds)),
+        "engine": (
+            "`Engine.step`, no previews",
+            lambda name, steps: engine_rate(engine, name, steps, "none", seconds),
+        ),
+        "previews": (
+            "`Engine.step`, x₀ previews",
+            lambda name, steps: engine_rate(engine, name, steps, "x0", seconds),
+        ),
+    }
     return {
-        "`Denoiser.step`": lambda: denoiser_rate(engine, sampler, seconds),
-        "`Engine.step`, no previews": lambda: engine_rate(engine, sampler, "none", seconds),
-        "`Engine.step`, x₀ previews": lambda: engine_rate(engine, sampler, "x0", seconds),
-        f"JSON over HTTP, {clients} clients": lambda: over_http("application/json"),
-        f"every client streaming, {clients} clients": lambda: over_http("text/event-stream"),
+        title: [measure(sampler, SAMPLERS[sampler]) for sampler in samplers]
+        for title, measure in (measures[layer] for layer in layers)
     }
 
 
-def _serve(model: Checkpoint, warm: Warm, port: int) -> int:
+def _serve(args: argparse.Namespace) -> int:
     # Room for many idle clients; a stream that its client leaves is let go at once.
-    settings = Settings(_env_file=None, port=port, max_queue=4096, stream_grace_s=0.0)
-    app = create_app(model, settings, lambda _model, _settings: warm)
+    devices = ",".join(f"cuda:{i}" for i in range(args.devices))  # which only count
+    settings = Settings(_env_file=None, port=args.serve, device=devices, max_queue=QUEUE, stream_grace_s=0.0)
+    command = (sys.executable, "-m", "bench.device", *_device(args), "--engine")
+    app = create_app(settings, lambda config: ProcessConnection(config, command))
     return serve(app, app.state.ddpm, settings)
+
+
+def _be_engine(args: argparse.Namespace) -> None:
+    """Run as an engine; does not return."""
+    from bench.simulated import build, model_of  # with torch
+    from model.checkpoint import Checkpoint
+    from service.engine import process
+    from service.engine.warmup import Warm
+
+    def warm(model: Checkpoint, config: EngineConfig) -> Warm:
+        engine = build(model, args.rows, args.step_ms / 1000, config)
+        print(WARM, flush=True)
+        return engine
+
+    process.main(lambda fd: process.run(fd, lambda _: model_of(args.size), warm), [args.engine])
 
 
 if __name__ == "__main__":

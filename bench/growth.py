@@ -9,7 +9,6 @@ service chooses, timed in the same run.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,10 +19,10 @@ from bench.simulation import job_of, jobs_of
 from bench.workload import trace
 from model import checkpoint
 from service.engine.estimates import StepTimes
+from service.engine.messages import EngineConfig
 from service.engine.scheduler import Policy, Scheduler
 from service.engine.streams import Stream
 from service.engine.warmup import warm_up
-from service.settings import Settings
 
 WAITING = (10, 1_000, 100_000)
 POLICIES: tuple[Policy, ...] = ("remaining", "fifo", "sharing")
@@ -78,10 +77,8 @@ def size_of(make: Callable[[int], object], many: int = 10_000) -> float:
 def sizes(batch_size: int) -> tuple[float, float]:
     """Bytes per waiting request of one image (job, chain and the scheduler's entries), and per stream."""
     scheduler = Scheduler(batch_size, StepTimes([(1, 0.01)]))
-    loop = asyncio.new_event_loop()
     per_request = size_of(lambda i: scheduler.add(job_of(str(i), 0.0, 50), 0.0))
-    per_stream = size_of(lambda i: Stream(str(i), None, loop))
-    loop.close()
+    per_stream = size_of(lambda i: Stream(str(i), None))
     return per_request, per_stream
 
 
@@ -91,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, default=Path("weights/fashion-mnist"))
     parser.add_argument("--waiting", type=int, nargs="*", default=WAITING, help="requests")
     args = parser.parse_args(arguments)
-    warm = warm_up(checkpoint.load(args.model), Settings(_env_file=None))
+    warm = warm_up(checkpoint.load(args.model), EngineConfig(model=str(args.model)))
     batch_size = warm.info.max_batch_size
     seconds = dict(warm.info.step_times)[batch_size]
     print(f"A step of the network has {batch_size} rows and takes {seconds * 1e3:.1f} ms.\n")

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import httpx
 import numpy as np
 
+from bench import http
 from bench.workload import Request
 
 GUIDANCE = 2.0
@@ -91,80 +91,82 @@ def check(answer: Any, request: Request) -> None:
         raise BadAnswerError("not every image is a PNG")
 
 
-async def send(
-    client: httpx.AsyncClient, endpoint: Endpoint, request: Request, begun: float, patience_s: float
-) -> Answer:
+async def send(endpoint: Endpoint, request: Request, begun: float, patience_s: float) -> Answer:
     """Wait until the request is due, send it, read the answer. begun: of the trace, by the loop's clock."""
     due = begun + request.created
     clock = asyncio.get_running_loop().time
     await asyncio.sleep(due - clock())
-    answer = Answer(request, late_s=clock() - due)
+    reading = _Reading(Answer(request, late_s=clock() - due), due, endpoint.streams)
+    accept = "text/event-stream" if endpoint.streams else "application/json"
     try:
         async with asyncio.timeout_at(due + patience_s):
-            body, headers = _wrapped(endpoint, request), _headers(endpoint)
-            built = client.build_request("POST", endpoint.url, json=body, headers=headers)
-            response = await client.send(built, stream=True)
-            try:
-                answer = replace(answer, status=response.status_code, first_byte_s=clock() - due)
-                if response.status_code != 200:
-                    text = (await response.aread()).decode(errors="replace")
-                    result: Result = "rejected" if response.status_code in REFUSALS else "failed"
-                    return replace(answer, result=result, error=text[:500], latency_s=clock() - due)
-                if endpoint.streams:
-                    answer = await _watch(response, answer, due)
-                else:
-                    found = json.loads(await response.aread())
-                    check(found[0] if endpoint.wrap else found, request)
-                return replace(answer, result="done", latency_s=clock() - due)
-            finally:
-                await response.aclose()
+            body = _wrapped(endpoint, request)
+            await http.request(endpoint.url, accept, body, reading.on_head, reading.on_piece)
+        found = reading.answer
+        if found.status != 200:
+            text = reading.content.decode(errors="replace")
+            result: Result = "rejected" if found.status in REFUSALS else "failed"
+            return replace(found, result=result, error=text[:500], latency_s=clock() - due)
+        if not endpoint.streams:
+            whole = json.loads(reading.content)
+            check(whole[0] if endpoint.wrap else whole, request)
+        elif not reading.completed:
+            raise BadAnswerError("the stream ended before its last event")
+        return replace(found, result="done", latency_s=clock() - due)
     except TimeoutError:
-        return replace(answer, result="timeout", latency_s=patience_s)
-    except (httpx.HTTPError, BadAnswerError, ValueError, LookupError) as error:
-        return replace(answer, error=f"{type(error).__name__}: {error}", latency_s=clock() - due)
+        return replace(reading.answer, result="timeout", latency_s=patience_s)
+    except (OSError, BadAnswerError, ValueError, LookupError) as error:
+        return replace(reading.answer, error=f"{type(error).__name__}: {error}", latency_s=clock() - due)
 
 
 def _wrapped(endpoint: Endpoint, request: Request) -> dict[str, Any]:
     return {endpoint.wrap: [body_of(request)]} if endpoint.wrap else body_of(request)
 
 
-def _headers(endpoint: Endpoint) -> dict[str, str]:
-    return {"Accept": "text/event-stream" if endpoint.streams else "application/json"}
+class _Reading:
+    """Reads an answer as it comes, and notes when. completed: a stream's last event has come."""
 
+    def __init__(self, answer: Answer, due: float, streams: bool) -> None:
+        self.answer, self.content, self.completed = answer, bytearray(), False
+        self._due, self._streams = due, streams
+        self._clock = asyncio.get_running_loop().time
 
-async def _watch(response: httpx.Response, answer: Answer, due: float) -> Answer:
-    """Read server-sent events to their end. Raises BadAnswerError when that is not a `completed`."""
-    clock = asyncio.get_running_loop().time
-    name = data = ""
-    async for line in response.aiter_lines():
-        field, _, value = line.partition(": ")
-        if field == "event":
-            name = value
-        elif field == "data":
-            data = value
-        elif not line and name:
-            now = clock() - due
-            if name == "queued":
-                answer = replace(answer, queued_s=now, eta_s=json.loads(data)["eta_s"])
-            elif name == "preview" and answer.first_preview_s is None:
-                answer = replace(answer, first_preview_s=now)
-            elif name == "completed":
-                check(json.loads(data), answer.request)
-                return answer
-            elif name == "error":
-                raise BadAnswerError(data[:500])
-            name = data = ""
-    raise BadAnswerError("the stream ended before its last event")
+    def on_head(self, status: int) -> None:
+        """The head has come."""
+        self.answer = replace(self.answer, status=status, first_byte_s=self._now())
+
+    def on_piece(self, piece: bytes) -> None:
+        """Something of the body has come. Raises BadAnswerError for an `error` event."""
+        self.content += piece
+        if self._streams and self.answer.status == 200 and b"\n\n" in self.content:
+            *events, self.content = self.content.split(b"\n\n")
+            for event in events:
+                lines = (line.partition(b": ") for line in event.splitlines())
+                self._take({bytes(name): value for name, _, value in lines})
+
+    def _take(self, fields: Mapping[bytes, bytearray]) -> None:
+        data = fields.get(b"data", bytearray())
+        match bytes(fields.get(b"event", b"")):
+            case b"queued":
+                eta_s = json.loads(data)["eta_s"]
+                self.answer = replace(self.answer, queued_s=self._now(), eta_s=eta_s)
+            case b"preview" if self.answer.first_preview_s is None:
+                self.answer = replace(self.answer, first_preview_s=self._now())
+            case b"completed":
+                check(json.loads(data), self.answer.request)
+                self.completed = True
+            case b"error":
+                raise BadAnswerError(data.decode(errors="replace")[:500])
+
+    def _now(self) -> float:
+        return self._clock() - self._due
 
 
 async def drive(endpoint: Endpoint, requests: Iterable[Request], patience_s: float) -> list[Answer]:
     """Send each request when it is due; their answers in the same order. patience_s: given to each."""
-    # No certificates on loopback: reading the system's takes a tenth of a second.
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    async with httpx.AsyncClient(timeout=None, limits=limits, trust_env=False, verify=False) as client:
-        begun = asyncio.get_running_loop().time()
-        sent = (send(client, endpoint, request, begun, patience_s) for request in requests)
-        return list(await asyncio.gather(*sent))
+    begun = asyncio.get_running_loop().time()
+    sent = (send(endpoint, request, begun, patience_s) for request in requests)
+    return list(await asyncio.gather(*sent))
 
 
 @dataclass(frozen=True)

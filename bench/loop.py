@@ -3,10 +3,10 @@
 `python -m bench.loop` measures in rotation, for seconds each and a dozen rounds,
 
 runtime   the network alone, called again and again at the service's batch size
-denoiser  whole steps: noise, network, guidance, table
-engine    the scheduler and the commit around it
-json      the service as a process, kept busy over HTTP by clients who want JSON
-streams   the same with clients who watch previews of every second step
+denoiser  whole steps: noise, network, guidance, table; each queued before the one before it is read
+engine    the scheduler around it
+json      the service, API and engine processes, kept busy over HTTP by clients who want JSON
+streams   the same with clients who watch previews
 
 and prints the medians of each, and of its share of the first. Clients run on the same cores, and their
 time counts against the last two.
@@ -15,17 +15,14 @@ time counts against the last two.
 from __future__ import annotations
 
 import argparse
-import asyncio
-import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 
-import httpx
-from prometheus_client.parser import text_string_to_metric_families
-
+from bench.http import saturate
 from bench.roofline import inputs
 from bench.servers import SERVICE, Model, Server, running
 from model import checkpoint
@@ -33,11 +30,11 @@ from model.chain import Chain
 from model.checkpoint import Checkpoint
 from model.denoiser import Denoiser
 from model.samplers import build_plan
+from model.state import Row
 from service.engine.engine import Engine
 from service.engine.jobs import JobSpec, Stage
-from service.engine.messages import AddJob
+from service.engine.messages import AbortAll, AddJob, EngineConfig
 from service.engine.warmup import warm_up
-from service.settings import Settings
 
 CLIENTS = 6
 IMAGES = 4
@@ -52,53 +49,36 @@ def per_second(action: Callable[[], int], seconds: float) -> float:
     return rows / (perf_counter() - begun)
 
 
-async def request(url: httpx.URL, accept: str, body: dict[str, object]) -> None:
-    """Send a request and read its answer to the end, as cheaply as can be: the cores are the network's.
+def steps_per_second(denoiser: Denoiser, rows: Sequence[Row], seconds: float) -> float:
+    """Rows per second of a step that is made again and again, the next one queued before one is read."""
+    flight = denoiser.launch([replace(row, step=0) for row in rows])  # so that the samples have begun
 
-    Raises RuntimeError for an answer that is not a success.
-    """
-    content = json.dumps(body).encode()
-    head = f"POST /generate HTTP/1.1\r\nHost: {url.host}\r\nAccept: {accept}\r\nConnection: close\r\n"
-    head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
-    reader, writer = await asyncio.open_connection(url.host, url.port)
-    try:
-        writer.write(head.encode() + content)
-        status = await reader.readline()
-        if status.split()[1:2] != [b"200"]:
-            raise RuntimeError(status.decode(errors="replace"))
-        while await reader.read(1 << 16):
-            pass
-    finally:
-        writer.close()
+    def step() -> int:
+        nonlocal flight
+        before, flight = flight, denoiser.launch(rows)
+        before.read()
+        return len(rows)
+
+    rate = per_second(step, seconds)
+    flight.read()
+    return rate
 
 
-async def saturate(
-    url: str, accept: str, body: dict[str, object], seconds: float, clients: int = CLIENTS
+def engine_per_second(
+    engine: Engine, next_job: Callable[[], JobSpec], in_flight: int, seconds: float
 ) -> float:
-    """Rows per second that the service counts while clients keep it busy, after a second of that."""
-    async with httpx.AsyncClient(base_url=url, timeout=None, trust_env=False, verify=False) as client:
+    """Rows per second of an engine that always has so many jobs. Leaves it idle."""
 
-        async def keep_requesting() -> None:
-            while True:
-                await request(client.base_url, accept, body)
+    def step() -> int:
+        while len(engine.scheduler) < in_flight:
+            engine.handle(AddJob(next_job()))
+        report = engine.step()
+        return report.batch_size if report is not None else 0
 
-        async def metric(name: str) -> float:
-            families = text_string_to_metric_families((await client.get("/metrics")).text)
-            samples = [sample for family in families for sample in family.samples]
-            return next(sample.value for sample in samples if sample.name == name)
-
-        requesting = [asyncio.create_task(keep_requesting()) for _ in range(clients)]
-        await asyncio.sleep(1.0)
-        before, begun = await metric("ddpm_batch_rows_sum"), perf_counter()
-        await asyncio.sleep(seconds)
-        rate = (await metric("ddpm_batch_rows_sum") - before) / (perf_counter() - begun)
-        for task in requesting:
-            if task.done():
-                task.result()  # a client that failed says why
-            task.cancel()
-        await asyncio.gather(*requesting, return_exceptions=True)
-        while await metric("ddpm_samples_running") + await metric("ddpm_samples_waiting"):
-            pass  # cancelled requests are in flight for another step
+    rate = per_second(step, seconds)
+    engine.handle(AbortAll())
+    while not engine.idle:
+        engine.step()
     return rate
 
 
@@ -112,35 +92,27 @@ def contenders(
     plan = build_plan(model.schedule, sampler, STEPS)
     label = 0 if denoiser.conditional else None
     chains = [Chain(plan, seed, label) for seed in range(batch_size)]
-    latents = [denoiser.start(chain) for chain in chains]
+    rows = [Row(chain, slot, 1) for slot, chain in enumerate(chains)]
     batch = inputs(model, batch_size)
 
     def network() -> int:
         denoiser.runtime.forward(*batch)
         return batch_size
 
-    def step() -> int:
-        denoiser.step(chains, latents, [0] * batch_size)
-        return batch_size
-
     numbers = count()
 
-    def engine_step() -> int:
-        while len(engine.scheduler) < CLIENTS:
-            stage = Stage("denoise", tuple(chains[:IMAGES]))
-            engine.handle(AddJob(JobSpec(f"job{next(numbers)}", sampler, (stage,))))
-        report = engine.step()
-        return report.batch_size if report is not None else 0
+    def next_job() -> JobSpec:
+        return JobSpec(f"job{next(numbers)}", sampler, (Stage("denoise", tuple(chains[:IMAGES])),))
 
     body = {"n": IMAGES, "num_inference_steps": STEPS, "sampler": sampler, "class_label": label}
     body |= {"guidance_scale": 1.0}
     url = server.endpoint.url.removesuffix("/generate")
     return {
         "runtime": lambda: per_second(network, seconds),
-        "denoiser": lambda: per_second(step, seconds),
-        "engine": lambda: per_second(engine_step, seconds),
-        "json": lambda: asyncio.run(saturate(url, "application/json", body, seconds)),
-        "streams": lambda: asyncio.run(saturate(url, "text/event-stream", body, seconds)),
+        "denoiser": lambda: steps_per_second(denoiser, rows, seconds),
+        "engine": lambda: engine_per_second(engine, next_job, CLIENTS, seconds),
+        "json": lambda: saturate(url, "application/json", body, seconds, CLIENTS),
+        "streams": lambda: saturate(url, "text/event-stream", body, seconds, CLIENTS),
     }
 
 
@@ -153,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=12)
     args = parser.parse_args(arguments)
     model = checkpoint.load(args.model)
-    engine = warm_up(model, Settings(_env_file=None)).engine
+    engine = warm_up(model, EngineConfig(model=str(args.model))).engine
     environment = {**Model(args.model).environment("ours"), "DDPM_STREAM_GRACE_S": "0"}
     environment["DDPM_MAX_BATCH"] = str(engine.scheduler.max_batch_size)  # the same batch size for all
     with running(SERVICE, environment) as server:

@@ -2,7 +2,8 @@
 
 `python -m bench.soak` starts the service with a tiny network of random weights, so that requests are many and
 not long, and sends 100,000 of them: JSON answers, streams that are read to their end, and streams whose
-client disconnects after the first event. It prints the service's resident memory as it goes.
+client disconnects after the first event. It prints what the service holds as it goes, the API process and
+the engine's apart: resident memory, threads and descriptors.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -61,23 +63,53 @@ async def request(client: httpx.AsyncClient, number: int) -> None:
                 return  # and the connection is closed with most of it unread
 
 
-async def soak(server: Server, requests: int) -> list[tuple[int, int]]:
-    """(requests done, resident bytes) at the start and MEASUREMENTS times after it."""
-    process = psutil.Process(server.popen.pid)
-    measured = [(0, process.memory_info().rss)]
+@dataclass(frozen=True)
+class Held:
+    """What a process holds."""
+
+    resident: int
+    threads: int
+    descriptors: int
+
+    @classmethod
+    def by(cls, process: psutil.Process) -> Held:
+        """What it holds now."""
+        with process.oneshot():
+            return cls(process.memory_info().rss, process.num_threads(), process.num_fds())
+
+
+Measured = tuple[int, tuple[Held, ...]]
+"""Requests done, and what the API process and the engine's held then."""
+
+
+async def soak(server: Server, requests: int) -> list[Measured]:
+    """What is held at the start and MEASUREMENTS times after it."""
+    api = psutil.Process(server.popen.pid)
+    processes = (api, *api.children(recursive=True))
     numbers = count(1)
     url = server.endpoint.url.removesuffix("/generate")
+
+    def measure(number: int) -> Measured:
+        return number, tuple(Held.by(process) for process in processes)
+
+    measured = [measure(0)]
     async with httpx.AsyncClient(base_url=url, timeout=60, trust_env=False, verify=False) as client:
 
         async def work() -> None:
             while (number := next(numbers)) <= requests:
                 await request(client, number)
                 if number % max(1, requests // MEASUREMENTS) == 0:
-                    measured.append((number, process.memory_info().rss))
-                    print(f"|{number:,}|{measured[-1][1] / 1e6:.1f}|", flush=True)
+                    measured.append(measure(number))
+                    print(_line(measured[-1]), flush=True)
 
         await asyncio.gather(*(work() for _ in range(CLIENTS)))
     return measured
+
+
+def _line(measured: Measured) -> str:
+    number, held = measured
+    cells = (f"{each.resident / 1e6:.1f}|{each.threads}|{each.descriptors}" for each in held)
+    return f"|{number:,}|{'|'.join(cells)}|"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -90,10 +122,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # A stream that its client has left is forgotten at once.
         environment = {**Model(Path(folder)).environment("ours"), "DDPM_STREAM_GRACE_S": "0"}
         with running(SERVICE, environment) as server:
-            print("|requests|resident MB|\n|--:|--:|")
+            print("|requests|API: MB|threads|descriptors|engine: MB|threads|descriptors|\n|" + "--:|" * 7)
             measured = asyncio.run(soak(server, args.requests))
     (middle, before), (end, after) = measured[len(measured) // 2], measured[-1]
-    print(f"\nThe second half added {(after - before) / (end - middle):.0f} bytes a request.")
+    added = [
+        (there.resident - here.resident) / (end - middle) for here, there in zip(before, after, strict=True)
+    ]
+    print(f"\nThe second half added {added[0]:.0f} bytes a request in the API, {added[1]:.0f} in the engine.")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Where the time from the process's start to readiness goes.
 
 `python -m bench.startup` starts the service a few times for the whole. For the parts it does the same things
-one after another in fresh processes; the service does some of them in parallel, so they add up to more.
+one after another in fresh processes, one for the engine's and one for the API's; the service does some of
+them in parallel, and both processes start at once, so they add up to more.
 """
 
 # Imports are part of what is measured: they are where they are timed.
@@ -20,7 +21,7 @@ from typing import Any
 
 
 def parts(folder: Path) -> dict[str, float]:
-    """Seconds of every part, in order. To be called once in a process, which has imported nothing yet."""
+    """Seconds of the engine's parts, in order. To be called once, in a process that has imported nothing."""
     taken: dict[str, float] = {}
     begun = time.perf_counter()
 
@@ -32,9 +33,9 @@ def parts(folder: Path) -> dict[str, float]:
     import torch  # noqa: F401
 
     done("import torch")
-    import service.app  # noqa: F401
+    import service.engine.process  # noqa: F401
 
-    done("import the rest of the service")
+    done("import the rest of the engine")
     import openvino  # noqa: F401
 
     done("import openvino")
@@ -66,6 +67,15 @@ def parts(folder: Path) -> dict[str, float]:
     return taken
 
 
+def api_parts() -> dict[str, float]:
+    """Seconds of the API's, likewise."""
+    begun = time.perf_counter()
+    import service.app
+    import service.server  # noqa: F401
+
+    return {"meanwhile: import the API": time.perf_counter() - begun}
+
+
 def start_to_ready(folder: Path) -> float:
     """Seconds until /readyz answers 200. Raises RuntimeError when it never does."""
     import httpx
@@ -90,9 +100,9 @@ def start_to_ready(folder: Path) -> float:
         popen.wait()
 
 
-def in_a_fresh_process(folder: Path) -> dict[str, float]:
-    """`parts`, in a process of its own."""
-    command = [sys.executable, "-m", "bench.startup", "--parts", "--model", str(folder)]
+def in_a_fresh_process(folder: Path, whose: str) -> dict[str, float]:
+    """The parts of the engine or the API, in a process of their own."""
+    command = [sys.executable, "-m", "bench.startup", "--parts", whose, "--model", str(folder)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -103,13 +113,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m bench.startup", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, default=Path("weights/fashion-mnist"))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--parts", action="store_true", help="this process's own, as one line for programs")
+    parser.add_argument(
+        "--parts", choices=("engine", "api"), help="in this process alone, as one line for programs"
+    )
     args = parser.parse_args(arguments)
     if args.parts:
-        print(json.dumps(parts(args.model)))
+        print(json.dumps(parts(args.model) if args.parts == "engine" else api_parts()))
         return
     whole = [start_to_ready(args.model) for _ in range(args.rounds)]
-    found = [in_a_fresh_process(args.model) for _ in range(args.rounds)]
+    found = [
+        in_a_fresh_process(args.model, "engine") | in_a_fresh_process(args.model, "api")
+        for _ in range(args.rounds)
+    ]
     print(f"Start to ready: {median(whole):.2f} s (median of {args.rounds})\n")
     print("|part|seconds|\n|---|--:|")
     for name in found[0]:

@@ -2,15 +2,51 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+
 import pytest
 
 from bench import device
+from bench.servers import ROOT
+
+SMALL = ["--rows", "2", "--step-ms", "20", "--size", "8", "--seconds", "0.3"]
+
+
+def shares(printed: str) -> list[list[float]]:
+    rows = [line.strip("|").split("|") for line in printed.splitlines() if line.startswith("|")][2:]
+    return [[float(cell.rstrip("%")) for cell in cells] for _, *cells in rows]
 
 
 def test_every_layer_has_a_share(capsys: pytest.CaptureFixture[str]) -> None:
-    assert device.main(["--rows", "2", "--step-ms", "20", "--size", "8", "--seconds", "0.3"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    rows = [line.strip("|").split("|") for line in lines if line.startswith("|`") or "clients" in line]
-    assert len(rows) == 5
-    shares = [float(cell.rstrip("%")) for _, *cells in rows for cell in cells]
-    assert all(0 < share <= 110 for share in shares)
+    assert device.main(SMALL) == 0
+    printed = capsys.readouterr().out
+    found = shares(printed)
+    assert [len(row) for row in found] == [2] * 5
+    assert all(0 < share <= 115 for row in found for share in row)
+    used = [line for line in printed.splitlines() if line.startswith("of a core, ")]
+    assert len(used) == 2
+    for line in used:
+        kept = r"API \d+%, engine \d+%, clients \d+%, /livez at most \d+ ms, \d+ \+ \d+ MiB"
+        assert len(re.findall(kept, line)) == 2
+
+
+def test_a_layer_alone_on_two_devices(capsys: pytest.CaptureFixture[str]) -> None:
+    assert device.main([*SMALL, "--only", "json", "--sampler", "ddpm", "--devices", "2"]) == 0
+    printed = capsys.readouterr().out
+    ((share,),) = shares(printed)
+    assert 50 < share <= 115
+    assert "each of 2 devices' 100 rows/s" in printed
+    assert re.search(r"engine \d+% \+ \d+%", printed)
+
+
+def test_an_unknown_layer_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        device.main([*SMALL, "--only", "json,everything"])
+    assert "no such layer: everything" in capsys.readouterr().err
+
+
+def test_the_api_does_without_torch() -> None:
+    code = "import sys, bench.device; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

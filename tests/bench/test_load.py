@@ -3,7 +3,6 @@ from __future__ import annotations
 import asyncio
 import time
 
-import httpx
 import pytest
 
 from bench.load import Answer, Endpoint, drive, figures, send, summarise
@@ -58,7 +57,7 @@ def test_an_answer_without_the_images_is_no_success(faker, path, result, error):
 def test_no_server_is_a_failure():
     (answer,) = answers_of(Endpoint(f"http://127.0.0.1:{free_port()}/"), Request(0.0, 5))
     assert (answer.result, answer.status) == ("failed", 0)
-    assert "ConnectError" in answer.error
+    assert "ConnectionRefusedError" in answer.error
 
 
 def test_a_client_gives_up_after_its_patience(faker):
@@ -84,8 +83,7 @@ def test_requests_are_sent_when_they_are_due(faker):
 def test_latency_counts_from_when_the_request_was_due(faker):
     async def late():
         begun = asyncio.get_running_loop().time() - 1.0
-        async with httpx.AsyncClient(trust_env=False, verify=False) as client:
-            return await send(client, faker.endpoint("ok"), Request(0.25, 5), begun, PATIENCE_S)
+        return await send(faker.endpoint("ok"), Request(0.25, 5), begun, PATIENCE_S)
 
     answer = asyncio.run(late())
     assert answer.late_s >= 0.75
