@@ -69,19 +69,11 @@ def build_app(name: str) -> Any:
     from service.app import create_app
     from service.engine.engine import Engine
     from service.engine.estimates import StepTimes
-    from service.engine.jobs import from_frames, to_frames
-    from service.engine.messages import AbortAll, AddJob, CancelJob, EngineInfo, Event, Invariance
+    from service.engine.messages import EngineConfig, EngineInfo, Invariance
     from service.engine.scheduler import Scheduler
-    from service.engine.warmup import Warm
+    from service.engine.warmup import Warm, model_info
     from service.settings import Settings
-
-    class Remote(Engine):
-        """Gets every job as bytes, so that all that is compared holds for jobs that were sent, too."""
-
-        def handle(self, command: AddJob | CancelJob | AbortAll) -> list[Event]:
-            if isinstance(command, AddJob):
-                command = AddJob(from_frames([bytes(frame) for frame in to_frames(command.spec)]))
-            return super().handle(command)
+    from tests.service.threads import ThreadConnection
 
     made = MODELS[name]
     scheduler = {"num_train_timesteps": 100, "timestep_spacing": "trailing", **made.scheduler}
@@ -122,24 +114,25 @@ def build_app(name: str) -> Any:
         typicality=typicality if made.typical else None,
     )
 
-    def warm(model: Checkpoint, settings: Settings) -> Warm:
+    def warm(config: EngineConfig) -> Warm:
         denoiser = Denoiser(
             Network(
                 made.channels,
                 labels,
                 learned=learned,
-                near=model.schedule.prediction_type == "posterior_mean",
+                near=checkpoint.schedule.prediction_type == "posterior_mean",
                 breaks=made.breaks,
             ),
             (made.channels, SIZE, SIZE),
             conditional=labels > 0,
-            null_class=model.null_class,
+            null_class=checkpoint.null_class,
             classifier=Gradient(made.channels, len(made.classes)) if made.classifier else None,
-            schedule=model.schedule,
+            schedule=checkpoint.schedule,
         )
         times = ((1, 0.001), (8, 0.002))
-        engine = Remote(denoiser, Scheduler(8, StepTimes(times), settings.policy))
-        info = EngineInfo(model.name, "golden", "cpu", "float32", 8, times, Invariance((2,), 0.0))
-        return Warm(engine, info)
+        engine = Engine(denoiser, Scheduler(8, StepTimes(times)))
+        info = EngineInfo(checkpoint.name, "golden", "cpu", "float32", 8, times, Invariance((2,), 0.0))
+        return Warm(engine, info, model_info(checkpoint))
 
-    return create_app(checkpoint, Settings(_env_file=None, port=0, **made.settings), warm)
+    settings = Settings(_env_file=None, port=0, **made.settings)
+    return create_app(settings, lambda config: ThreadConnection(config, warm))

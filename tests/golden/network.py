@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from model.runtimes import ThreadQueue
+
 SIZE = 8
 PAUSE_S = 0.003
 """What a call takes, so that the reader of a stream keeps up with it."""
@@ -56,6 +58,7 @@ class Network:
         self.name, self.device = "golden", torch.device("cpu")
         self.dtype: Literal["float32", "bfloat16", "float16"] = "float32"
         self.batch_sizes: tuple[int, ...] = ()
+        self.queue = ThreadQueue()
         self.learned, self.near, self.breaks = learned, near, breaks
         self.patterns = patterns(max(1, classes), channels)
 

@@ -280,13 +280,13 @@ def watching() -> Iterator[Ask]:
         return Ask(f"watch {name}", "/stream", method="GET", query={"seed": 3, **query}, looks=looks)
 
     every: dict[str, Any] = {"preview_every": 1}
-    yield get("by default", 20)
+    yield get("every step", 20, **every)
     yield get("x0", 12, n=2, num_inference_steps=6, class_label="dog", preview="x0", **every)
     yield get("xt", 6, num_inference_steps=6, sampler="ddpm", preview="xt", output_format="webp", **every)
     yield get("both", 24, n=2, num_inference_steps=6, sampler="ddim", eta="0.5", preview="both", **every)
     yield get("none", 0, num_inference_steps=6, preview="none")
     yield get("every third", 4, num_inference_steps=8, preview_every=3, scale=2)
-    yield get("two of 52", 27, num_inference_steps=52, sampler="ddpm")
+    yield get("every second of 52", 27, num_inference_steps=52, sampler="ddpm", preview_every=2)
     yield ask("a generation", "/generate", 6, num_inference_steps=6, class_label=1, **every)
     yield ask(
         "a generation in colour", "/generate", 12, "colour", num_inference_steps=6, preview="both", **every
