@@ -150,9 +150,8 @@ def openapi() -> dict[str, Any]:
     """The schema that the service generates, from which clients learn routes and fields."""
     from service.app import create_app
     from service.settings import Settings
-    from tests.service.fakes import tiny_model
 
-    document: dict[str, Any] = create_app(tiny_model(), Settings(_env_file=None)).openapi()
+    document: dict[str, Any] = create_app(Settings(_env_file=None)).openapi()
     return document
 
 

@@ -28,23 +28,25 @@ SERVICE = {
     "service": "",
     # Wiring: the one place where all layers meet.
     "service.__main__": (
-        "service.app service.server service.settings service.telemetry model.checkpoint model.runtimes"
+        "service.app service.engine.worker service.server service.settings service.telemetry"
     ),
     "service.app": (
-        "service service.engine.client service.engine.streams service.engine.warmup service.http.answers"
+        "service service.engine.client service.engine.messages service.engine.streams service.engine.worker"
+        " service.http.answers"
         " service.http.middleware service.http.problems service.http.routes.* service.http.state"
-        " service.settings service.tasks.sampling service.telemetry model.checkpoint fastapi"
+        " service.settings service.telemetry fastapi"
     ),
     "service.server": (
-        "service.engine.client service.errors service.http.state service.settings uvicorn starlette"
+        "service.engine.worker service.errors service.http.state service.settings uvicorn starlette"
     ),
-    "service.settings": "pydantic pydantic_settings",
+    "service.settings": "service.engine.messages pydantic pydantic_settings",
     # HTTP: no tensors.
     "service.http": "",
     "service.http.*": (
         "service service.http.* service.tasks.* service.engine.client service.engine.jobs"
-        " service.engine.messages service.engine.streams service.errors service.settings service.telemetry"
-        f" model.likelihood model.samplers model.sheets {HTTP}"
+        " service.engine.messages service.engine.streams service.engine.worker service.errors"
+        " service.settings service.telemetry"
+        f" model.likelihood model.samplers model.sheets msgspec {HTTP}"
     ),
     # From a request to a job: no HTTP, and nothing of the engine but what a job is.
     "service.tasks": "",
@@ -53,29 +55,38 @@ SERVICE = {
         " model.interpolation model.likelihood model.samplers model.schedule model.sheets model.typicality"
         " numpy PIL pydantic"
     ),
-    # The engine: no HTTP. Tensors are in engine.py and warmup.py alone.
+    # The engine: no HTTP. The API's end of it first, which knows no tensors; then the engine's own process.
     "service.engine": "",
     "service.engine.client": (
-        "service service.engine.jobs service.engine.messages service.engine.process service.engine.warmup"
-        " service.errors service.telemetry"
+        "service service.engine.jobs service.engine.messages service.engine.worker service.errors"
+        " service.telemetry msgspec"
     ),
-    "service.engine.process": "service.engine.messages service.engine.warmup",
+    "service.engine.worker": "service.engine.jobs service.engine.messages service.engine.wire",
+    "service.engine.wire": "service.engine.messages service.errors model.samplers msgspec numpy",
+    "service.engine.process": (
+        "service.engine.messages service.engine.warmup service.engine.wire service.telemetry model.checkpoint"
+        " model.runtimes"
+    ),
     "service.engine.warmup": (
-        "service.engine.engine service.engine.estimates service.engine.jobs service.engine.messages"
-        " service.engine.scheduler service.settings model.chain model.checkpoint model.denoiser"
-        " model.runtimes model.samplers numpy"
+        "service.engine.engine service.engine.estimates service.engine.messages service.engine.scheduler"
+        " model.chain model.checkpoint model.denoiser model.runtimes model.samplers model.state numpy torch"
     ),
     "service.engine.engine": (
-        "service.engine.jobs service.engine.messages service.engine.scheduler service.errors model.chain"
-        " model.denoiser numpy torch"
+        "service.engine.isolation service.engine.jobs service.engine.messages service.engine.scheduler"
+        " service.errors model.chain model.denoiser model.runtimes model.state msgspec"
     ),
+    "service.engine.isolation": "service.engine.jobs service.errors model.runtimes torch",
     "service.engine.scheduler": (
-        "service.engine.estimates service.engine.jobs service.engine.messages service.errors sortedcontainers"
+        "service.engine.estimates service.engine.jobs service.engine.messages service.engine.order"
+        " service.errors sortedcontainers"
     ),
-    "service.engine.estimates": "service.engine.jobs numpy",
+    "service.engine.order": "",
+    "service.engine.estimates": "service.engine.jobs",
     "service.engine.streams": "service.engine.messages service.errors msgspec",
-    "service.engine.messages": "service.engine.jobs service.errors msgspec numpy",
-    "service.engine.jobs": "model.chain model.samplers msgspec numpy",
+    "service.engine.messages": (
+        "service.engine.jobs service.errors model.schedule model.typicality msgspec numpy"
+    ),
+    "service.engine.jobs": "model.chain",
     # Leaves.
     "service.errors": "",
     "service.telemetry": "prometheus_client",
@@ -96,23 +107,32 @@ MODEL = {
     "model.unet": "torch",
     "model.encoder": "model.unet torch",
     "model.diffusion": "model.schedule torch numpy",
+    "model.device_noise": "model.noise model.noise_kernel torch",
+    "model.noise_kernel": "torch triton",
     "model.checkpoint": (
         "model.encoder model.files model.schedule model.typicality model.unet torch safetensors"
     ),
-    "model.runtimes": "model.runtimes.base model.runtimes.load model.runtimes.openvino model.runtimes.torch",
-    "model.runtimes.base": "torch",
-    "model.runtimes.lowering": "model.unet torch openvino",
-    "model.runtimes.torch": "model.checkpoint model.runtimes.base torch",
-    "model.runtimes.openvino": (
-        "model.checkpoint model.runtimes.base model.runtimes.lowering torch numpy openvino"
+    "model.runtimes": (
+        "model.runtimes.base model.runtimes.load model.runtimes.openvino model.runtimes.queues"
+        " model.runtimes.recorded model.runtimes.torch"
     ),
-    "model.runtimes.simulated": "model.runtimes.base torch",
+    "model.runtimes.base": "model.runtimes.queues torch",
+    "model.runtimes.queues": "numpy torch",
+    "model.runtimes.recorded": "torch",
+    "model.runtimes.lowering": "model.unet torch openvino",
+    "model.runtimes.torch": "model.checkpoint model.runtimes.base model.runtimes.queues torch",
+    "model.runtimes.openvino": (
+        "model.checkpoint model.runtimes.base model.runtimes.lowering model.runtimes.queues torch numpy"
+        " openvino"
+    ),
+    "model.runtimes.simulated": "model.runtimes.base model.runtimes.queues torch",
     "model.runtimes.load": (
         "model.checkpoint model.runtimes.base model.runtimes.openvino model.runtimes.torch torch"
     ),
+    "model.state": "model.chain model.runtimes model.samplers numpy torch",
     "model.denoiser": (
-        "model.chain model.checkpoint model.diffusion model.interpolation model.noise model.runtimes"
-        " model.samplers model.schedule torch numpy"
+        "model.chain model.checkpoint model.device_noise model.diffusion model.interpolation model.noise"
+        " model.runtimes model.samplers model.schedule model.state torch numpy"
     ),
     # Programs for developers, not in the image; nothing above imports them.
     "model.training": "",
@@ -240,7 +260,7 @@ def test_a_forbidden_import_is_caught(name, source, found):
             "service.engine.scheduler",
             "import math\nfrom collections.abc import Sequence\nfrom . import jobs, messages",
         ),
-        ("service.engine.engine", "import torch\nfrom model.chain import Chain"),
+        ("service.engine.isolation", "import torch\nfrom service.errors import ComputeError"),
         ("service.http.routes.generate", "from fastapi import APIRouter\nfrom service import __version__"),
         ("model.training.train", "from model import checkpoint"),
     ],
@@ -254,10 +274,9 @@ def test_an_unknown_module_is_not_in_the_table():
         forbidden("", "service.brandnew", known=KNOWN)
 
 
-def test_requests_become_jobs_without_torch():
+def test_the_process_that_serves_http_has_no_torch():
     """Imported for real, so that what is imported by what is imported counts too."""
-    tasks = [name for name in modules() if name.startswith("service.tasks")]
-    program = f"import sys, {', '.join(tasks)}\nsys.exit('torch' in sys.modules)"
+    program = "import sys, service.app, service.server, service.__main__\nsys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=60).returncode == 0
 
 
