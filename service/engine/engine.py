@@ -46,6 +46,8 @@ from service.errors import NonFiniteError
 
 PREVIEW_INTERVAL_S = 0.1
 """Between a job's previews where it does not ask for certain steps; more where there are many jobs."""
+PREVIEWS_PER_CHAIN = 25
+"""And about as many at most, where a chain is slow: they cost a processor time that its network needs."""
 PREVIEWS_PER_S = 1000
 """Of all such jobs together: more than an API process can send beside its other work helps nobody."""
 LEAD_S = 0.002
@@ -235,7 +237,9 @@ class Engine:
             if job not in timely:
                 timely[job] = now - self._progress[job.id].previewed >= interval_s
             every = job.spec.preview_every
-            if step in (1, sample.steps) or (timely[job] if every is None else step % every == 0):
+            shown = timely[job] or every is not None
+            every = every or max(1, sample.steps // PREVIEWS_PER_CHAIN)
+            if step in (1, sample.steps) or (shown and step % every == 0):
                 due.add(sample)
                 self._progress[job.id].previewed = now
         return due

@@ -45,7 +45,9 @@ class JobRequest(BaseModel):
         "x0", description="what a stream shows: the x₀ prediction, x_t, both or none"
     )
     preview_every: int | None = Field(
-        None, ge=1, description="steps between a stream's previews; absent: ten previews a second at most"
+        None,
+        ge=1,
+        description="steps between a stream's previews; absent: about two dozen, at most ten a second",
     )
 
 

@@ -20,6 +20,7 @@ from model.chain import Chain, Image, InitialLatent, SphericalMix, measuring
 from model.denoiser import Latent, Stepped, render
 from model.samplers import build_measurement
 from model.state import Row
+from service.engine import engine as engine_module
 from service.engine.engine import LEAD_S, PREVIEW_INTERVAL_S, Engine
 from service.engine.estimates import StepTimes
 from service.engine.isolation import FatalError
@@ -724,6 +725,30 @@ def test_by_default_previews_come_as_fast_as_an_eye_can_follow(
         its = [event for event in found if isinstance(event, Preview) and event.job_id == name]
         assert [preview.step for preview in its] == shown
         assert all(len(preview.pictures) == 2 for preview in its)
+
+
+def test_by_default_a_slow_chain_has_about_two_dozen_previews(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    spec = counting_job("a", steps=60, preview="x0", preview_every=None)
+    engine = engine_with(FakeDenoiser(), spec)
+    found: list[Event] = []
+    while (report := engine.step()) is not None:
+        found += report.events
+        clock.now += 2 * PREVIEW_INTERVAL_S
+    assert [event.step for event in found if isinstance(event, Preview)] == [1, *range(2, 61, 2)]
+
+
+def test_by_default_many_jobs_share_what_can_be_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "PREVIEWS_PER_S", 20)
+    clock = Clock(monkeypatch)
+    jobs = [counting_job(f"job{i}", steps=20, preview="x0", preview_every=None) for i in range(8)]
+    engine = engine_with(FakeDenoiser(), *jobs)  # 8 jobs: one every 0.4 s
+    found: list[Event] = []
+    while (report := engine.step()) is not None:
+        found += report.events
+        clock.now += PREVIEW_INTERVAL_S * 1.01
+    steps = [event.step for event in found if isinstance(event, Preview) and event.job_id == "job3"]
+    assert steps == [1, 5, 9, 13, 17, 20]
 
 
 def test_where_images_take_turns_each_has_its_first_preview_and_its_last(
