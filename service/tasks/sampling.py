@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from model.samplers import Guidance, Plan, build_plan
 from model.schedule import NoiseSchedule, Spacing
-from model.typicality import Typicality
 from service.engine.jobs import JobSpec, PreviewKind, Stage
+from service.engine.messages import ModelInfo
 from service.errors import InvalidRequestError
 from service.tasks.images import ImageFormat
 
@@ -74,19 +74,9 @@ class SamplingRequest(JobRequest):
     scale: int = Field(1, ge=1, le=16, description="enlarge pictures so many times, without smoothing")
 
 
-@dataclass(frozen=True)
-class ModelCapabilities:
+class ModelCapabilities(ModelInfo, frozen=True, eq=False, kw_only=True):
     """What can be asked of the loaded model under the service's limits."""
 
-    name: str
-    schedule: NoiseSchedule
-    shape: tuple[int, int, int]
-    class_names: tuple[str, ...]
-    conditional: bool
-    guided: bool
-    classified: bool
-    typicality: Typicality | None
-    parameters: int
     max_images: int
     deadline_s: float
 

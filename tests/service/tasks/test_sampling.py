@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 from pydantic import ValidationError
 
 from model.checkpoint import Checkpoint
@@ -126,7 +127,7 @@ def test_others_are_refused_with_a_list(wanted: int | str) -> None:
 
 def test_a_name_beats_an_index() -> None:
     known = capabilities(tiny_model())
-    numbered = ModelCapabilities(**{**vars(known), "class_names": ("2", "1", "0")})
+    numbered = structs.replace(known, class_names=("2", "1", "0"))
     assert [numbered.label(wanted) for wanted in ("2", "0")] == [0, 2]
 
 
@@ -255,7 +256,7 @@ def test_beyond_the_limits(request_: dict[str, Any], field: str) -> None:
 
 def test_enlarged_pictures_have_a_limit_together() -> None:
     known = capabilities()
-    large = ModelCapabilities(**{**vars(known), "shape": (3, 256, 256)})
+    large = structs.replace(known, shape=(3, 256, 256))
     assert prepare({"n": 4, "scale": 8}, large).scale == 8
     assert prepare({"n": 64}, large).scale == 1  # as they are, there is no such limit
     with pytest.raises(InvalidRequestError, match="16777216 pixels") as refused:
