@@ -7,6 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query, Request, Response
 
 from service.http.answers import EVENTS, negotiate
+from service.http.forms import body_schema, read_body
 from service.http.middleware import LimitedRoute
 from service.http.respond import REFUSALS, answer, resume
 from service.http.state import app_state
@@ -14,11 +15,17 @@ from service.tasks.generate import GenerateRequest, StreamQuery, prepare_generat
 
 router = APIRouter(tags=["generate"], route_class=LimitedRoute)
 
+EXAMPLES = {
+    "an image of a class": {"class_label": 0, "seed": 7},
+    "four images in 50 steps": {"n": 4, "sampler": "ddpm", "num_inference_steps": 50},
+}
 
-@router.post("/generate", responses=REFUSALS)  # type: ignore[arg-type]  # FastAPI types the keys int | str
-async def generate(body: GenerateRequest, request: Request) -> Response:
+
+@router.post("/generate", responses=REFUSALS, openapi_extra=body_schema(GenerateRequest, EXAMPLES))  # type: ignore[arg-type]
+async def generate(request: Request) -> Response:
     """Generate images. `Accept` chooses JSON with base64 (default), the picture itself, or events."""
     media_type = negotiate(request)
+    body = await read_body(request, GenerateRequest)
     return await answer(media_type, prepare_generate(body, app_state(request).capabilities), request)
 
 

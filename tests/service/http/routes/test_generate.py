@@ -489,3 +489,13 @@ def test_the_wire_format_of_an_event(serve: Serve) -> None:
     text = serve().client.get("/stream?num_inference_steps=1&preview=none").text
     event = r"event: (queued|completed)\ndata: \{.*\}\nid: [0-9a-f]{16}:\d+\n\n"
     assert re.fullmatch(f"({event}){{2}}", text)
+
+
+def test_a_form_gives_the_bytes_that_json_gives(serve: Serve) -> None:
+    client = serve().client
+    asked = {"n": 2, "seed": 7, "class_label": "dog", "num_inference_steps": 3}
+    form = {name: (None, str(value)) for name, value in asked.items()}  # multipart, though there is no file
+    answers = [client.post("/generate", json=asked), client.post("/generate", files=form)]
+    images = [answer.json()["images"] for answer in answers]
+    assert images[0] == images[1]
+    assert len(images[0]) == 2
