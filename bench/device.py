@@ -186,6 +186,9 @@ def _inner(
 ) -> dict[str, list[float]]:
     """Rows per second of the layers that need no process of their own, for each sampler."""
     from bench.simulated import build, denoiser_rate, engine_rate, model_of  # with torch
+    from service.engine.process import tune
+
+    tune()
 
     engine = build(model_of(args.size), args.rows, args.step_ms / 1000, EngineConfig("", slots=QUEUE)).engine
     seconds = args.seconds

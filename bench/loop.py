@@ -34,6 +34,7 @@ from model.state import Row
 from service.engine.engine import Engine
 from service.engine.jobs import JobSpec, Stage
 from service.engine.messages import AbortAll, AddJob, EngineConfig
+from service.engine.process import tune
 from service.engine.warmup import warm_up
 
 CLIENTS = 6
@@ -125,6 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=12)
     args = parser.parse_args(arguments)
     model = checkpoint.load(args.model)
+    tune()
     engine = warm_up(model, EngineConfig(model=str(args.model))).engine
     environment = {**Model(args.model).environment("ours"), "DDPM_STREAM_GRACE_S": "0"}
     environment["DDPM_MAX_BATCH"] = str(engine.scheduler.max_batch_size)  # the same batch size for all

@@ -61,7 +61,9 @@ SERVICE = {
         "service service.engine.jobs service.engine.messages service.engine.worker service.errors"
         " service.telemetry msgspec"
     ),
-    "service.engine.worker": "service.engine.jobs service.engine.messages service.engine.wire",
+    "service.engine.worker": (
+        "service.engine.jobs service.engine.messages service.engine.wire service.errors"
+    ),
     "service.engine.wire": "service.engine.messages service.errors model.samplers msgspec numpy",
     "service.engine.process": (
         "service.engine.messages service.engine.warmup service.engine.wire service.telemetry model.checkpoint"

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -72,7 +71,7 @@ class ThreadQueue(_Epochs):
         return self._thread.submit(self._run, self._epoch, work)
 
     def _run(self, epoch: int, work: Work) -> Arrays:
-        return [np.asarray(tensor) for tensor in self._checked(epoch, work)]
+        return [tensor.cpu().numpy() for tensor in self._checked(epoch, work)]
 
 
 class CudaQueue(_Epochs):

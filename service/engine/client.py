@@ -18,7 +18,6 @@ from service import __version__
 from service.engine.jobs import JobSpec
 from service.engine.messages import (
     AbortAll,
-    CancelJob,
     Cancelled,
     EngineConfig,
     EngineInfo,
@@ -39,7 +38,6 @@ from service.engine.worker import Connection, Phase, Worker
 from service.errors import (
     DrainingError,
     EngineDeadError,
-    EngineKilledError,
     LoadingError,
     QueueFullError,
     RefusedError,
@@ -139,9 +137,7 @@ class EngineClient:
         """Stop a job; nothing happens when it is already over."""
         found = self._in_flight.get(job_id)
         if found is not None:
-            found.worker.send(CancelJob(job_id))
-            if not found.worker.has_sent(job_id):  # no engine knows of it
-                self._deliver(Cancelled(job_id))
+            found.worker.cancel(job_id)
 
     def drain(self) -> None:
         """Accept nothing new; stop once everything in flight is finished."""
@@ -201,7 +197,7 @@ class EngineClient:
             self._receive(worker, report)
 
         worker = Worker(
-            self._start, config, on_report, self._update_phase, self._poisoned, stall_s=self._stall_s
+            self._start, config, on_report, self._update_phase, self._deliver, stall_s=self._stall_s
         )
         self._workers.append(worker)
         return worker
@@ -276,9 +272,6 @@ class EngineClient:
             telemetry.step_duration.observe(step.seconds)
             telemetry.batch_rows.observe(step.batch_size)
             telemetry.nonfinite.inc(step.nonfinite)
-
-    def _poisoned(self, job_id: str) -> None:
-        self._deliver(Failed(job_id, EngineKilledError("The engine died of this job, twice."), started=True))
 
     def _update_phase(self) -> None:
         """Dead as soon as one is given up; otherwise as ready as the most ready of them."""

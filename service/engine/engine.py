@@ -127,6 +127,7 @@ class Engine:
     scheduler: Scheduler
     on_batch_limit: Callable[[int], None] = lambda _size: None
     _progress: dict[str, _Progress] = field(default_factory=dict)
+    _watched: set[str] = field(default_factory=set)  # jobs with previews
     _free: list[int] = field(default_factory=list)  # slots that were in use
     _slots: int = 0  # that have ever been in use
     _flight: Flight | None = None
@@ -150,6 +151,8 @@ class Engine:
             case AddJob(spec):
                 events = self.scheduler.add(spec, monotonic())
                 self._progress[spec.id] = _Progress()
+                if spec.preview != "none":
+                    self._watched.add(spec.id)
             case CancelJob(job_id):
                 events = self.scheduler.cancel(job_id)
             case AbortAll():
@@ -229,7 +232,7 @@ class Engine:
         """
         due: set[Sample] = set()
         timely: dict[Job, bool] = {}
-        interval_s = max(PREVIEW_INTERVAL_S, len(self.scheduler) / PREVIEWS_PER_S)
+        interval_s = max(PREVIEW_INTERVAL_S, len(self._watched) / PREVIEWS_PER_S)
         for sample in samples:
             job, step = sample.job, sample.step + 1
             if job.spec.preview == "none" or not job.last_stage:
@@ -392,6 +395,7 @@ class Engine:
         """Let go of what is held for jobs that these events end."""
         for event in events:
             if isinstance(event, Terminal):
+                self._watched.discard(event.job_id)
                 progress = self._progress.pop(event.job_id, None)
                 for sample in progress.begun if progress is not None else ():
                     self._release(sample)

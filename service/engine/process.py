@@ -136,8 +136,7 @@ def run(
     # These reach every process of a terminal or a service unit. The API decides what becomes of running work.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.setswitchinterval(SWITCH_S)
-    _keep_memory()
+    tune()
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     channel = Channel(connection)
     ended: list[Report] = []
@@ -167,8 +166,13 @@ def run(
     return FAILED if ended == [Stopped(failed=True)] else 0
 
 
-def _keep_memory() -> None:
-    """Have the C library keep what is freed: it would map, clear and unmap tensors in every step."""
+def tune() -> None:
+    """Suit the interpreter and the C library to short steps.
+
+    A thread hands over the interpreter's lock soon. Memory that is freed is kept: tensors would be mapped,
+    cleared and unmapped in every step.
+    """
+    sys.setswitchinterval(SWITCH_S)
     with suppress(OSError, AttributeError):  # not every system has this
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, KEPT_PIECES)

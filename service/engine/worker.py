@@ -21,9 +21,12 @@ from typing import Protocol
 from service.engine.jobs import JobSpec
 from service.engine.messages import (
     AddJob,
+    CancelJob,
+    Cancelled,
     Command,
     Drain,
     EngineConfig,
+    Failed,
     Load,
     Progress,
     Ready,
@@ -31,6 +34,7 @@ from service.engine.messages import (
     Stopped,
 )
 from service.engine.wire import read_report, to_bytes
+from service.errors import EngineKilledError
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +144,7 @@ class Assigned:
 
     spec: JobSpec
     sent: bool = False
+    cancelled: bool = False
     steps: int = 0
     in_step: bool = False
     suspect: int | None = None
@@ -150,15 +155,15 @@ class Worker:
     """Keeps an engine running and gives it its jobs.
 
     start: starts an engine. on_report: called with every report. on_phase: when the phase has changed.
-    on_poison: with the id of a job that killed its engine twice. stall_s: without a report for so long while
-    there is work, the engine counts as hung, and is killed.
+    on_end: with the last event of a job that ends without an engine. stall_s: without a report for so long
+    while there is work, the engine counts as hung, and is killed.
     """
 
     start: Callable[[EngineConfig], Connection]
     config: EngineConfig
     on_report: Callable[[Report], None]
     on_phase: Callable[[], None]
-    on_poison: Callable[[str], None]
+    on_end: Callable[[Cancelled | Failed], None]
     stall_s: float = 60.0
     phase: Phase = Phase.LOADING
     load: Load = field(default_factory=Load)
@@ -181,10 +186,6 @@ class Worker:
         """Network evaluations that are left, and those of jobs that came since the engine's latest report."""
         return self.load.backlog + self._unreported
 
-    def has_sent(self, job_id: str) -> bool:
-        """Whether the engine that runs now has been given a job."""
-        return self._ready and self._jobs[job_id].sent
-
     def add(self, spec: JobSpec) -> None:
         """Run a job."""
         if not self._jobs:
@@ -192,6 +193,15 @@ class Worker:
         self._jobs[spec.id] = Assigned(spec)
         self._unreported += spec.evaluations
         self._feed()
+
+    def cancel(self, job_id: str) -> None:
+        """Stop a job that it has."""
+        assigned = self._jobs[job_id]
+        assigned.cancelled = True
+        if assigned.sent and self._ready:
+            self.send(CancelJob(job_id))  # an engine that has died may not get it
+        else:
+            self.on_end(Cancelled(job_id))
 
     def remove(self, job_id: str) -> None:
         """Forget a job that has ended."""
@@ -310,9 +320,12 @@ class Worker:
             return
         self._set(Phase.DRAINING if self._draining else Phase.LOADING)
         for job_id, assigned in list(self._jobs.items()):
+            if assigned.cancelled:
+                self.on_end(Cancelled(job_id))
+                continue
             if assigned.sent and assigned.suspect is not None:
-                del self._jobs[job_id]
-                self.on_poison(job_id)
+                error = EngineKilledError("The engine died of this job, twice.")
+                self.on_end(Failed(job_id, error, started=True))
                 continue
             # One that has never been in a step may have been in the one that nobody was told of.
             if assigned.sent and (assigned.in_step or not assigned.steps):

@@ -742,7 +742,8 @@ def test_by_default_many_jobs_share_what_can_be_sent(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(engine_module, "PREVIEWS_PER_S", 20)
     clock = Clock(monkeypatch)
     jobs = [counting_job(f"job{i}", steps=20, preview="x0", preview_every=None) for i in range(8)]
-    engine = engine_with(FakeDenoiser(), *jobs)  # 8 jobs: one every 0.4 s
+    unseen = [counting_job(f"unseen{i}", steps=40) for i in range(8)]  # have no part in it
+    engine = engine_with(FakeDenoiser(), *jobs, *unseen)  # 8 jobs: one every 0.4 s
     found: list[Event] = []
     while (report := engine.step()) is not None:
         found += report.events

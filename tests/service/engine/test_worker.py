@@ -234,6 +234,23 @@ def test_a_job_is_cancelled_while_its_engine_is_replaced(start: Start) -> None:
     assert engines.denoisers[1].launched == []
 
 
+def test_a_cancellation_that_a_dead_engine_did_not_get_is_not_lost(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between a death and the news of it."""
+    engines = Engines(shut())
+    served = started(start, engines)
+    served.client.submit(job := job_of("a", [1]))
+    engines.denoisers[0].gate.wait_for_arrival(1)
+    monkeypatch.setattr(served.connections[0], "send", lambda _command: None)
+    served.client.cancel("a")
+    assert not served.client.idle
+    served.connections[0].kill()
+    assert served.end_of(job) == Cancelled("a")
+    until(lambda: served.client.phase is Phase.READY)
+    assert engines.denoisers[1].launched == []
+
+
 def test_a_drain_outlives_its_engine(start: Start) -> None:
     engines = Engines(shut())
     served = started(start, engines)
