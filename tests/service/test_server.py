@@ -264,7 +264,9 @@ def answer_to(server: Threaded, *sent: bytes) -> bytes:
 
 
 ENDLESS = b"a" * (MAX_HEAD_BYTES + 1)
-CHUNKED = b"POST /generate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+CHUNKED = (  # of a type that is read to its end: any other is refused at its head
+    b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+)
 
 
 @pytest.mark.parametrize(
