@@ -9,7 +9,7 @@ them, which comes last: a step that fails changes nothing. It is queued and not 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Protocol
@@ -25,7 +25,7 @@ from model.checkpoint import Checkpoint
 from model.diffusion import vlb_terms
 from model.interpolation import angle_between, spherical
 from model.noise import NoiseStream
-from model.runtimes import Pending, Recorded, Runtime, to_device
+from model.runtimes import Pending, Runtime, to_device
 from model.samplers import COEFFICIENTS
 from model.schedule import NoiseSchedule
 from model.state import INTEGERS, Row, Slots, SnapshotKind, pack, place
@@ -145,7 +145,7 @@ class Denoiser:
         self.classifier, self.schedule = classifier, schedule
         self.slots = Slots(shape, runtime.device)
         self._normals = normals or _normals(shape, runtime.device)
-        self._recordings: dict[tuple[int, bool], Recorded[_Updated]] = {}
+        self._recordings: dict[tuple[int, bool], Callable[[Tensor], _Updated]] = {}
 
     @classmethod
     def of(cls, model: Checkpoint, runtime: Runtime, normals: Normals | None = None) -> Denoiser:
@@ -228,7 +228,7 @@ class Denoiser:
 
     def _width(self, used: int) -> int:
         """Rows of the recorded step that these fit into; 0 where steps are not recorded."""
-        if self.runtime.device.type != "cuda":
+        if self.runtime.recorder is None:
             return 0
         return next((size for size in self.runtime.batch_sizes if size >= used), 0)
 
@@ -252,7 +252,8 @@ class Denoiser:
             raise torch.AcceleratorError(f"the results cannot be picked out: {error}") from error
         return done.finite[: len(rows)], shown, kept
 
-    def _recorded(self, parts: _Parts, upload: Tensor) -> Recorded[_Updated]:
+    def _recorded(self, parts: _Parts, upload: Tensor) -> Callable[[Tensor], _Updated]:
+        assert self.runtime.recorder is not None
         key = parts.samples, parts.known == ALL
         if any(width not in self.runtime.batch_sizes for width, _ in self._recordings):
             self._forget()  # all of them, since they share what memory the largest takes
@@ -261,13 +262,16 @@ class Denoiser:
             harmless[:, INTEGERS.index("target")] = 0
             # Steps run one after the other, and what is wanted of one is copied before the next.
             beside = next(iter(self._recordings.values()), None)
-            self._recordings[key] = Recorded(lambda given: self._update(given, parts), harmless, beside)
+            self._recordings[key] = self.runtime.recorder(
+                lambda given: self._update(given, parts), harmless, beside
+            )
         return self._recordings[key]
 
     def _forget(self) -> None:
         """Free the recordings, once none of them is running."""
         if self._recordings:
-            torch.cuda.synchronize()
+            if self.runtime.device.type == "cuda":
+                torch.cuda.synchronize()
             self._recordings.clear()
 
     def _begin(self, rows: Sequence[Row]) -> None:

@@ -122,7 +122,9 @@ MODEL = {
     "model.runtimes.queues": "numpy torch",
     "model.runtimes.recorded": "torch",
     "model.runtimes.lowering": "model.unet torch openvino",
-    "model.runtimes.torch": "model.checkpoint model.runtimes.base model.runtimes.queues torch",
+    "model.runtimes.torch": (
+        "model.checkpoint model.runtimes.base model.runtimes.queues model.runtimes.recorded torch"
+    ),
     "model.runtimes.openvino": (
         "model.checkpoint model.runtimes.base model.runtimes.lowering model.runtimes.queues torch numpy"
         " openvino"

@@ -6,7 +6,14 @@ bits only at the same shape. Steps run on the runtime's `queue`. TorchRuntime ru
 compiled; OpenVinoRuntime on a CPU.
 """
 
-from model.runtimes.base import TORCH_DTYPES, DtypeName, Runtime, RuntimeName, RuntimeUnavailableError
+from model.runtimes.base import (
+    TORCH_DTYPES,
+    DtypeName,
+    Recorder,
+    Runtime,
+    RuntimeName,
+    RuntimeUnavailableError,
+)
 from model.runtimes.load import check_available, choose_device, count_devices, keep_torch_off, load_runtime
 from model.runtimes.openvino import OpenVinoRuntime
 from model.runtimes.queues import Pending, Queue, SkippedError, ThreadQueue, to_device
@@ -20,6 +27,7 @@ __all__ = [
     "Pending",
     "Queue",
     "Recorded",
+    "Recorder",
     "Runtime",
     "RuntimeName",
     "RuntimeUnavailableError",

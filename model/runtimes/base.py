@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Literal, Protocol
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,15 @@ class RuntimeUnavailableError(RuntimeError):
     """The asked-for runtime, device or dtype cannot be had on this machine; the message says why."""
 
 
+class Recorder(Protocol):
+    """Makes a function of one tensor, given in host memory, quicker to call at one shape."""
+
+    def __call__(
+        self, function: Callable[[Tensor], Any], example: Tensor, beside: Any = None
+    ) -> Callable[[Tensor], Any]:
+        """As `Recorded`, which is one."""
+
+
 class Runtime(Protocol):
     """A network ready to run."""
 
@@ -26,6 +35,10 @@ class Runtime(Protocol):
     dtype: DtypeName
     device: torch.device
     batch_sizes: tuple[int, ...]
+
+    @property
+    def recorder(self) -> Recorder | None:
+        """What records whole steps of each of `batch_sizes`; None if nothing does."""
 
     @property
     def queue(self) -> Queue:

@@ -49,6 +49,7 @@ class OpenVinoRuntime:
         self.device = torch.device("cpu")
         self.dtype: DtypeName = ("bfloat16" if native else "float32") if dtype == "auto" else dtype
         self.batch_sizes: tuple[int, ...] = ()
+        self.recorder = None
         self.queue = ThreadQueue()
         config = model.unet.config
         image = config.in_channels, config.sample_size, config.sample_size

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import Checkpoint
-from model.runtimes.base import TORCH_DTYPES, DtypeName, pad
+from model.runtimes.base import TORCH_DTYPES, DtypeName, Recorder, pad
 from model.runtimes.queues import queue_of
+from model.runtimes.recorded import Recorded
 
 Network = Callable[..., Tensor]
 """(x, t) or (x, t, y) → the network's output."""
@@ -54,6 +55,7 @@ class TorchRuntime:
             self.unet = self.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._network: Network = torch.compile(self.unet, dynamic=False) if compiled else self.unet
         self.queue = queue_of(self.device)
+        self.recorder: Recorder | None = Recorded if self.device.type == "cuda" else None
 
     @torch.inference_mode()
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:

@@ -58,6 +58,7 @@ class Network:
         self.name, self.device = "golden", torch.device("cpu")
         self.dtype: Literal["float32", "bfloat16", "float16"] = "float32"
         self.batch_sizes: tuple[int, ...] = ()
+        self.recorder = None
         self.queue = ThreadQueue()
         self.learned, self.near, self.breaks = learned, near, breaks
         self.patterns = patterns(max(1, classes), channels)

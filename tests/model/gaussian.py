@@ -25,6 +25,7 @@ class GaussianRuntime:
     name = "gaussian"
     dtype: DtypeName = "float32"
     batch_sizes: tuple[int, ...] = ()
+    recorder = None
 
     def __init__(self, schedule: NoiseSchedule) -> None:
         self.device = torch.device("cpu")

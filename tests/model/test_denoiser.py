@@ -40,6 +40,7 @@ class FakeRuntime:
     dtype: DtypeName = "float32"
     device = torch.device("cpu")
     batch_sizes: tuple[int, ...] = ()
+    recorder = None
 
     def __init__(self) -> None:
         self.queue = ThreadQueue()
