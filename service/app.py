@@ -23,7 +23,15 @@ from service.http.state import AppState
 from service.settings import Settings
 from service.telemetry import Telemetry
 
-ROUTES = (operations, pages, generate, edit, interpolate, score)
+ROUTERS = (
+    generate.router,  # routes are tried in order
+    generate.stream_router,
+    edit.router,
+    interpolate.router,
+    score.router,
+    operations.router,
+    pages.router,
+)
 OPEN_PATHS = frozenset(
     {
         "/",
@@ -73,8 +81,8 @@ def create_app(
     )
     app.state.ddpm = AppState(engine, streams, telemetry, settings)
     app.state.error_formats = ErrorFormats()
-    for module in ROUTES:
-        app.include_router(module.router)
+    for router in ROUTERS:
+        app.include_router(router)
     app.mount("/web", pages.web_files)
     register_handlers(app)
     # The last one added is the outermost: a refusal is counted too, and pages of other origins may read it.

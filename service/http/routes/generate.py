@@ -14,6 +14,7 @@ from service.http.state import app_state
 from service.tasks.generate import GenerateRequest, StreamQuery, prepare_generate
 
 router = APIRouter(tags=["generate"], route_class=LimitedRoute)
+stream_router = APIRouter(tags=["generate"])
 
 EXAMPLES = {
     "an image of a class": {"class_label": 0, "seed": 7},
@@ -29,7 +30,7 @@ async def generate(request: Request) -> Response:
     return await answer(media_type, prepare_generate(body, app_state(request).capabilities), request)
 
 
-@router.get("/stream", response_class=Response, responses=REFUSALS)  # type: ignore[arg-type]
+@stream_router.get("/stream", response_class=Response, responses=REFUSALS)  # type: ignore[arg-type]
 async def stream(
     query: Annotated[StreamQuery, Query()],
     request: Request,

@@ -9,7 +9,8 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
 
 from service.http.middleware import MAX_BODY_BYTES, MAX_UPLOAD_BYTES, LimitedRoute, Observe, UploadRoute
 from service.telemetry import Telemetry
@@ -91,8 +92,8 @@ def server(serve: Serve) -> httpx.Client:
         router = APIRouter(route_class=kind)
 
         @router.post(path)
-        async def length(request: Request) -> int:
-            return len(await request.body())
+        async def length(request: Request) -> Response:
+            return JSONResponse(len(await request.body()))
 
         running.app.include_router(router)
     return running.client
@@ -112,6 +113,16 @@ def test_the_limit_of_a_body_belongs_to_its_route(
 
     assert post(most).json() == most
     assert problem(post(most + 1), 413, "content_too_large")["title"] == "Content Too Large"
+
+
+def test_a_route_with_a_limit_injects_nothing() -> None:
+    async def takes_a_query(request: Request, n: int) -> None: ...
+
+    def waits(request: Request) -> None: ...
+
+    for endpoint in (takes_a_query, waits):
+        with pytest.raises(TypeError, match="coroutine function of `request`"):
+            LimitedRoute("/", endpoint)
 
 
 def test_every_route_that_takes_a_body_has_a_limit(serve: Serve) -> None:

@@ -10,6 +10,7 @@ import pytest
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from service.http.forms import read_body
 from service.http.middleware import MAX_BODY_BYTES, LimitedRoute
 from service.http.problems import ErrorFormats, Problem, problem_json
 from service.http.respond import answer
@@ -150,11 +151,12 @@ def with_toy_format(server: Threaded) -> Threaded:
     router = APIRouter(prefix="/toy", route_class=LimitedRoute)
 
     @router.get("/bug")
-    async def bug() -> None:
+    async def bug(request: Request) -> None:
         raise LookupError(MARK)
 
     @router.post("/generate")
-    async def generate(body: GenerateRequest, request: Request) -> Response:
+    async def generate(request: Request) -> Response:
+        body = await read_body(request, GenerateRequest)
         prepared = prepare_generate(body, app_state(request).capabilities)
         return await answer("application/json", prepared, request)
 
@@ -176,7 +178,9 @@ def test_errors_below_a_prefix_have_a_form_of_their_own(serve: Serve) -> None:
     toy(client.get("/toy/generate"), 405, "method_not_allowed")
     toy(client.post("/toy/generate", json={"n": 0}), 422, "invalid_request")
     toy(client.post("/toy/generate", json={"class_label": "cow"}), 422, "invalid_request")
-    toy(client.post("/toy/generate", content=b" " * (MAX_BODY_BYTES + 1)), 413, "content_too_large")
+    large = b" " * (MAX_BODY_BYTES + 1)
+    kind = {"content-type": "application/json"}
+    toy(client.post("/toy/generate", content=large, headers=kind), 413, "content_too_large")
     toy(client.post("/toy/generate", json={"deadline_s": 1e-6}), 504, "deadline_exceeded")
     toy(client.post("/toy/generate", json={"seed": 7}), 500, "compute_failed")
     server.gate.shut()

@@ -8,7 +8,7 @@ from inspect import iscoroutinefunction
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
 
-from service.app import ROUTES
+from service.app import ROUTERS
 
 
 def dependants(of: Dependant) -> Iterator[Dependant]:
@@ -18,7 +18,7 @@ def dependants(of: Dependant) -> Iterator[Dependant]:
 
 
 def test_no_request_waits_for_a_thread_to_look_something_up() -> None:
-    routes = [route for module in ROUTES for route in module.router.routes if isinstance(route, APIRoute)]
+    routes = [route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]
     called = [each.call for route in routes for each in dependants(route.dependant)]
     assert {"generate", "stream", "score"} <= {getattr(call, "__name__", "") for call in called}
     assert [call for call in called if not iscoroutinefunction(call)] == []
