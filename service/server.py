@@ -16,6 +16,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.engine.worker import Phase
 from service.errors import DrainingError
+from service.heap import freeze_heap
 from service.http.state import AppState
 from service.settings import Settings
 
@@ -109,5 +110,6 @@ def serve(app: ASGIApp, state: AppState, settings: Settings) -> int:
         timeout_graceful_shutdown=int(FLUSH_S) + 1,
     )
     server = DrainingServer(config, state, settings.drain_s)
+    freeze_heap()
     server.run()
     return state.engine.exit_code

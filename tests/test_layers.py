@@ -37,8 +37,10 @@ SERVICE = {
         " service.settings service.telemetry fastapi"
     ),
     "service.server": (
-        "service.engine.worker service.errors service.http.state service.settings uvicorn starlette"
+        "service.engine.worker service.errors service.heap service.http.state service.settings uvicorn"
+        " starlette"
     ),
+    "service.heap": "",
     "service.settings": "service.engine.messages pydantic pydantic_settings",
     # HTTP: no tensors.
     "service.http": "",
@@ -66,8 +68,8 @@ SERVICE = {
     ),
     "service.engine.wire": "service.engine.messages service.errors model.samplers msgspec numpy",
     "service.engine.process": (
-        "service.engine.messages service.engine.warmup service.engine.wire service.telemetry model.checkpoint"
-        " model.runtimes"
+        "service.engine.messages service.engine.warmup service.engine.wire service.heap service.telemetry"
+        " model.checkpoint model.runtimes"
     ),
     "service.engine.warmup": (
         "service.engine.engine service.engine.estimates service.engine.messages service.engine.scheduler"

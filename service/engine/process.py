@@ -34,6 +34,7 @@ from service.engine.messages import (
 )
 from service.engine.warmup import Warm, load, warm_up
 from service.engine.wire import Channel
+from service.heap import freeze_heap
 from service.telemetry import configure_logging
 
 logger = logging.getLogger(__name__)
@@ -154,7 +155,9 @@ def run(
             try:
                 model = load(config)
                 send(Loaded())
-                return warm(model, config)
+                warmed = warm(model, config)
+                freeze_heap()
+                return warmed
             except (CheckpointError, RuntimeUnavailableError) as error:
                 print(error, file=sys.stderr)
                 raise SystemExit(UNUSABLE) from error
