@@ -73,7 +73,7 @@ class JobSpec:
         """Network evaluations of all stages."""
         return sum(stage.evaluations for stage in self.stages)
 
-    @property
+    @cached_property
     def slots(self) -> int:
         """Samples in flight at once, at most."""
         return max(len(stage.chains) for stage in self.stages)

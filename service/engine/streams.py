@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from msgspec.structs import replace
 
@@ -28,8 +28,7 @@ Context = TypeVar("Context")
 """What a later subscriber needs to know about a job, kept beside its stream."""
 
 
-@dataclass(frozen=True)
-class SequencedEvent:
+class SequencedEvent(NamedTuple):
     """An event as a reader gets it. Numbers rise by one within a job."""
 
     number: int
@@ -41,7 +40,7 @@ class Stream(Generic[Context]):
 
     def __init__(self, job_id: str, context: Context) -> None:
         self.job_id, self.context = job_id, context
-        self._wake = asyncio.Event()
+        self._wake: asyncio.Future[bool] | None = None  # of a reader who waits
         self._queued: Queued | None = None
         self._previews: dict[tuple[int, str], Preview] = {}  # (image, kind) → its latest snapshot
         self._last: Terminal | None = None
@@ -63,7 +62,7 @@ class Stream(Generic[Context]):
                     self._previews[key] = replace(event, pictures=(picture,))
             case _:
                 self._last = event
-        self._wake.set()
+        _resolve(self._wake, True)
 
     @property
     def over(self) -> bool:
@@ -77,7 +76,7 @@ class Stream(Generic[Context]):
     def attach(self) -> Subscription[Context]:
         """A new reader; it takes over from one that is still there."""
         self._reader += 1
-        self._wake.set()  # lets the former reader notice
+        _resolve(self._wake, True)  # lets the former reader notice
         return Subscription(self, self._reader)
 
     def is_current(self, reader: int) -> bool:
@@ -95,12 +94,20 @@ class Stream(Generic[Context]):
                 self._take()
             if self._taken:
                 return True
-            try:
-                async with asyncio.timeout(idle_s):
-                    await self._wake.wait()
-            except TimeoutError:
+            if not await self._woken(idle_s):
                 break
         return False
+
+    async def _woken(self, idle_s: float | None) -> bool:
+        """Whether something was published, or another reader came, within so many seconds."""
+        loop = asyncio.get_running_loop()
+        self._wake = loop.create_future()
+        idle = None if idle_s is None else loop.call_later(idle_s, _resolve, self._wake, False)
+        try:
+            return await self._wake
+        finally:
+            if idle is not None:
+                idle.cancel()
 
     def take(self) -> SequencedEvent:
         """The next event, once it has been waited for."""
@@ -114,7 +121,6 @@ class Stream(Generic[Context]):
 
     def _take(self) -> None:
         """Number what has been published since the last time."""
-        self._wake.clear()
         events: list[Event] = [] if self._queued is None else [self._queued]
         events += _merged(list(self._previews.values()))
         self._queued = None
@@ -168,6 +174,11 @@ class Subscription(Generic[Context]):
             if isinstance(batch[-1].event, Terminal):
                 return batch[-1].event
         raise asyncio.CancelledError  # another reader took over
+
+
+def _resolve(waiting: asyncio.Future[bool] | None, value: bool) -> None:
+    if waiting is not None and not waiting.done():
+        waiting.set_result(value)
 
 
 def _merged(previews: list[Preview]) -> list[Preview]:

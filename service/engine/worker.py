@@ -170,7 +170,9 @@ class Worker:
     exit_code: int = 0
     restarts: int = 0
     heard: float = field(default_factory=time.monotonic)
-    _jobs: dict[str, Assigned] = field(default_factory=dict)  # in order of arrival
+    _jobs: dict[str, Assigned] = field(default_factory=dict)  # in order of arrival, as the two below
+    _unsent: dict[str, Assigned] = field(default_factory=dict)
+    _suspects: dict[str, Assigned] = field(default_factory=dict)
     _deaths: list[float] = field(default_factory=list)
     _unreported: int = 0
     _connection: Connection | None = None
@@ -190,7 +192,7 @@ class Worker:
         """Run a job."""
         if not self._jobs:
             self.heard = time.monotonic()  # being idle was no delay
-        self._jobs[spec.id] = Assigned(spec)
+        self._jobs[spec.id] = self._unsent[spec.id] = Assigned(spec)
         self._unreported += spec.evaluations
         self._feed()
 
@@ -206,6 +208,8 @@ class Worker:
     def remove(self, job_id: str) -> None:
         """Forget a job that has ended."""
         if self._jobs.pop(job_id, None) is not None:
+            self._unsent.pop(job_id, None)
+            self._suspects.pop(job_id, None)
             self._feed()
 
     def send(self, command: Command) -> None:
@@ -297,15 +301,15 @@ class Worker:
         """Send what may be sent: suspects one at a time, and all else after them."""
         if not self._ready or self._connection is None:
             return
-        for assigned in self._jobs.values():
-            if assigned.suspect is not None and assigned.sent:
+        for job_id, assigned in list(self._suspects.items()):
+            if assigned.sent and assigned.suspect is not None:
                 if assigned.steps <= assigned.suspect + 1:
                     return  # it is being tried
                 assigned.suspect = None
-        waiting = [assigned for assigned in self._jobs.values() if not assigned.sent]
-        suspects = [assigned for assigned in waiting if assigned.suspect is not None]
-        for assigned in suspects[:1] or waiting:
+                del self._suspects[job_id]
+        for job_id, assigned in [*self._suspects.items()][:1] or [*self._unsent.items()]:
             assigned.sent = True
+            del self._unsent[job_id]
             self._connection.send(AddJob(assigned.spec))
 
     async def _died(self, code: int, *, loaded: bool) -> None:
@@ -331,6 +335,8 @@ class Worker:
             if assigned.sent and (assigned.in_step or not assigned.steps):
                 assigned.suspect = assigned.steps
             assigned.sent, assigned.steps, assigned.in_step = False, 0, False
+        self._unsent = dict(self._jobs)
+        self._suspects = {name: each for name, each in self._jobs.items() if each.suspect is not None}
         again = len(self._deaths) - 2
         if again >= 0:
             await asyncio.sleep(min(LONGEST_BACKOFF_S, BACKOFF_S * 2**again))

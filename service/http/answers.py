@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, Protocol
 
 import msgspec
@@ -140,6 +141,7 @@ def negotiate(request: Request) -> str:
     return choose_media_type(", ".join(request.headers.getlist("accept")))
 
 
+@lru_cache(256)
 def choose_media_type(accept: str) -> str:
     """The media type for an Accept header (RFC 9110, §12.5.1); our first when it is empty.
 

@@ -111,15 +111,18 @@ class EventStream(Response):
             if not previewed and any(isinstance(item.event, Preview) for item in batch):
                 previewed = True
                 self._state.telemetry.first_preview.observe(time.monotonic() - started)
-            await send(_body(await self._chunk(batch) or b": ping\n\n"))
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            over = bool(batch) and isinstance(batch[-1].event, Terminal)
+            await send(_body(await self._chunk(batch) or b": ping\n\n", more=not over))
+            if over:
+                return
+        await send(_body(b"", more=False))  # another reader took over
 
     async def _chunk(self, items: list[SequencedEvent]) -> bytes:
         return b"".join([await self._presenter.chunk(item) for item in items])
 
 
-def _body(content: bytes) -> Message:
-    return {"type": "http.response.body", "body": content, "more_body": True}
+def _body(content: bytes, *, more: bool = True) -> Message:
+    return {"type": "http.response.body", "body": content, "more_body": more}
 
 
 def resume(last_event_id: str, state: AppState) -> Response:

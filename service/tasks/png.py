@@ -17,7 +17,7 @@ from service.engine.messages import Pixels
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 COLOUR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}
 """§11.2.1, by channels: grey, grey and alpha, RGB, RGB and alpha."""
-UP = 2
+NONE, UP = 0, 2
 END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
@@ -39,9 +39,10 @@ def encode_png(
     # smaller by it than by none, a third smaller where they are smooth, for a few microseconds.
     values = pixels.reshape(height, -1)
     rows = np.empty((height, 1 + width * channels), np.uint8)
-    rows[:, 0] = UP
-    rows[0, 1:] = values[0]
-    np.subtract(values[1:], values[:-1], out=rows[1:, 1:])  # modulo 256, as the format wants it
+    rows[:, 0] = UP if compressed else NONE
+    rows[:, 1:] = values
+    if compressed:
+        rows[1:, 1:] -= values[:-1]  # modulo 256, as the format wants it
     # Runs of a byte give files as short as a search for repetitions does, in less time. But pixels of
     # several bytes that repeat are no such runs.
     strategy = zlib.Z_DEFAULT_STRATEGY if enlarged and channels > 1 else zlib.Z_RLE

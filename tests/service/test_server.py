@@ -265,7 +265,8 @@ def answer_to(server: Threaded, *sent: bytes) -> bytes:
 
 ENDLESS = b"a" * (MAX_HEAD_BYTES + 1)
 CHUNKED = (  # of a type that is read to its end: any other is refused at its head
-    b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    b"POST /generate HTTP/1.1\r\nHost: x\r\n"
+    b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
 )
 
 
