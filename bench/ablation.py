@@ -119,7 +119,7 @@ def bits_per_dimension(
     for start in range(0, count, 100):
         index = np.arange(start, min(start + 100, count))
         x0 = torch.from_numpy(dataset.batch(index))
-        y = torch.from_numpy(dataset.labels[index]) if unet.config.num_class_embeds is not None else None
+        y = torch.from_numpy(dataset.labels[index]) if unet.config.conditional else None
         bits[index] += [prior_bits(schedule, image) for image in x0.numpy()]
         for draw in range(-1, draws):
             t = (
@@ -180,13 +180,18 @@ def run(args: argparse.Namespace) -> int:
         raise DataError(f"{path} is of another budget, {kept['budget']}: name another --work")
     rows = kept["rows"]
     config = checkpoint.load(args.judge).unet.config
-    _, test_set = load_splits(args.data, config.sample_size, config.in_channels, None)
+    _, test_set = load_splits(args.data, config.shape[1:], config.in_channels, None)
     judge = Judge(args.judge, args.data, args.samples)
     for choice in CHOICES:
         folder = args.work / choice.folder
         if steps_done(folder) < args.steps:
             print(f"\n{folder}", flush=True)
-            shape = ["--size", str(config.sample_size), "--image-channels", str(config.in_channels)]
+            shape = [
+                "--size",
+                "x".join(map(str, config.shape[1:])),
+                "--image-channels",
+                str(config.in_channels),
+            ]
             common = ["--data", str(args.data), "--out", str(folder), *shape, "--steps", str(args.steps)]
             code = train.main([*common, *shlex.split(args.train), *choice.options])
             if code or steps_done(folder) < args.steps:

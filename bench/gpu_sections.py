@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ PRECISIONS: dict[str, tuple[DtypeName, bool]] = {
 """The runtime's dtype, and whether TF32 is allowed."""
 CELEBAHQ_256 = replace(
     CIFAR10_32,
-    sample_size=256,
+    sample_size=(256, 256),
     block_out_channels=(128, 128, 256, 256, 512, 512),
     down_block_types=(*("DownBlock2D",) * 4, "AttnDownBlock2D", "DownBlock2D"),
     up_block_types=("UpBlock2D", "AttnUpBlock2D", *("UpBlock2D",) * 4),
@@ -90,8 +90,8 @@ class Scale:
         if not self.simulated:
             return {"cifar10-32": CIFAR10_32, "celebahq-256": CELEBAHQ_256}
         return {
-            "cifar10-32": replace(CIFAR10_32, sample_size=16, block_out_channels=(32,) * 4),
-            "celebahq-256": replace(CELEBAHQ_256, block_out_channels=(32,) * 6, sample_size=64),
+            "cifar10-32": replace(CIFAR10_32, sample_size=(16, 16), block_out_channels=(32,) * 4),
+            "celebahq-256": replace(CELEBAHQ_256, block_out_channels=(32,) * 6, sample_size=(64, 64)),
         }
 
     def model(self, name: Network) -> Checkpoint:
@@ -310,8 +310,8 @@ def operations(config: UNetConfig) -> int:
     """Operations of one row: two per multiply-add of convolutions, linear layers and attention."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
         t = torch.zeros(1, dtype=torch.int64)
-        x = torch.zeros(1, config.in_channels, config.sample_size, config.sample_size)
-        UNet(config).eval()(x, t, t if config.num_class_embeds is not None else None)
+        x = torch.zeros(1, *config.shape)
+        UNet(config).eval()(x, t, t if config.conditional else None)
     return int(counter.get_total_flops())
 
 
@@ -337,7 +337,7 @@ def call(
 def rates(scale: Scale, name: Network) -> Figures:
     """Rows per second of a network by precision, way of calling and batch size, beside matrix products."""
     model = scale.model(name)
-    yield "operations", operations(model.unet.config)
+    yield "operations", operations(cast("UNetConfig", model.unet.config))
     for precision in scale.precisions:
         dtype, tf32 = PRECISIONS[precision]
         try:
@@ -453,7 +453,7 @@ def diffusers(scale: Scale) -> Figures:
         # As torch has it: its convolutions may round to TF32, its matrix products may not.
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = True
-        labelled = model.unet.config.num_class_embeds is not None
+        labelled = model.unet.config.conditional
         for count in scale.images:
             yield (
                 f"{name}/diffusers/{count}",

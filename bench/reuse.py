@@ -13,6 +13,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -21,10 +22,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.quality import Judge
 from bench.roofline import inputs, timed
 from model import checkpoint
+from model.blocks import Level
 from model.checkpoint import Checkpoint
 from model.runtimes import OpenVinoRuntime, TorchRuntime
 from model.runtimes.lowering import lowered, to_graph
-from model.unet import Level, UNet
+from model.unet import UNet
 
 
 class Whole(torch.nn.Module):
@@ -95,7 +97,10 @@ class Reusing(TorchRuntime):
     def __init__(self, model: Checkpoint, interval: int, blocks: int) -> None:
         super().__init__(model)
         self.interval = interval
-        self.whole, self.shallow = Whole(self.unet, blocks), Shallow(self.unet, blocks)
+        self.whole, self.shallow = (
+            Whole(cast("UNet", self.unet), blocks),
+            Shallow(cast("UNet", self.unet), blocks),
+        )
         self._step, self._before, self._kept = 0, -1, torch.empty(0)
 
     @torch.inference_mode()
@@ -116,10 +121,10 @@ def share_of_operations(model: Checkpoint, blocks: int) -> float:
     given = [value for value in inputs(model, 1) if value is not None]
     counts = []
     with torch.no_grad():
-        _, kept = Whole(model.unet, blocks)(*given)
+        _, kept = Whole(cast("UNet", model.unet), blocks)(*given)
         for network, arguments in (
-            (Whole(model.unet, blocks), given),
-            (Shallow(model.unet, blocks), [*given, kept]),
+            (Whole(cast("UNet", model.unet), blocks), given),
+            (Shallow(cast("UNet", model.unet), blocks), [*given, kept]),
         ):
             with FlopCounterMode(display=False) as counter:
                 network(*arguments)
@@ -144,10 +149,10 @@ def share_of_time(model: Checkpoint, blocks: int, rows: int, rounds: int) -> flo
     """Seconds of a shallow call as a share of a whole one's without a second output; the median of rounds."""
     given = [value for value in inputs(model, rows) if value is not None]
     with torch.no_grad():
-        _, kept = Whole(model.unet, blocks)(*given)
+        _, kept = Whole(cast("UNet", model.unet), blocks)(*given)
     whole, shallow = (
         OpenVinoRuntime(model, "auto"),
-        _Call(model, Shallow(lowered(model.unet), blocks), [*given, kept]),
+        _Call(model, Shallow(lowered(cast("UNet", model.unet)), blocks), [*given, kept]),
     )
     calls = lambda: whole.forward(*inputs(model, rows)), shallow.run([*given, kept])
     pairs = [[timed(call, 0.3) for call in calls] for _ in range(rounds)]

@@ -24,7 +24,7 @@ from model.runtimes import TORCH_DTYPES, DtypeName, Runtime, load_runtime
 from model.unet import UNet, UNetConfig
 
 CIFAR10_32 = UNetConfig(
-    sample_size=32,
+    sample_size=(32, 32),
     in_channels=3,
     out_channels=3,
     block_out_channels=(128, 256, 256, 256),
@@ -68,9 +68,9 @@ def multiply_limit(dtype: DtypeName, seconds: float) -> float:
 def inputs(model: Checkpoint, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """A batch of noise at timestep 500."""
     config = model.unet.config
-    x = torch.randn(rows, config.in_channels, config.sample_size, config.sample_size)
+    x = torch.randn(rows, *config.shape)
     t = torch.full((rows,), 500)
-    return x, t, torch.zeros_like(t) if config.num_class_embeds is not None else None
+    return x, t, torch.zeros_like(t) if config.conditional else None
 
 
 def operations(model: Checkpoint) -> int:

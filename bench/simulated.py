@@ -35,9 +35,7 @@ def build(model: Checkpoint, rows: int, step_s: float, config: EngineConfig) -> 
     """An engine over the simulated device in the place of the network."""
     torch.set_num_threads(1)
     runtime = SimulatedRuntime(rows, step_s, recorded=True)
-    config_of = model.unet.config
-    shape = config_of.in_channels, config_of.sample_size, config_of.sample_size
-    denoiser = Denoiser.of(model, runtime, SimulatedNoise(shape))
+    denoiser = Denoiser.of(model, runtime, SimulatedNoise(model.unet.config.shape))
     denoiser.reserve(config.slots)
     plan = build_plan(model.schedule, "ddim", 1)
     denoiser.launch([Row(Chain(plan, 0), 0, 0)]).read()  # compiles the step

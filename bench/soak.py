@@ -33,7 +33,7 @@ MEASUREMENTS = 20
 def tiny_model(size: int = 8, channels: int = 1, class_names: tuple[str, ...] = ()) -> Checkpoint:
     """A network of a few thousand random weights; with class names it has a null class too."""
     config = UNetConfig(
-        sample_size=size,
+        sample_size=(size, size),
         in_channels=channels,
         out_channels=channels,
         block_out_channels=(8,),

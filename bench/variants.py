@@ -13,7 +13,7 @@ import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from bench.quality import Judge
 from bench.roofline import timed
 from model import checkpoint
+from model.blocks import ResBlock, Upsample
 from model.chain import Chain
 from model.checkpoint import Checkpoint
 from model.denoiser import Denoiser, trajectory
 from model.runtimes import DtypeName, OpenVinoRuntime, TorchRuntime, keep_torch_off
 from model.runtimes.lowering import REWRITES, Rewrites, lowered, to_graph
 from model.samplers import build_plan
-from model.unet import ResBlock, UNet, Upsample
+from model.unet import UNet
 
 CALIBRATION = 300
 """Rows that int8's ranges are measured on."""
@@ -113,10 +114,10 @@ class Table(OpenVinoRuntime):
 
     def __init__(self, model: Checkpoint, dtype: DtypeName) -> None:
         super().__init__(model, dtype)
-        unet = lowered(model.unet)
+        unet = lowered(cast("UNet", model.unet))
         times, classes = model.schedule.timesteps, unet.config.num_class_embeds or 1
         t = torch.arange(times).repeat_interleave(classes)
-        y = torch.arange(classes).repeat(times) if unet.config.num_class_embeds is not None else None
+        y = torch.arange(classes).repeat(times) if unet.config.conditional else None
         self.classes = classes
         with torch.no_grad():
             self.table = unet.embed(t, y, torch.float32)

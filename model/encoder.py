@@ -1,9 +1,10 @@
 """A classifier of noisy images: the encoder half of the U-Net, for guidance by its gradient.
 
 ∇ log p(x_t | y) = ∇ log p(x_t) + ∇ log p(y | x_t), so a classifier of noisy images that knows the timestep
-guides a chain towards a class (Dhariwal & Nichol 2021, §4). It runs in every step that it guides, so it is
-small: it halves the image first, and its residual blocks follow at that size. It is trained by
-`model/training/noise_classifier.py`.
+guides a chain towards a class (Dhariwal & Nichol 2021, §4). It runs in every step that it guides, so ours are
+small: they halve the image first, and their residual blocks follow at that size. They are trained by
+`model/training/noise_classifier.py`. The other options are those of guided-diffusion's classifiers, which
+`model/convert/classifier.py` converts.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.unet import ConfigError, Downsample, Level, TimeMLP, UNetConfig, timestep_embedding
+from model.blocks import Downsample, Level, MidBlock, TimeMLP, timestep_embedding
+from model.unet_config import ConfigError, UNetConfig, size_to_json
 
 ROWS = 4
 """Rows of every call for a gradient: torch gives a row the same bits only at the same batch shape."""
@@ -25,14 +27,27 @@ ROWS = 4
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """The shape. block_out_channels: widths per level; the first is that of the stem, which has no blocks."""
+    """The shape. sample_size: (height, width); one number, for a square, is taken too.
 
-    sample_size: int
+    block_out_channels: widths per level; with a stem, the first is the stem's, which has no blocks and halves
+    the image. down_block_types: of each level with blocks, None for `DownBlock2D` in all; this, and
+    downsample_type, attention_head_dim and resnet_time_scale_shift, as in `UNetConfig`. mid_block: residual
+    block, attention, residual block after the last level. pool: the mean over positions, or attention by it.
+    """
+
+    sample_size: tuple[int, int]
     in_channels: int
     classes: int
     block_out_channels: tuple[int, ...] = (16, 32, 64, 96)
     layers_per_block: int = 1
     norm_num_groups: int = 8
+    stem: bool = True
+    down_block_types: tuple[str, ...] | None = None
+    downsample_type: str = "conv"
+    attention_head_dim: int | None = None
+    resnet_time_scale_shift: str = "scale_shift"
+    mid_block: bool = False
+    pool: str = "mean"
 
     def __post_init__(self) -> None:
         for name in ("in_channels", "classes", "layers_per_block"):
@@ -41,21 +56,32 @@ class EncoderConfig:
                 raise ConfigError(f"{name}={value!r} must be an integer of at least 1")
         if len(self.block_out_channels) < 2:
             raise ConfigError("block_out_channels: the stem and at least one level are needed")
-        self.blocks()  # raises ConfigError for what these do not allow
+        if self.pool not in ("mean", "attention"):
+            raise ConfigError(f"pool={self.pool!r} is not supported (known: mean, attention)")
+        if self.attention_head_dim is not None and self.block_out_channels[-1] % self.attention_head_dim:
+            raise ConfigError(f"attention_head_dim={self.attention_head_dim} does not divide the last width")
+        size = self.blocks().sample_size  # raises ConfigError for what these do not allow
+        if size is None:
+            raise ConfigError("sample_size is missing")
+        object.__setattr__(self, "sample_size", size)
 
     def blocks(self) -> UNetConfig:
         """The options of its blocks. The timestep scales and shifts, as in Dhariwal & Nichol 2021, §3.1."""
         levels = len(self.block_out_channels)
+        types = self.down_block_types or ("DownBlock2D",) * (levels - self.stem)
         return UNetConfig(
             sample_size=self.sample_size,
             in_channels=self.in_channels,
             out_channels=self.in_channels,
-            down_block_types=("DownBlock2D",) * levels,
+            down_block_types=("DownBlock2D",) * self.stem + types,
             up_block_types=("UpBlock2D",) * levels,
             block_out_channels=self.block_out_channels,
             layers_per_block=self.layers_per_block,
             norm_num_groups=self.norm_num_groups,
-            resnet_time_scale_shift="scale_shift",
+            downsample_type=self.downsample_type,
+            attention_head_dim=self.attention_head_dim,
+            attn_norm_num_groups=self.norm_num_groups,
+            resnet_time_scale_shift=self.resnet_time_scale_shift,
         )
 
     @classmethod
@@ -70,7 +96,31 @@ class EncoderConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The same as a `classifier/config.json`."""
-        return {"_class_name": "NoiseClassifier", **asdict(self)}
+        options = {**asdict(self), "sample_size": size_to_json(self.sample_size)}
+        return {"_class_name": "NoiseClassifier", **options}
+
+
+class AttentionPool(nn.Module):
+    """The mean over positions attends to them and to itself (Radford et al. 2021, §2.4)."""
+
+    def __init__(self, positions: int, channels: int, head_dim: int) -> None:
+        super().__init__()
+        self.heads = channels // head_dim
+        self.positional_embedding = nn.Parameter(torch.zeros(channels, 1 + positions))
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] → [B, C]."""
+        h = x.flatten(2)
+        h = torch.cat((h.mean(2, keepdim=True), h), dim=2) + self.positional_embedding
+        h = h.transpose(1, 2)
+        q, k, v = (
+            to(of).unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for to, of in ((self.to_q, h[:, :1]), (self.to_k, h), (self.to_v, h))
+        )
+        return F.scaled_dot_product_attention(q, k, v).flatten(1)
 
 
 class NoiseClassifier(nn.Module):
@@ -82,14 +132,22 @@ class NoiseClassifier(nn.Module):
         blocks, widths = config.blocks(), config.block_out_channels
         emb = 4 * widths[0]
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.downsample = Downsample(widths[0], padding=1)
+        self.downsample = Downsample(widths[0], padding=1) if config.stem else nn.Identity()
         self.time_embedding = TimeMLP(emb, emb)
         self.levels = nn.ModuleList()
-        for i, (inputs, outputs) in enumerate(pairwise(widths)):
+        kinds = blocks.down_block_types[config.stem :]
+        steps = pairwise(widths if config.stem else (widths[0], *widths))
+        for i, (kind, (inputs, outputs)) in enumerate(zip(kinds, steps, strict=True)):
             shapes = [(inputs, outputs)] + [(outputs, outputs)] * (config.layers_per_block - 1)
-            last = i == len(widths) - 2
-            self.levels.append(Level(blocks, shapes, emb, attend=False, resample=None if last else "down"))
+            last = i == len(kinds) - 1
+            self.levels.append(Level(blocks, kind, shapes, emb, None if last else "down"))
+        self.mid_block = MidBlock(blocks, emb) if config.mid_block else None
         self.norm_out = nn.GroupNorm(config.norm_num_groups, widths[-1], blocks.norm_eps)
+        self.pool: AttentionPool | None = None
+        if config.pool == "attention":
+            height, width = (side // 2 ** (len(widths) - 1) for side in config.sample_size)
+            head_dim = config.attention_head_dim or widths[-1]
+            self.pool = AttentionPool(height * width, widths[-1], head_dim)
         self.head = nn.Linear(widths[-1], config.classes)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -98,7 +156,10 @@ class NoiseClassifier(nn.Module):
         h = self.downsample(self.conv_in(x))
         for level in self.levels:
             h = cast("Level", level).down(h, emb, [])
-        out: Tensor = self.head(F.silu(self.norm_out(h)).mean((2, 3)))
+        if self.mid_block is not None:
+            h = self.mid_block(h, emb)
+        h = F.silu(self.norm_out(h))
+        out: Tensor = self.head(h.mean((2, 3)) if self.pool is None else self.pool(h))
         return out
 
     def gradient(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:

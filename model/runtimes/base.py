@@ -45,7 +45,7 @@ class Runtime(Protocol):
         """Where steps run."""
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        """x: [B, C, H, W] float32; t: [B] int64; y: [B] int64 or None. Returns [B, C_out, H, W] float32."""
+        """x: [B, C, H, W] float32; t: [B]; y: [B] int64 or None. Returns [B, C_out, H, W] float32."""
 
     def prepare(self, batch_sizes: Iterable[int]) -> None:
         """Do now, as far as possible, what the first batches of so many rows would have to wait for."""

@@ -7,8 +7,9 @@ and back for some PyTorch layers: group norm, the sum with the time embedding, t
 - **Group norm** as one scale and shift a channel, whose statistics are sums over each channel's positions;
   the time embedding, a constant per channel, moves those statistics and the shift and is never added.
 - **Attention** takes its positions from a permuted view, and q, k and v from one product.
-- **Upsampling and its convolution** as one transposed convolution of 4×4 weights at stride 2: four
-  products of 2×2 for every 3×3 that reads each pixel twice, 16 multiplications where there were 36.
+- **Upsampling and its convolution**, also in a residual block, as one transposed convolution of 4×4 weights
+  at stride 2: four products of 2×2 for every 3×3 that reads each pixel twice, 16 multiplications where there
+  were 36.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.unet import Attention, ResBlock, UNet, Upsample
+from model.blocks import Attention, ResBlock, Upsample, resized
+from model.unet import UNet
 
 
 class ChannelNorm(nn.Module):
@@ -61,14 +63,19 @@ class ChannelResBlock(nn.Module):
         super().__init__()
         self.block = block
         self.norm1, self.norm2 = ChannelNorm(block.norm1), ChannelNorm(block.norm2)
+        upsamples = block.resample == "up"
+        self.conv1 = TransposedUpsample(block.conv1) if upsamples else block.conv1
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """As `ResBlock`'s."""
         block = self.block
-        h = block.conv1(F.silu(self.norm1(x)))
+        h = block.act(self.norm1(x))
+        if block.resample is not None:
+            x, h = resized(x, block.resample), h if block.resample == "up" else resized(h, "down")
+        h = self.conv1(h)
         emb = block.time_emb_proj(emb)
         h = self.norm2(h, modulation=emb.chunk(2, dim=1)) if block.scale_shift else self.norm2(h, emb)
-        out: Tensor = (block.conv_shortcut(x) + block.conv2(F.silu(h))) / block.scale
+        out: Tensor = (block.conv_shortcut(x) + block.conv2(block.act(h))) / block.scale
         return out
 
 
@@ -101,16 +108,16 @@ class PositionsFirstAttention(nn.Module):
 class TransposedUpsample(nn.Module):
     """Nearest-neighbour doubling and a 3×3 convolution in one."""
 
-    def __init__(self, upsample: Upsample) -> None:
+    def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
-        weight = upsample.conv.weight.detach()
+        weight = conv.weight.detach()
         outputs, inputs, *_ = weight.shape
         kernel = weight.new_zeros(outputs, inputs, 4, 4)
         for dy in range(2):
             for dx in range(2):
                 kernel[:, :, dy : dy + 3, dx : dx + 3] += weight
         self.weight = nn.Parameter(kernel.flip(2, 3).transpose(0, 1).contiguous())
-        self.bias = upsample.conv.bias
+        self.bias = conv.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] → [B, C, 2H, 2W]."""
@@ -121,7 +128,7 @@ Rewrites = Mapping[type[nn.Module], Callable[[Any], nn.Module]]
 REWRITES: Rewrites = {
     ResBlock: ChannelResBlock,
     Attention: PositionsFirstAttention,
-    Upsample: TransposedUpsample,
+    Upsample: lambda upsample: TransposedUpsample(upsample.conv),
     nn.GroupNorm: ChannelNorm,
 }
 """The replacement of each kind of layer."""

@@ -18,6 +18,7 @@ from model.checkpoint import Checkpoint
 from model.runtimes.base import DtypeName, RuntimeUnavailableError, pad
 from model.runtimes.lowering import REWRITES, Rewrites, lowered, to_graph
 from model.runtimes.queues import ThreadQueue
+from model.unet import UNet
 
 
 class OpenVinoRuntime:
@@ -52,10 +53,15 @@ class OpenVinoRuntime:
         self.recorder = None
         self.queue = ThreadQueue()
         config = model.unet.config
-        image = config.in_channels, config.sample_size, config.sample_size
-        self._row_shapes = [image, (), ()] if config.num_class_embeds is not None else [image, ()]
-        example = [torch.zeros(2, *image)] + [torch.zeros(2, dtype=torch.int64)] * (len(self._row_shapes) - 1)
-        self._graph = to_graph(lowered(model.unet, self.rewrites), example)
+        image = config.shape
+        self._row_shapes = [image, (), ()] if config.conditional else [image, ()]
+        # Of float32, so that timesteps between whole ones are not cut off where they are copied in.
+        example = [torch.zeros(2, *image), torch.zeros(2)]
+        if config.conditional:
+            example.append(torch.zeros(2, dtype=torch.int64))
+        # The rewrites are of our own layers; others are as OpenVINO's converter has them.
+        network = lowered(model.unet, self.rewrites) if isinstance(model.unet, UNet) else model.unet
+        self._graph = to_graph(network, example)
         self._options = {
             "INFERENCE_PRECISION_HINT": "bf16" if self.dtype == "bfloat16" else "f32",
             "NUM_STREAMS": str(self.streams),

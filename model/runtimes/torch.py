@@ -13,7 +13,7 @@ from model.runtimes.base import TORCH_DTYPES, DtypeName, Recorder, pad
 from model.runtimes.queues import queue_of
 from model.runtimes.recorded import Recorded
 
-Network = Callable[..., Tensor]
+Call = Callable[..., Tensor]
 """(x, t) or (x, t, y) → the network's output."""
 
 
@@ -53,7 +53,7 @@ class TorchRuntime:
         self.unet = deepcopy(model.unet).to(self.device, TORCH_DTYPES[dtype]).eval().requires_grad_(False)
         if self.device.type == "cuda" or compiled:
             self.unet = self.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._network: Network = torch.compile(self.unet, dynamic=False) if compiled else self.unet
+        self._network: Call = torch.compile(self.unet, dynamic=False) if compiled else self.unet
         self.queue = queue_of(self.device)
         self.recorder: Recorder | None = Recorded if self.device.type == "cuda" else None
 

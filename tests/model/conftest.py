@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 
+from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.encoder import EncoderConfig, NoiseClassifier
 from model.runtimes import OpenVinoRuntime
@@ -49,6 +51,13 @@ def tiny() -> Checkpoint:
     return tiny_checkpoint()
 
 
+@pytest.fixture
+def folder(tiny: Checkpoint, tmp_path: Path) -> Path:
+    """A folder as `save` writes it."""
+    checkpoint.save(tmp_path / "tiny", tiny)
+    return tmp_path / "tiny"
+
+
 @pytest.fixture(scope="session")
 def openvino() -> OpenVinoRuntime:
     """The same network, compiled once for all tests."""
@@ -63,8 +72,13 @@ def tiny_checkpoint(**options: Any) -> Checkpoint:
     return Checkpoint("tiny", unet, schedule, SCHEDULER, ("cat", "dog", "fox"), null_class=3)
 
 
+def tiny_unet(**options: Any) -> UNet:
+    """The network of `tiny_checkpoint`."""
+    return cast("UNet", tiny_checkpoint(**options).unet)
+
+
 def tiny_classifier(classes: int = 3, seed: int = 1) -> NoiseClassifier:
     """A noise-aware classifier of as small images, with random weights."""
-    classifier = NoiseClassifier(EncoderConfig(8, 1, classes, (8, 16, 16), norm_num_groups=4)).eval()
+    classifier = NoiseClassifier(EncoderConfig((8, 8), 1, classes, (8, 16, 16), norm_num_groups=4)).eval()
     randomise(classifier, seed)
     return classifier.requires_grad_(False)

@@ -75,7 +75,7 @@ def test_whatever_mode_it_is_called_in(mode: Any) -> None:
 
 def test_its_gradient_costs_a_small_part_of_the_network_it_guides() -> None:
     unet = checkpoint.load(SHIPPED).unet
-    net = NoiseClassifier(EncoderConfig(32, 1, 10)).requires_grad_(False)
+    net = NoiseClassifier(EncoderConfig((32, 32), 1, 10)).requires_grad_(False)
     assert sum(parameter.numel() for parameter in net.parameters()) < 400_000
     x, t, y = torch.randn(8, 1, 32, 32), torch.arange(8), torch.arange(8)
     counts = []
@@ -87,8 +87,19 @@ def test_its_gradient_costs_a_small_part_of_the_network_it_guides() -> None:
     assert 0.01 < 2 * counts[1] / counts[0] < 0.1
 
 
+def test_its_pictures_need_not_be_square() -> None:
+    config = EncoderConfig((8, 16), 4, 3, (8, 16, 16), norm_num_groups=4)
+    assert EncoderConfig.from_dict(config.to_dict() | {"sample_size": [8, 16]}) == config
+    x, y = torch.randn(2, 4, 8, 16), torch.tensor([0, 2])
+    assert NoiseClassifier(config).gradient(x, torch.tensor([5, 900]), y).shape == x.shape
+    assert (
+        EncoderConfig.from_dict({"sample_size": 8, "in_channels": 1, "classes": 2}).to_dict()["sample_size"]
+        == 8
+    )
+
+
 def test_its_configuration_comes_back() -> None:
-    config = EncoderConfig(16, 3, 7, (8, 16), layers_per_block=2, norm_num_groups=4)
+    config = EncoderConfig((16, 16), 3, 7, (8, 16), layers_per_block=2, norm_num_groups=4)
     assert EncoderConfig.from_dict(config.to_dict()) == config
     net = NoiseClassifier(config)
     randomise(net)
@@ -105,7 +116,10 @@ def test_its_configuration_comes_back() -> None:
         ({"block_out_channels": [16]}, "at least one level"),
         ({"block_out_channels": [16, 30]}, "does not divide width 30"),
         ({"layers_per_block": 0}, "layers_per_block=0"),
-        ({"pool": "attention"}, "pool is not an option"),
+        ({"pool": "spatial"}, "pool='spatial' is not supported"),
+        ({"attention_head_dim": 64}, "attention_head_dim=64 does not divide"),
+        ({"down_block_types": ["AttnDownBlock2D"]}, "differ in length"),
+        ({"depth": 2}, "depth is not an option"),
     ],
 )
 def test_a_configuration_that_makes_no_sense_is_refused(options: dict[str, Any], reason: str) -> None:

@@ -6,19 +6,26 @@ import pytest
 import torch
 from torch import nn
 
+from model.blocks import Attention, ResBlock, Upsample
 from model.runtimes.lowering import REWRITES, ChannelNorm, TransposedUpsample, lowered, to_graph
-from model.unet import Attention, ResBlock, Upsample
-from tests.model.conftest import randomise, tiny_checkpoint
+from tests.model.conftest import randomise, tiny_unet
 
 
 def both(**options: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """What a network of these options and its lowered twin make of the same batch, in float64."""
-    unet = tiny_checkpoint(**options).unet.double()
+    unet = tiny_unet(**options).double()
     twin = lowered(unet)
     x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     t, y = torch.tensor([0, 500, 999]), torch.tensor([0, 2, 3])
     with torch.no_grad():
         return unet(x, t, y), twin(x, t, y)
+
+
+RESNET_BLOCKS = {
+    "down_block_types": ("ResnetDownsampleBlock2D",) * 2,
+    "up_block_types": ("ResnetUpsampleBlock2D",) * 2,
+}
+ATTENTION = {"down_block_types": ("AttnDownBlock2D",) * 2, "up_block_types": ("AttnUpBlock2D",) * 2}
 
 
 @pytest.mark.parametrize(
@@ -31,6 +38,11 @@ def both(**options: Any) -> tuple[torch.Tensor, torch.Tensor]:
         {"attn_norm_num_groups": 2},
         {"mid_block_scale_factor": 1.5},
         {"layers_per_block": 2, "downsample_padding": 0},
+        RESNET_BLOCKS,
+        RESNET_BLOCKS | {"resnet_time_scale_shift": "scale_shift", "act_fn": "mish"},
+        {"downsample_type": "resnet", "upsample_type": "resnet"} | ATTENTION,
+        {"act_fn": "gelu"},
+        {"act_fn": "relu"},
     ],
     ids=str,
 )
@@ -41,7 +53,7 @@ def test_it_computes_the_same(options: dict[str, Any]) -> None:
 
 
 def test_every_layer_that_has_a_rewrite_is_rewritten() -> None:
-    unet = tiny_checkpoint().unet
+    unet = tiny_unet()
     kinds = {type(module) for module in unet.modules()}
     assert set(REWRITES) <= kinds  # so the comparison above means something
     names = {name for name, _ in lowered(unet).named_modules()}
@@ -54,14 +66,14 @@ def test_every_layer_that_has_a_rewrite_is_rewritten() -> None:
 
 
 def test_without_rewrites_it_is_a_copy() -> None:
-    unet = tiny_checkpoint().unet
+    unet = tiny_unet()
     copy = lowered(unet, {})
     assert [type(module) for module in copy.modules()] == [type(module) for module in unet.modules()]
     assert copy.conv_in.weight.data_ptr() != unet.conv_in.weight.data_ptr()
 
 
 def test_the_given_network_is_left_alone() -> None:
-    unet = tiny_checkpoint().unet
+    unet = tiny_unet()
     before = {name: value.clone() for name, value in unet.state_dict().items()}
     kinds = [type(module) for module in unet.modules()]
     twin = lowered(unet)
@@ -91,7 +103,7 @@ def test_a_norm_of_a_constant() -> None:
 def test_an_upsampling_has_the_same_edges(size: tuple[int, int]) -> None:
     upsample = Upsample(3).double()
     x = torch.randn(2, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(TransposedUpsample(upsample).double()(x), upsample(x))
+    torch.testing.assert_close(TransposedUpsample(upsample.conv).double()(x), upsample(x))
 
 
 def test_tracing_gives_torch_its_threads_back() -> None:

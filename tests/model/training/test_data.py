@@ -78,17 +78,17 @@ def test_a_missing_idx_file_is_named(tmp_path: Path) -> None:
 
 
 def test_padding_centres_on_black() -> None:
-    padded = pad_to(IMAGES + 1, 9)
+    padded = pad_to(IMAGES + 1, (9, 9))
     assert padded.shape == (5, 9, 9)
     np.testing.assert_array_equal(padded[:, 1:7, 2:6], IMAGES + 1)
     assert padded.sum() == (IMAGES + 1).sum(dtype=np.int64)
     with pytest.raises(DataError, match="6×4 do not fit into 5×5"):
-        pad_to(IMAGES, 5)
+        pad_to(IMAGES, (5, 5))
 
 
 def test_an_idx_folder(tmp_path: Path) -> None:
     write_split(tmp_path)
-    dataset = load(tmp_path, 8, 1)
+    dataset = load(tmp_path, (8, 8), 1)
     assert len(dataset) == 5
     assert dataset.images.shape == (5, 1, 8, 8)
     assert dataset.labels.tolist() == LABELS.tolist()
@@ -102,9 +102,9 @@ def test_an_idx_folder(tmp_path: Path) -> None:
 
 def test_names_for_idx_classes(tmp_path: Path) -> None:
     write_split(tmp_path)
-    assert load_idx(tmp_path, "train", 8, ["cat", "dog", "fox"]).class_names == ("cat", "dog", "fox")
+    assert load_idx(tmp_path, "train", (8, 8), ["cat", "dog", "fox"]).class_names == ("cat", "dog", "fox")
     with pytest.raises(DataError, match="label 2 has no name among 2"):
-        load_idx(tmp_path, "train", 8, ["cat", "dog"])
+        load_idx(tmp_path, "train", (8, 8), ["cat", "dog"])
 
 
 def test_fashion_mnist_is_recognised(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_fashion_mnist_is_recognised(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "train-images-idx3-ubyte").write_bytes(idx(np.zeros((10, 4, 4), np.uint8)))
     (folder / "train-labels-idx1-ubyte").write_bytes(idx(np.arange(10, dtype=np.uint8)))
-    assert load(folder, 4, 1).class_names[-1] == "ankle boot"
+    assert load(folder, (4, 4), 1).class_names[-1] == "ankle boot"
 
 
 def test_idx_files_that_do_not_belong_together(tmp_path: Path) -> None:
@@ -120,23 +120,23 @@ def test_idx_files_that_do_not_belong_together(tmp_path: Path) -> None:
     for labels in (LABELS[:4], LABELS.reshape(5, 1)):
         (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels)))
         with pytest.raises(DataError, match="do not belong together"):
-            load(tmp_path, 8, 1)
+            load(tmp_path, (8, 8), 1)
     (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(IMAGES[:0]))
     (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(LABELS[:0])))
     with pytest.raises(DataError, match="do not belong together"):
-        load(tmp_path, 8, 1)
+        load(tmp_path, (8, 8), 1)
 
 
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such folder"):
-        load(tmp_path / "nowhere", 8, 1)
+        load(tmp_path / "nowhere", (8, 8), 1)
     with pytest.raises(DataError, match="no pictures"):
-        load(tmp_path, 8, 1)
+        load(tmp_path, (8, 8), 1)
     write_split(tmp_path)
     with pytest.raises(MissingSplitError, match="no file t10k-images"):
-        load(tmp_path, 8, 1, "t10k")
+        load(tmp_path, (8, 8), 1, "t10k")
     with pytest.raises(DataError, match="one channel, the network wants 3"):
-        load(tmp_path, 8, 3)
+        load(tmp_path, (8, 8), 3)
 
 
 def test_a_class_is_a_sub_folder_with_pictures(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_a_class_is_a_sub_folder_with_pictures(tmp_path: Path) -> None:
     picture(tmp_path / "green" / "c.webp", (0, 255, 0))
     (tmp_path / "red" / "notes.txt").write_text("not a picture")
     (tmp_path / "empty").mkdir()
-    dataset = load(tmp_path, 8, 3)
+    dataset = load(tmp_path, (8, 8), 3)
     assert dataset.class_names == ("green", "red")
     assert dataset.labels.tolist() == [0, 1, 1]
     assert dataset.images.shape == (3, 3, 8, 8)
@@ -155,7 +155,7 @@ def test_a_class_is_a_sub_folder_with_pictures(tmp_path: Path) -> None:
 
 def test_pictures_without_sub_folders_have_no_class(tmp_path: Path) -> None:
     picture(tmp_path / "a.png", (255, 255, 255))
-    dataset = load(tmp_path, 4, 1)
+    dataset = load(tmp_path, (4, 4), 1)
     assert (dataset.class_names, dataset.labels.tolist()) == ((), [0])
     np.testing.assert_array_equal(dataset.batch(np.array([0])), np.ones((1, 1, 4, 4), np.float32))
 
@@ -163,18 +163,43 @@ def test_pictures_without_sub_folders_have_no_class(tmp_path: Path) -> None:
 def test_splits_of_pictures(tmp_path: Path) -> None:
     picture(tmp_path / "train" / "red" / "a.png", (255, 0, 0))
     with pytest.raises(MissingSplitError, match="no sub-folder test"):
-        load(tmp_path, 8, 3, "test")  # the training pictures must not pass for held-out ones
+        load(tmp_path, (8, 8), 3, "test")  # the training pictures must not pass for held-out ones
     picture(tmp_path / "test" / "red" / "b.png", (255, 0, 0))
     picture(tmp_path / "test" / "red" / "c.png", (255, 0, 0))
-    assert [len(load(tmp_path, 8, 3, split)) for split in ("train", "test")] == [1, 2]
-    assert load(tmp_path, 8, 3).class_names == ("red",)
+    assert [len(load(tmp_path, (8, 8), 3, split)) for split in ("train", "test")] == [1, 2]
+    assert load(tmp_path, (8, 8), 3).class_names == ("red",)
 
 
 def test_pictures_are_cropped_to_their_centre_and_scaled(tmp_path: Path) -> None:
     wide = Image.new("RGB", (24, 8), (255, 255, 255))
     wide.paste((0, 0, 0), (8, 0, 16, 8))
     wide.save(tmp_path / "wide.png")
-    assert load(tmp_path, 4, 3).batch(np.array([0])).max() == -1, "only the black middle"
+    assert load(tmp_path, (4, 4), 3).batch(np.array([0])).max() == -1, "only the black middle"
+
+
+def test_sizes_need_not_be_square(tmp_path: Path) -> None:
+    assert pad_to(IMAGES, (6, 8)).shape == (5, 6, 8)
+    with pytest.raises(DataError, match="6×4 do not fit into 8×3"):
+        pad_to(IMAGES, (8, 3))
+    wide = Image.new("RGB", (24, 12), (255, 255, 255))
+    wide.paste((0, 0, 0), (0, 0, 24, 6))  # black above white
+    wide.save(tmp_path / "wide.png")
+    images = load(tmp_path, (4, 8), 3).images[np.arange(1)]  # of the same aspect: nothing is cropped
+    assert images.shape == (1, 3, 4, 8)
+    assert images[0, :, 0].max() < 64 < 192 < images[0, :, 3].min()
+    tall = Image.new("RGB", (8, 24), (255, 255, 255))
+    tall.paste((0, 0, 0), (0, 10, 8, 14))
+    tall.save(tmp_path / "wide.png")
+    assert load(tmp_path, (2, 4), 3).images[np.arange(1)].max() == 0, "only the black middle"
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_pictures_have_as_many_channels_as_the_network(tmp_path: Path, channels: int) -> None:
+    Image.new("RGBA", (4, 4), (200, 200, 200, 50)).save(tmp_path / "a.png")
+    pixels = load(tmp_path, (4, 4), channels).images[np.arange(1)][0, :, 0, 0]
+    assert pixels.tolist() == {1: [200], 2: [200, 50], 3: [200] * 3, 4: [200, 200, 200, 50]}[channels]
+    with pytest.raises(DataError, match="1 to 4 channels, the network wants 5"):
+        load(tmp_path, (4, 4), 5)
 
 
 def test_pictures_over_the_limit_are_decoded_when_asked_for(
@@ -182,7 +207,7 @@ def test_pictures_over_the_limit_are_decoded_when_asked_for(
 ) -> None:
     for i in range(3):
         picture(tmp_path / "class" / f"{i}.png", (i, i, i))
-    at_once = load_pictures(tmp_path, 8)
+    at_once = load_pictures(tmp_path, (8, 8))
     monkeypatch.setattr(data, "IN_MEMORY_BYTES", 3 * 3 * 8 * 8 - 1)
     opened: list[Path] = []
     read = PictureFiles._read
@@ -192,7 +217,7 @@ def test_pictures_over_the_limit_are_decoded_when_asked_for(
         return read(self, path)
 
     monkeypatch.setattr(PictureFiles, "_read", noted)
-    lazy = load_pictures(tmp_path, 8)
+    lazy = load_pictures(tmp_path, (8, 8))
     assert not opened
     assert lazy.images.shape == at_once.images.shape
     np.testing.assert_array_equal(lazy.batch(np.array([2, 1])), at_once.batch(np.array([2, 1])))
@@ -215,7 +240,7 @@ def test_a_bad_picture_is_named(tmp_path: Path, fault: str) -> None:
     Image.fromarray(pixels).save(tmp_path / "bad.png")
     (tmp_path / "bad.png").write_bytes(corrupted((tmp_path / "bad.png").read_bytes())[fault])
     with pytest.raises(DataError, match=r"bad.png: not a readable picture"):
-        load(tmp_path, 8, 3)
+        load(tmp_path, (8, 8), 3)
 
 
 def write_digits(folder: Path, digits: dict[int, np.ndarray]) -> None:
@@ -229,7 +254,7 @@ def test_digits_as_json(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     digits = {digit: random.integers(0, 256, (count, 28, 28)) for digit, count in ((0, 2), (1, 3))}
     write_digits(tmp_path, digits)
-    found = data.load(tmp_path, 32, 1)
+    found = data.load(tmp_path, (32, 32), 1)
     assert found.labels.tolist() == [0, 0, 1, 1, 1]
     assert found.class_names == ("0", "1")
     images = found.images[np.arange(5)]
@@ -237,14 +262,14 @@ def test_digits_as_json(tmp_path: Path) -> None:
     assert images.dtype == np.uint8
     assert images[:, :, :2].max() == 0
     with pytest.raises(DataError, match="no sub-folder test"):
-        data.load(tmp_path, 32, 1, "test")
+        data.load(tmp_path, (32, 32), 1, "test")
 
 
 @pytest.mark.parametrize("text", ["no json", "[]", "{}", '{"data": [1, 2, 3]}', '{"data": "x"}'])
 def test_bad_digits_are_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "0.json").write_text(text)
     with pytest.raises(DataError, match=r"0\.json: not digits"):
-        data.load(tmp_path, 32, 1)
+        data.load(tmp_path, (32, 32), 1)
 
 
 def labelled(counts: list[int]) -> Dataset:
@@ -285,8 +310,8 @@ def test_folders_of_pictures_need_both_splits(tmp_path: Path) -> None:
 
     fill("train")
     with pytest.raises(DataError, match="no folder test/"):
-        load_splits(tmp_path, 8, 3, None)
+        load_splits(tmp_path, (8, 8), 3, None)
     fill("test")
-    train_set, test_set = load_splits(tmp_path, 8, 3, None)
+    train_set, test_set = load_splits(tmp_path, (8, 8), 3, None)
     assert train_set.class_names == test_set.class_names == ("cat", "dog")
     assert train_set.images.shape == (2, 3, 8, 8)

@@ -31,7 +31,7 @@ def trainer(config: ClassifierTrainingConfig = CONFIG, **shape: Any) -> Classifi
     torch.manual_seed(0)
     options: dict[str, Any] = {"block_out_channels": (8, 16, 16), "norm_num_groups": 4} | shape
     return ClassifierTrainer(
-        NoiseClassifier(EncoderConfig(16, 1, 3, **options)), SCHEDULE, stripes(60), config
+        NoiseClassifier(EncoderConfig((16, 16), 1, 3, **options)), SCHEDULE, stripes(60), config
     )
 
 
