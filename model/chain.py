@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.samplers import Plan
+from model.schedule import DATA_RANGE, DataRange
 
 Image = NDArray[np.float32]
-"""[C, H, W] in [-1, 1]."""
+"""[C, H, W], pixels in the model's data range, [-1, 1] with most."""
 Mask = NDArray[np.bool_]
 
 
@@ -56,6 +57,7 @@ class Chain:
     """Everything a step needs to know about a sample besides its latent and its step.
 
     label: class index, or None for the unconditional branch. start: None for the noise of its own seed.
+    condition: what the network is given beside x, [K, H, W], if it takes that (model/condition.py).
     """
 
     plan: Plan
@@ -63,6 +65,7 @@ class Chain:
     label: int | None = None
     start: InitialLatent | None = None
     known: KnownPixels | None = None
+    condition: Image | None = None
 
 
 def noised(plan: Plan, image: Image, seed: int) -> InitialLatent:
@@ -76,6 +79,8 @@ def measuring(plan: Plan, image: Image, seed: int, label: int | None = None) -> 
     return Chain(plan, seed, label, noised(plan, image, seed), known)
 
 
-def from_pixels(pixels: NDArray[np.uint8]) -> Image:
-    """An 8-bit image [H, W, C] as a sample [C, H, W] in [-1, 1]; `denoiser.to_pixels` inverts it exactly."""
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1).astype(np.float32) / np.float32(127.5) - 1)
+def from_pixels(pixels: NDArray[np.uint8], data_range: DataRange = DATA_RANGE) -> Image:
+    """An 8-bit image [H, W, C] as a sample [C, H, W] in data_range. `denoiser.to_pixels` inverts it."""
+    low, high = data_range
+    levels = pixels.transpose(2, 0, 1).astype(np.float32)
+    return np.ascontiguousarray(levels / np.float32(255 / (high - low)) + np.float32(low))

@@ -19,15 +19,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model import device_noise, noise
+from model import noise
 from model.chain import Chain, Image, InitialLatent
 from model.checkpoint import Checkpoint
-from model.diffusion import vlb_terms
+from model.device_noise import Normals, as_int64, normals_on
+from model.diffusion import dynamic_threshold, vlb_terms
 from model.interpolation import angle_between, spherical
 from model.noise import NoiseStream
 from model.runtimes import Pending, Runtime, to_device
 from model.samplers import COEFFICIENTS
-from model.schedule import NoiseSchedule
+from model.schedule import DATA_RANGE, DataRange, NoiseSchedule
 from model.state import INTEGERS, Row, Slots, SnapshotKind, pack, place
 
 Columns = Mapping[str, Tensor]
@@ -87,18 +88,13 @@ class ClassGradient(Protocol):
         """∇ₓ log p(y | x_t): x [B, C, H, W], t and y [B] int64. Returns as x."""
 
 
-class Normals(Protocol):
-    """Noise on the device."""
-
-    def __call__(self, seeds: Tensor, steps: Tensor, stream: NoiseStream) -> Tensor:
-        """[N, C, H, W] float32 for seeds (64 bits as int64) and steps, both [N]."""
-
-
 @dataclass(frozen=True)
 class _Parts:
     """Which rows need what. samples: how many rows are samples; the rest are their unconditional rows.
 
-    lookback: those that use the x₀ prediction of the step before. recorded: whether the step is replayed.
+    lookback: those that use the x₀ prediction of the step before. unclipped: those that use x₀ as it is
+    before it is bounded. thresholded: whether any is bounded dynamically. recorded: whether the step is
+    replayed.
     """
 
     samples: int
@@ -107,6 +103,8 @@ class _Parts:
     noisy: Places
     known: Places
     classified: list[int]
+    unclipped: Places
+    thresholded: bool = False
     recorded: bool = False
 
 
@@ -124,8 +122,9 @@ class Denoiser:
     """Advances samples by one step of their plans, many in one network call.
 
     shape: (C, H, W) of a sample. null_class: label index of the unconditional branch. conditional: whether
-    the network takes labels at all. classifier: for plans with classifier guidance. schedule: for `measure`.
-    normals: where noise comes from, if not from its own place (a benchmark's stand-in).
+    the network takes labels at all. classifier: for plans with classifier guidance. schedule: for `measure`,
+    and for what timesteps and pixels are to the network. normals: where noise comes from, if not from its own
+    place (a benchmark's stand-in). conditions: channels that the network takes beside x.
     A network with 2C outputs predicts its variance in the second C (Nichol & Dhariwal 2021).
     """
 
@@ -139,13 +138,16 @@ class Denoiser:
         classifier: ClassGradient | None = None,
         schedule: NoiseSchedule | None = None,
         normals: Normals | None = None,
+        conditions: int = 0,
     ) -> None:
         self.runtime, self.shape = runtime, shape
         self.conditional, self.null_class = conditional, null_class
         self.classifier, self.schedule = classifier, schedule
-        self.slots = Slots(shape, runtime.device)
-        self._normals = normals or _normals(shape, runtime.device)
-        self._recordings: dict[tuple[int, bool], Callable[[Tensor], _Updated]] = {}
+        self.data_range = DATA_RANGE if schedule is None else schedule.data_range
+        self.timestep_scale = 1.0 if schedule is None else schedule.timestep_scale
+        self.slots = Slots(shape, runtime.device, conditions)
+        self._normals = normals or normals_on(runtime.device, shape)
+        self._recordings: dict[tuple[int, bool, bool], Callable[[Tensor], _Updated]] = {}
 
     @classmethod
     def of(cls, model: Checkpoint, runtime: Runtime, normals: Normals | None = None) -> Denoiser:
@@ -156,12 +158,13 @@ class Denoiser:
             classifier.to(runtime.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return cls(
             runtime,
-            (config.in_channels, config.sample_size, config.sample_size),
-            conditional=config.num_class_embeds is not None,
+            model.shape,
+            conditional=config.conditional,
             null_class=model.null_class,
             classifier=classifier,
             schedule=model.schedule,
             normals=normals,
+            conditions=config.in_channels - model.shape[0],
         )
 
     def reserve(self, slots: int) -> None:
@@ -199,6 +202,9 @@ class Denoiser:
 
     def _check(self, chain: Chain) -> None:
         guided = max(chain.plan.evaluations) == 2
+        if (chain.condition is None) != (self.slots.condition is None):
+            wanted = "needs" if chain.condition is None else "takes no"
+            raise ValueError(f"the network {wanted} picture beside x")
         if chain.label is not None and not self.conditional:
             raise ValueError("the network takes no class labels")
         if guided and chain.label is None:
@@ -217,12 +223,15 @@ class Denoiser:
         ).reshape(len(rows), len(COEFFICIENTS))
         known = [index for index, row in enumerate(rows) if row.chain.known is not None]
         classified = np.flatnonzero(coefficients[:, COEFFICIENTS.index("a_g")]).tolist()
+        thresholded = bool(coefficients[:, COEFFICIENTS.index("q")].any())
         width = 0 if classified else self._width(used)
         if width:
-            parts = _Parts(width, True, ALL, ALL, ALL if known else [], [], recorded=True)
+            parts = _Parts(width, True, ALL, ALL, ALL if known else [], [], ALL, thresholded, recorded=True)
         else:
-            lookback, noisy = (_places(coefficients, name) for name in ("c_p", "c_n"))
-            parts = _Parts(len(rows), bool(guided), lookback, noisy, known, classified)
+            lookback, noisy, unclipped = (_places(coefficients, name) for name in ("c_p", "c_n", "c_u"))
+            parts = _Parts(
+                len(rows), bool(guided), lookback, noisy, known, classified, unclipped, thresholded
+            )
         upload = torch.from_numpy(pack(rows, coefficients, guided, self.null_class or 0, width or used))
         return Launched(rows, self.runtime.queue.submit(lambda: self._step(rows, upload, parts)))
 
@@ -246,7 +255,7 @@ class Denoiser:
         else:
             done = self._update(to_device(upload, self.runtime.device), parts)
         try:
-            shown = render(_picked(done, rows, [row.pictures for row in rows]))
+            shown = render(_picked(done, rows, [row.pictures for row in rows]), self.data_range)
             kept = _picked(done, rows, [row.arrays for row in rows])
         except Exception as error:  # the step counts, so it must not be tried again
             raise torch.AcceleratorError(f"the results cannot be picked out: {error}") from error
@@ -254,8 +263,8 @@ class Denoiser:
 
     def _recorded(self, parts: _Parts, upload: Tensor) -> Callable[[Tensor], _Updated]:
         assert self.runtime.recorder is not None
-        key = parts.samples, parts.known == ALL
-        if any(width not in self.runtime.batch_sizes for width, _ in self._recordings):
+        key = parts.samples, parts.known == ALL, parts.thresholded
+        if any(width not in self.runtime.batch_sizes for width, *_ in self._recordings):
             self._forget()  # all of them, since they share what memory the largest takes
         if key not in self._recordings:
             harmless = upload.clone()
@@ -280,11 +289,12 @@ class Denoiser:
         for row in rows:
             self._check(row.chain)
             slots.know(row.slot, row.chain.known)
+            slots.give(row.slot, row.chain.condition)
             if row.chain.start is not None:
                 slots.put(row.slot, self.start(row.chain, row.carried))
         plain = [row for row in rows if row.chain.start is None]
         if plain:
-            drawn = device_noise.as_int64([row.chain.seed for row in plain]), _places_of(plain)
+            drawn = as_int64([row.chain.seed for row in plain]), _places_of(plain)
             seeds, places = to_device(torch.stack(drawn), slots.device)
             steps = torch.full_like(seeds, noise.START)
             slots.x.index_copy_(0, places, self._normals(seeds, steps, NoiseStream.STEP))
@@ -296,9 +306,13 @@ class Denoiser:
         slots, count = self.slots, parts.samples
         columns = _columns(upload)
         target = columns["target"][:count]
-        x = slots.x.index_select(0, columns["source"])
+        x = given = slots.x.index_select(0, columns["source"])
+        if slots.condition is not None:
+            given = torch.cat((x, slots.condition.index_select(0, columns["source"])), 1)
         y = columns["y"] if self.conditional else None
-        out, variance_frac = self._split(self.runtime.forward(x, columns["t"], y))
+        if self.timestep_scale != 1:
+            columns["t"] = columns["t"] * self.timestep_scale
+        out, variance_frac = self._split(self.runtime.forward(given, columns["t"], y))
         before, columns = x[:count], {name: column[:count] for name, column in columns.items()}
         if parts.guided:
             unconditional = out[columns["pair"]]
@@ -311,9 +325,16 @@ class Denoiser:
         x0 += term
         if parts.classified:
             x0[parts.classified] += self._class_term(before, columns, parts.classified)
-        torch.minimum(x0, columns["clip"], out=x0)
-        torch.maximum(x0, -columns["clip"], out=x0)
         new = columns["c_x"] * before
+        if some := parts.unclipped:
+            new[some] += columns["c_u"][some] * x0[some]
+        bound = columns["clip"]
+        if parts.thresholded:
+            bound = dynamic_threshold(x0, columns["q"], bound)
+        torch.minimum(x0, bound, out=x0)
+        torch.maximum(x0, -bound, out=x0)
+        if parts.thresholded:
+            x0 /= torch.where(columns["q"] > 0, bound, 1.0)
         new += torch.mul(columns["c_0"], x0, out=term)
         if some := parts.lookback:
             new[some] += columns["c_p"][some] * slots.x0.index_select(0, target[some])
@@ -337,7 +358,7 @@ class Denoiser:
         """What these steps found about known images: (bits per dimension, squared error) of each.
 
         x0_preds: their x₀ predictions. The bits are L_t with the schedule's variance, the small one where it
-        is learned; the mean squared error is that of the x₀ prediction, in [-1, 1].
+        is learned; the mean squared error is that of the x₀ prediction, as if pixels were in [-1, 1].
         """
         assert self.schedule is not None
         known = [chain.known for chain in chains if chain.known is not None]
@@ -345,7 +366,8 @@ class Denoiser:
         x0_pred = torch.from_numpy(np.stack(x0_preds))
         t = torch.tensor([chain.plan.timesteps[step] for chain, step in zip(chains, steps, strict=True)])
         bits = vlb_terms(self.schedule, image, x0_pred, t, self.schedule.variance_type)
-        errors = (image - x0_pred).double().square().flatten(1).mean(1)
+        low, high = self.data_range
+        errors = ((image - x0_pred).double() * (2 / (high - low))).square().flatten(1).mean(1)
         return list(zip(bits.tolist(), errors.tolist(), strict=True))
 
     def _split(self, out: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -368,21 +390,6 @@ class Denoiser:
         z = self._normals(columns["seed"][some], columns["step"][some], NoiseStream.KNOWN_PIXELS)
         known = columns["k_0"][some] * self.slots.image[place] + columns["k_n"][some] * z
         return torch.where(self.slots.mask[place], known, x[some])
-
-
-def _normals(shape: tuple[int, int, int], device: torch.device) -> Normals:
-    """The noise of samples, drawn where it is needed: the same bits anywhere."""
-
-    def on_processor(
-        seeds: Tensor, steps: Tensor, stream: NoiseStream
-    ) -> Tensor:  # NumPy is the sooner there
-        keys = seeds.numpy().view(np.uint64).tolist()
-        return torch.from_numpy(noise.normals(keys, steps.tolist(), shape, stream))
-
-    if device.type == "cpu":
-        return on_processor
-    table = device_noise.table(device)
-    return lambda seeds, steps, stream: device_noise.normals(seeds, steps, shape, stream, table)
 
 
 def _places_of(rows: Sequence[Row]) -> Tensor:
@@ -420,22 +427,23 @@ def trajectory(denoiser: Denoiser, chains: Sequence[Chain]) -> Iterator[Sequence
 
 
 def generate(denoiser: Denoiser, chains: Sequence[Chain]) -> Tensor:
-    """The finished samples of `trajectory`: [B, C, H, W] float32, in [-1, 1] but for rounding."""
+    """The finished samples of `trajectory`: [B, C, H, W] float32, pixels in the model's data range."""
     latents: Sequence[Latent] = []
     for latents in trajectory(denoiser, chains):  # noqa: B007 (the last one is the result)
         pass
     return torch.stack([latent.x for latent in latents])
 
 
-def to_pixels(x: Tensor) -> NDArray[np.uint8]:
-    """Samples as 8-bit images: [..., C, H, W] in [-1, 1], clamped → the same shape, uint8 in [0, 255]."""
-    return np.asarray(_levels(x).cpu().numpy())
+def to_pixels(x: Tensor, data_range: DataRange = DATA_RANGE) -> NDArray[np.uint8]:
+    """Samples as 8-bit images: [..., C, H, W] in data_range, clamped → the same shape, uint8 in [0, 255]."""
+    return np.asarray(_levels(x, data_range).cpu().numpy())
 
 
-def render(x: Tensor) -> Tensor:
+def render(x: Tensor, data_range: DataRange = DATA_RANGE) -> Tensor:
     """The same as pictures, on the device: [B, C, H, W] → [B, H, W, C] uint8."""
-    return _levels(x).permute(0, 2, 3, 1).contiguous()
+    return _levels(x, data_range).permute(0, 2, 3, 1).contiguous()
 
 
-def _levels(x: Tensor) -> Tensor:
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+def _levels(x: Tensor, data_range: DataRange) -> Tensor:
+    low, high = data_range
+    return ((x.clamp(low, high) - low) * (255 / (high - low))).round().to(torch.uint8)

@@ -8,11 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from model.noise import KEY_STEPS, LOW_32, MAX_SEED, MULTIPLIERS, ROUNDS, normal_table
+from model import noise
+from model.noise import (
+    KEY_STEPS,
+    LOW_32,
+    MAX_SEED,
+    MULTIPLIERS,
+    ROUNDS,
+    NoiseStream,
+    normal_table,
+)
 
 try:
     from model import noise_kernel
@@ -20,6 +31,28 @@ except ImportError:  # torch for the CPU comes without Triton
     HAS_KERNEL = False
 else:
     HAS_KERNEL = True
+
+
+class Normals(Protocol):
+    """Noise on the device."""
+
+    def __call__(self, seeds: Tensor, steps: Tensor, stream: NoiseStream) -> Tensor:
+        """[N, C, H, W] float32 for seeds (64 bits as int64) and steps, both [N]."""
+
+
+def normals_on(device: torch.device, shape: tuple[int, int, int]) -> Normals:
+    """The noise of samples of this shape, drawn where it is needed: the same bits anywhere."""
+
+    def on_processor(
+        seeds: Tensor, steps: Tensor, stream: NoiseStream
+    ) -> Tensor:  # NumPy is the sooner there
+        keys = seeds.numpy().view(np.uint64).tolist()
+        return torch.from_numpy(noise.normals(keys, steps.tolist(), shape, stream))
+
+    if device.type == "cpu":
+        return on_processor
+    known = table(device)
+    return lambda seeds, steps, stream: normals(seeds, steps, shape, stream, known)
 
 
 def table(device: torch.device | str = "cpu") -> Tensor:

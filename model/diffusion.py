@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.schedule import Array, NoiseSchedule, VarianceType
+from model.schedule import DATA_RANGE, Array, DataRange, NoiseSchedule, VarianceType
 
 Objective = Literal["simple", "vlb"]
 OBJECTIVES: tuple[Objective, ...] = ("simple", "vlb")
@@ -30,7 +30,7 @@ def _at(values: Array, t: Tensor, x: Tensor) -> Tensor:
 def q_sample(schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε (Ho et al. 2020, eq. 4).
 
-    x0, eps: [B, C, H, W], x0 in [-1, 1]; t: [B] int64 in [0, T). Returns [B, C, H, W].
+    x0, eps: [B, C, H, W], x0 in the schedule's data range; t: [B] int64 in [0, T). Returns [B, C, H, W].
     """
     ac = schedule.alphas_cumprod
     return _at(ac**0.5, t, x0) * x0 + _at((1 - ac) ** 0.5, t, x0) * eps
@@ -43,6 +43,36 @@ def predict_x0(schedule: NoiseSchedule, x: Tensor, t: Tensor, out: Tensor) -> Te
     """
     a_x, a_o = schedule.x0_coefficients
     return _at(a_x, t, x) * x + _at(a_o, t, x) * out
+
+
+def network_timesteps(schedule: NoiseSchedule, t: Tensor) -> Tensor:
+    """What the network is given for timesteps t, both [B]: t itself, or its multiple as float32."""
+    return t if schedule.timestep_scale == 1 else t * schedule.timestep_scale
+
+
+def bounded_x0(schedule: NoiseSchedule, x0: Tensor) -> Tensor:
+    """An x₀ prediction as in sampling: clipped, or thresholded dynamically. [B, C, H, W] → the same."""
+    bound = torch.as_tensor(schedule.clip, dtype=x0.dtype, device=x0.device)
+    if not schedule.dynamic_thresholding_ratio:
+        return x0.clamp(-bound, bound)
+    bound = dynamic_threshold(
+        x0, torch.full_like(x0[:, :1, :1, :1], schedule.dynamic_thresholding_ratio), bound
+    )
+    return x0.clamp(-bound, bound) / bound
+
+
+def dynamic_threshold(x0: Tensor, ratio: Tensor, most: Tensor) -> Tensor:
+    """What bounds each sample's x₀ prediction: its `ratio`-quantile of |x₀|, at least 1 and at most `most`.
+
+    Saharia et al. 2022, §2.3; the sample is divided by it afterwards. Where the ratio is 0, it is `most`. No
+    row depends on another, and no shape on a value. x0: [B, C, H, W]; ratio: [B, 1, 1, 1]; most: the same, or
+    of one element. Returns [B, 1, 1, 1].
+    """
+    ordered = x0.abs().flatten(1).sort(dim=1).values
+    place = ratio.flatten() * (ordered.shape[1] - 1)
+    below, above = (ordered.gather(1, end.long()[:, None]) for end in (place.floor(), place.ceil()))
+    quantile = torch.lerp(below, above, (place - place.floor())[:, None])[..., None, None]
+    return torch.where(ratio > 0, torch.minimum(quantile.clamp(min=1), most), most)
 
 
 def training_target(schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -88,15 +118,14 @@ def objective(
     x0, x, eps: [B, C, H, W], x being `q_sample`'s; out: [B, C or 2C, H, W], the network's at (x, t).
     """
     mean, *rest = torch.split(out.float(), x0.shape[1], dim=1)
-    learned = schedule.variance_type == "learned_range"
-    log_variance = learned_log_variance(schedule, t, rest[0]) if learned else None
+    log_variance = learned_log_variance(schedule, t, rest[0]) if schedule.learned_variance else None
     if kind == "vlb":
         x0_pred = predict_x0(schedule, x, t, mean)
         return vlb_terms(schedule, x0, x0_pred, t, schedule.variance_type, log_variance).float()
     simple = l_simple(training_target(schedule, x0, t, eps), mean)
     if log_variance is None:
         return simple
-    x0_pred = predict_x0(schedule, x, t, mean.detach()).clamp(-schedule.clip, schedule.clip)
+    x0_pred = bounded_x0(schedule, predict_x0(schedule, x, t, mean.detach()))
     terms = vlb_terms(schedule, x0, x0_pred, t, schedule.variance_type, log_variance)
     return simple + VLB_WEIGHT * schedule.timesteps * terms.float()
 
@@ -119,11 +148,14 @@ def q_posterior(schedule: NoiseSchedule, x0: Tensor, x: Tensor, t: Tensor) -> tu
 def learned_log_variance(schedule: NoiseSchedule, t: Tensor, values: Tensor) -> Tensor:
     """Log σ² of p(x_{t−1} | x_t) of a network that learns it (Nichol & Dhariwal 2021, eq. 15).
 
-    values: [B, C, H, W], the second half of the output: −1 for the small variance, 1 for the large one.
-    Returns [B, C, H, W] float64. At t = 0, where the small one is zero, β̃_1 takes its place.
+    values: [B, C, H, W], the second half of the output: −1 for the small variance, 1 for the large one, or
+    the logarithm itself where it is learned without a range. Returns [B, C, H, W] float64. At t = 0, where
+    the small one is zero, the decoder's takes its place.
     """
+    if schedule.variance_type == "learned":
+        return values.double()
     small = schedule.posterior_variance("fixed_small").copy()
-    small[0] = small[1]
+    small[0] = schedule.decoder_variance
     variance_frac = (values.double() + 1) / 2
     large = _at(np.log(schedule.betas), t, variance_frac)
     return variance_frac * large + (1 - variance_frac) * _at(np.log(small), t, variance_frac)
@@ -141,35 +173,41 @@ def vlb_terms(
 
     For t > 0 the divergence of p(x_{t−1} | x_t) from the posterior; for t = 0 the discretised
     decoder's −log p(x_0 | x_1), eq. 13. Both depend on x_t through the x₀ prediction alone, since the
-    two means share its term. x0: [B, C, H, W] exactly on the 256 levels of [-1, 1]; x0_pred: the network's x₀
-    at x_t, clipped as in sampling; t: [B] int64; log_variance: of each pixel, instead of the schedule's
-    `variance`; a learned one without it is taken at its smallest. Returns [B] float64.
+    two means share its term. x0: [B, C, H, W] exactly on the 256 levels of the data range; x0_pred: the
+    network's x₀ at x_t, clipped as in sampling; t: [B] int64; log_variance: of each pixel, instead of the
+    schedule's `variance`; a learned one without it is taken at its smallest. Returns [B] float64.
     """
     x0, x0_pred = x0.double(), x0_pred.double()
     off = _at(schedule.posterior_weights[0], t, x0) * (x0 - x0_pred)  # the difference of the means
     true_variance = _at(schedule.posterior_variance("fixed_small"), t, x0)
-    # β̃_0 is zero; the decoder at t = 0 takes β̃_1 instead, for both variances, as the original code does.
+    # The decoder at t = 0 has one variance for both choices, as in the original code.
     variances = schedule.posterior_variance(variance).copy()
-    variances[0] = schedule.posterior_variance("fixed_small")[1]
+    variances[0] = schedule.decoder_variance
     model_variance = _at(variances, t, x0) if log_variance is None else log_variance.exp()
 
     ratio = true_variance / model_variance
     # where() keeps log(0) at t = 0 out of the result; that row takes the decoder's term.
     divergence = 0.5 * (torch.where(ratio > 0, ratio, 1.0).log().neg() + ratio - 1 + off**2 / model_variance)
-    decoder = -discretised_gaussian_log_likelihood(x0, x0_pred, model_variance.sqrt())
+    std = model_variance.sqrt()
+    decoder = -discretised_gaussian_log_likelihood(x0, x0_pred, std, schedule.data_range)
     nats = torch.where(t.view(-1, *[1] * (x0.ndim - 1)) == 0, decoder, divergence)
     return nats.flatten(1).mean(1) / math.log(2)
 
 
-def discretised_gaussian_log_likelihood(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Log p of 8-bit pixels scaled to [-1, 1] under a Gaussian integrated over each pixel's bin (eq. 13).
+def discretised_gaussian_log_likelihood(
+    x: Tensor, mean: Tensor, std: Tensor, data_range: DataRange = DATA_RANGE
+) -> Tensor:
+    """Log p of 8-bit pixels scaled to data_range under a Gaussian integrated over each pixel's bin (eq. 13).
 
     x, mean: [B, C, H, W]; std broadcastable. The lowest and highest levels take the whole tail.
     Returns nats, [B, C, H, W].
     """
-    upper = torch.special.ndtr((x - mean + 1 / 255) / std)
-    lower = torch.special.ndtr((x - mean - 1 / 255) / std)
+    low, high = data_range
+    half = (high - low) / 2 / 255  # of a bin
+    upper = torch.special.ndtr((x - mean + half) / std)
+    lower = torch.special.ndtr((x - mean - half) / std)
     # Where the difference of two CDFs near 1 cancels, it is below the clamp.
-    upper_tail = torch.special.ndtr(-(x - mean - 1 / 255) / std)
-    probability = torch.where(x < -0.999, upper, torch.where(x > 0.999, upper_tail, upper - lower))
+    upper_tail = torch.special.ndtr(-(x - mean - half) / std)
+    first, last = x < low + half / 4, x > high - half / 4
+    probability = torch.where(first, upper, torch.where(last, upper_tail, upper - lower))
     return probability.clamp(min=1e-12).log()

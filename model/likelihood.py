@@ -77,7 +77,7 @@ def chunks(timesteps: ArrayLike, count: int) -> list[list[int]]:
 
 
 def prior_bits(schedule: NoiseSchedule, x0: ArrayLike) -> float:
-    """L_T = KL(q(x_T | x_0) ‖ N(0, I)) in bits per dimension. x0: one image, in [-1, 1]."""
+    """L_T = KL(q(x_T | x_0) ‖ N(0, I)) in bits per dimension. x0: one image, in the data range."""
     last = float(schedule.alphas_cumprod[-1])
     square = float(np.square(np.asarray(x0, np.float64)).mean())
     return 0.5 * (-math.log1p(-last) - last + last * square) / math.log(2)
@@ -89,13 +89,19 @@ def continuous_rate(
     """The limit of L_T and the bound's terms above t = 0 in ever finer steps, in bits per dimension.
 
     L_T + ½ ∫ E‖x₀ − x̂₀‖² dSNR between the same noise levels (Kingma et al. 2021, eq. 18), by the trapezoidal
-    rule in log SNR over the errors mse at some timesteps, both [n]. The bound of a chain of T steps
-    is larger, because every step is priced by the error at its noisier end, and most so near t = 0.
+    rule in log SNR over the errors mse (of pixels in [-1, 1]) at some timesteps, both [n]; from an SNR of 0,
+    in the SNR itself. The bound of a chain of T steps is larger, because every step is priced by the error at
+    its noisier end, and most so near t = 0.
     """
     order = np.argsort(timesteps)
     snr = schedule.snr[np.asarray(timesteps)[order]]
-    height = 0.5 * snr * np.asarray(mse, np.float64)[order]
-    return prior + float(np.trapezoid(height, -np.log(snr))) / math.log(2)
+    low, high = schedule.data_range
+    half_error = 0.5 * ((high - low) / 2) ** 2 * np.asarray(mse, np.float64)[order]
+    seen = snr > 0
+    area = np.trapezoid((snr * half_error)[seen], -np.log(snr[seen]))
+    if not seen.all() and seen.any():
+        area += snr[seen][-1] * (half_error[seen][-1] + half_error[-1]) / 2
+    return prior + float(area) / math.log(2)
 
 
 def rmse(mse: ArrayLike) -> Floats:

@@ -3,15 +3,20 @@
 At step k of its plan a sample at x does
 
     out = unet(x, t, y)                              where w ≠ 1: out_∅ + w (out_y − out_∅), 2 evaluations
-    x0  = clip(a_x·x + a_o·out + a_g·∇ log p(y | x))                                       to [−clip, clip]
-    x   ← c_x·x + c_0·x0 + c_p·x0_prev + c_n·e^(c_v·v)·z        z ~ N(0, I), x0_prev = the previous step's x0
+    x0u = a_x·x + a_o·out + a_g·∇ log p(y | x)
+    x0  = clip(x0u)                                  to [−clip, clip], or to a quantile of |x0u|: see below
+    x   ← c_x·x + c_0·x0 + c_u·x0u + c_p·x0_prev + c_n·e^(c_v·v)·z
+                                                     z ~ N(0, I), x0_prev = the previous step's x0
     x   ← k_0·image + k_n·z′                         where the image's pixels are known
 
 so a sampler is the code that fills in the columns of this table, once per request, in float64. Samples on
 different samplers and step counts share a batch, because a row of the table is all that the network call and
-the update need to know. Where a paper's update is written with ε, ε is re-derived from the clipped x₀ (as
-improved-diffusion does), which is why only x and x₀ appear. Coefficients come from ᾱ at the chosen timesteps,
-never from re-spaced betas.
+the update need to know. Where a paper's update is written with ε, that is (x − √ᾱ·x0u) / √(1 − ᾱ), the
+network's own, or the same of the clipped x0, which is why only x and x₀ appear. Coefficients come from ᾱ at
+the chosen timesteps, never from re-spaced betas.
+
+Dynamic thresholding (Saharia et al. 2022, §2.3), where q > 0: with s the q-quantile of a sample's |x0u|, at
+least 1 and at most `clip`, x0 = clip(x0u) / s to [−s, s].
 
 Chains that do not start from noise are tables too: an edit starts midway, inversion goes up, RePaint's jumps
 fold the forward process into a row, and a measurement consists of rows that do not build on one another.
@@ -35,9 +40,10 @@ from functools import cached_property, lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from model.betas import NEARLY_NO_SIGNAL
 from model.schedule import Array, NoiseSchedule, Spacing, VarianceType
 
-COLUMNS = ("t", "a_x", "a_o", "a_g", "w", "clip", "c_x", "c_0", "c_p", "c_n", "c_v", "k_0", "k_n")
+COLUMNS = ("t", "a_x", "a_o", "a_g", "w", "clip", "q", "c_x", "c_0", "c_u", "c_p", "c_n", "c_v", "k_0", "k_n")
 ROW = np.dtype([(name, np.float64) for name in COLUMNS])
 """A row of a plan: one step of one sample."""
 COEFFICIENTS = COLUMNS[1:]
@@ -84,9 +90,11 @@ class Plan:
         return _coefficients(self.table.tobytes())
 
     def unclipped(self) -> Plan:
-        """The same without a bound on x₀."""
+        """The same without a bound on x₀, so that x0u and x0 are one."""
         table = self.table.copy()
-        table["clip"] = math.inf
+        table["clip"], table["q"] = math.inf, 0.0
+        table["c_0"] += table["c_u"]
+        table["c_u"] = 0.0
         return replace(self, table=table)
 
 
@@ -134,7 +142,10 @@ class Guidance:
 
 @dataclass(frozen=True)
 class _Steps:
-    """Input of the builders: ᾱ at each step and at the step after it (1 after the last). Each [steps]."""
+    """Input of the builders. here, next: ᾱ at each step and after it, each [steps].
+
+    The last of `next` is 1, or the schedule's final ᾱ where a sampler ends there.
+    """
 
     here: Array
     next: Array
@@ -142,20 +153,22 @@ class _Steps:
 
 @dataclass(frozen=True)
 class _Update:
-    """Output of the builders: the columns c_x … c_v, each [steps]."""
+    """Output of the builders: the columns c_x … c_v, each [steps] or the same for all."""
 
     c_x: Array
     c_0: Array
-    c_p: Array
     c_n: Array
-    c_v: Array
+    c_u: Array | float = 0.0
+    c_p: Array | float = 0.0
+    c_v: Array | float = 0.0
 
 
 def _ancestral(at: _Steps, variance: VarianceType) -> _Update:
     """DDPM over any subsequence: the posterior mean with the prediction of x₀ (Ho et al. 2020, eq. 7).
 
     A learned variance lies between the small and the large one, on a logarithmic scale (Nichol & Dhariwal
-    2021, eq. 15); the network's output says where.
+    2021, eq. 15); the network's output says where. One that is learned without a range is the logarithm
+    itself: with v = (output + 1) / 2, σ = e^(output / 2) = e^(v − ½).
     """
     alpha = at.here / at.next
     beta = 1 - alpha
@@ -167,45 +180,66 @@ def _ancestral(at: _Steps, variance: VarianceType) -> _Update:
     c_v = np.zeros_like(c_x)
     if variance == "learned_range":
         c_v[:-1] = 0.5 * np.log(beta[:-1] / small[:-1])
-    return _Update(c_x, c_0, np.zeros_like(c_x), noise, c_v)
+    elif variance == "learned":
+        noise[:-1], c_v[:-1] = math.exp(-0.5), 1.0
+    return _Update(c_x, c_0, noise, c_v=c_v)
 
 
-def _ddim(at: _Steps, eta: float) -> _Update:
-    """DDIM (Song et al. 2021, eq. 12 and 16): η = 0 is deterministic, η = 1 is DDPM, fixed small."""
+def _ddim(at: _Steps, eta: float, *, clipped_eps: bool = True) -> _Update:
+    """DDIM (Song et al. 2021, eq. 12 and 16): η = 0 is deterministic, η = 1 is DDPM, fixed small.
+
+    √ᾱ' x₀ + √(1 − ᾱ' − σ²) ε + σ z. clipped_eps: ε is that of the clipped x₀ instead of the network's.
+    """
     sigma = np.zeros_like(at.here)
     if eta:  # without it a step may also go up
         sigma = eta * np.sqrt((1 - at.next) / (1 - at.here) * (1 - at.here / at.next))
     # 1 − ᾱ' − σ² can fall below zero by a rounding error at η = 1 on the last step.
     direction = np.sqrt(np.maximum(1 - at.next - sigma**2, 0))
     c_x = direction / np.sqrt(1 - at.here)
-    c_0 = np.sqrt(at.next) - c_x * np.sqrt(at.here)
-    return _Update(c_x, c_0, np.zeros_like(c_x), sigma, np.zeros_like(c_x))
+    of_eps = -c_x * np.sqrt(at.here)  # ε's term is c_x·x + of_eps·x₀
+    if clipped_eps:
+        return _Update(c_x, np.sqrt(at.next) + of_eps, sigma)
+    return _Update(c_x, np.sqrt(at.next), sigma, c_u=of_eps)
 
 
 def _dpmpp_2m(at: _Steps, *, sde: bool) -> _Update:
     """DPM-Solver++(2M) or SDE-DPM-Solver++(2M), the midpoint forms (Lu et al. 2022, alg. 2 and eq. 18).
 
-    The first and last steps are of first order.
+    The first step is of first order, and so is the last one that ends in x₀ or has fewer than 14 before it,
+    as in diffusers.
     """
+    # Diffusers, too, has a first step from nearly 0 rather than from ᾱ = 0, whose λ is infinite: where the
+    # second step looks back to then makes a difference.
+    here = np.where(at.here > 0, at.here, np.minimum(NEARLY_NO_SIGNAL, at.next / 2))
     with np.errstate(divide="ignore"):
-        lam, lam_next = (0.5 * np.log(ac / (1 - ac)) for ac in (at.here, at.next))
-    h = lam_next - lam  # infinite on the last step, whose result is x₀
+        lam, lam_next = (0.5 * np.log(ac / (1 - ac)) for ac in (here, at.next))
+    h = lam_next - lam  # infinite on a last step whose result is x₀
     decay = np.exp(-h) if sde else np.ones_like(h)
     c_x = np.sqrt((1 - at.next) / (1 - at.here)) * decay
     phi = -np.sqrt(at.next) * np.expm1(-2 * h if sde else -h)
     half_inverse_r = np.zeros_like(h)  # 1 / 2r with r = h_{i−1} / h_i
-    half_inverse_r[1:-1] = h[1:-1] / (2 * h[:-2])
+    second = len(h) if math.isfinite(h[-1]) and len(h) >= 15 else len(h) - 1
+    half_inverse_r[1:second] = h[1:second] / (2 * h[: second - 1])
     noise = np.sqrt((1 - at.next) * -np.expm1(-2 * h)) if sde else np.zeros_like(h)
-    return _Update(c_x, phi * (1 + half_inverse_r), -phi * half_inverse_r, noise, np.zeros_like(h))
+    return _Update(c_x, phi * (1 + half_inverse_r), noise, c_p=-phi * half_inverse_r)
 
 
-Builder = Callable[[_Steps, float, VarianceType], _Update]
+@dataclass(frozen=True)
+class _Options:
+    """What only some builders look at."""
+
+    eta: float
+    variance: VarianceType
+    clipped_eps: bool
+
+
+Builder = Callable[[_Steps, _Options], _Update]
 
 SAMPLERS: dict[str, Builder] = {
-    "ddpm": lambda at, _eta, variance: _ancestral(at, variance),
-    "ddim": lambda at, eta, _variance: _ddim(at, eta),
-    "dpmpp_2m": lambda at, _eta, _variance: _dpmpp_2m(at, sde=False),
-    "sde_dpmpp_2m": lambda at, _eta, _variance: _dpmpp_2m(at, sde=True),
+    "ddpm": lambda at, options: _ancestral(at, options.variance),
+    "ddim": lambda at, options: _ddim(at, options.eta, clipped_eps=options.clipped_eps),
+    "dpmpp_2m": lambda at, _: _dpmpp_2m(at, sde=False),
+    "sde_dpmpp_2m": lambda at, _: _dpmpp_2m(at, sde=True),
 }
 SINGLE_STEP = ("ddpm", "ddim")
 """Samplers whose steps do not look back at x0_prev: only these can be followed by a jump."""
@@ -217,6 +251,7 @@ def build_plan(
     steps: int,
     *,
     eta: float = 0.0,
+    use_clipped_model_output: bool = False,
     variance: VarianceType | None = None,
     spacing: Spacing | None = None,
     timesteps: Sequence[int] | None = None,
@@ -225,9 +260,10 @@ def build_plan(
 ) -> Plan:
     """Build the table for a sampler (a key of SAMPLERS) over `steps` of the schedule's timesteps.
 
-    eta: DDIM's η in [0, 1]. variance and spacing default to the schedule's. timesteps: an explicit falling
-    sequence instead of `steps` spaced ones. strength: the fraction of the steps that is run, the last ones,
-    from an image with noise (SDEdit, Meng et al. 2022); at least one is.
+    eta: DDIM's η in [0, 1]. use_clipped_model_output: DDIM's ε is re-derived from the clipped x₀. variance
+    and spacing default to the schedule's. timesteps: an explicit falling sequence instead of `steps` spaced
+    ones. strength: the fraction of the steps that is run, the last ones, from an image with noise (SDEdit,
+    Meng et al. 2022); at least one is.
     Raises KeyError for an unknown sampler, ScheduleError for an impossible number of steps, ValueError for an
     η outside [0, 1], a strength outside (0, 1] or timesteps not falling in [0, T).
     """
@@ -243,9 +279,13 @@ def build_plan(
         raise ValueError(f"strength must be above 0 and at most 1, got {strength}")
     chosen = chosen[len(chosen) - max(1, round(len(chosen) * strength)) :]
     here = schedule.alphas_cumprod[chosen]
-    at = _Steps(here, np.append(here[1:], 1.0))
-    update = builder(at, eta, variance or schedule.variance_type)
-    table = _table(schedule, chosen, guidance, update, at.next)
+    # An ancestral chain ends in x₀ itself, as diffusers' does, whatever the schedule says of the others.
+    final = 1.0 if sampler == "ddpm" else schedule.final_alpha_cumprod
+    options = _Options(
+        eta, variance or schedule.variance_type, use_clipped_model_output or not schedule.bounded
+    )
+    update = builder(_Steps(here, np.append(here[1:], final)), options)
+    table = _table(schedule, chosen, guidance, update, np.append(here[1:], 1.0))  # known pixels end exact
     return Plan(table, 0.0 if strength == 1 else math.sqrt(here[0]))
 
 
@@ -270,6 +310,7 @@ def build_repaint(
     jump_length: int = 10,
     jump_n_sample: int = 10,
     eta: float = 0.0,
+    use_clipped_model_output: bool = False,
     spacing: Spacing | None = None,
     guidance: Guidance = Guidance(),
 ) -> Plan:
@@ -285,7 +326,15 @@ def build_repaint(
         raise ValueError(f"jumps need a sampler of {', '.join(SINGLE_STEP)}, not {sampler}")
     if jump_length < 1 or jump_n_sample < 1:
         raise ValueError("jump_length and jump_n_sample must be at least 1")
-    down = build_plan(schedule, sampler, steps, eta=eta, spacing=spacing, guidance=guidance)
+    down = build_plan(
+        schedule,
+        sampler,
+        steps,
+        eta=eta,
+        use_clipped_model_output=use_clipped_model_output,
+        spacing=spacing,
+        guidance=guidance,
+    )
     levels = np.append(1.0, schedule.alphas_cumprod[list(down.timesteps)][::-1])  # ᾱ; 0 is the image
     left = dict.fromkeys(range(0, len(down) - jump_length, jump_length), jump_n_sample - 1)
     table, level = [], len(down)
@@ -295,7 +344,7 @@ def build_repaint(
         if left.get(level, 0) > 0:
             left[level] -= 1
             ratio = levels[level + jump_length] / levels[level]
-            for name in ("c_x", "c_0", "c_p"):
+            for name in ("c_x", "c_0", "c_u", "c_p"):
                 row[name] *= math.sqrt(ratio)
             row["c_n"], row["c_v"] = math.sqrt(ratio * row["c_n"] ** 2 + 1 - ratio), 0.0
             level += jump_length
@@ -321,7 +370,7 @@ def build_measurement(schedule: NoiseSchedule, timesteps: Sequence[int]) -> Plan
     if not len(chosen) or chosen.min() < 0 or chosen.max() >= schedule.timesteps:
         raise ValueError(f"timesteps must lie in [0, {schedule.timesteps})")
     ac = schedule.alphas_cumprod[chosen]
-    nothing = _Update(*np.zeros((5, len(chosen))))
+    nothing = _Update(*np.zeros((3, len(chosen))))
     table = _table(schedule, chosen, Guidance(), nothing, np.append(ac[1:], 1.0))
     return Plan(table, math.sqrt(ac[0]))
 
@@ -333,15 +382,18 @@ def _table(
     a_x, a_o = schedule.x0_coefficients
     ac = schedule.alphas_cumprod[chosen]
     low, high = guidance.sigmas
-    sigma = np.sqrt((1 - ac) / ac)
+    with np.errstate(divide="ignore"):  # σ is infinite where there is no signal at all
+        sigma = np.sqrt((1 - ac) / ac)
     inside = (low <= sigma) & (sigma <= high)
     table = np.empty(len(chosen), ROW)
     table["t"] = chosen
     table["a_x"], table["a_o"] = a_x[chosen], a_o[chosen]
-    # x₀ = (x + (1 − ᾱ) ∇ log p(x)) / √ᾱ (Tweedie), so a term of the score moves it by (1 − ᾱ) / √ᾱ.
-    table["a_g"] = np.where(inside, guidance.classifier_scale * (1 - ac) / np.sqrt(ac), 0.0)
+    # x₀ = (x + (1 − ᾱ) ∇ log p(x)) / √ᾱ (Tweedie), so a term of the score moves it by (1 − ᾱ) / √ᾱ. Where
+    # ᾱ is 0, x says nothing of the class.
+    moved = np.divide(1 - ac, np.sqrt(ac), out=np.zeros_like(ac), where=ac > 0)
+    table["a_g"] = np.where(inside, guidance.classifier_scale * moved, 0.0)
     table["w"] = np.where(inside, guidance.scale, 1.0)
-    table["clip"] = schedule.clip
+    table["clip"], table["q"] = schedule.clip, schedule.dynamic_thresholding_ratio
     for field in fields(update):
         table[field.name] = getattr(update, field.name)
     table["k_0"], table["k_n"] = np.sqrt(after), np.sqrt(1 - after)

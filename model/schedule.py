@@ -1,7 +1,8 @@
-"""Noise schedules: β, ᾱ and what follows from them, in float64, read from a diffusers scheduler config.
+"""Noise schedules: β, ᾱ and what follows from them, in float64.
 
 q(x_t | x_0) = N(√ᾱ_t x_0, (1 − ᾱ_t) I) with ᾱ_t = ∏_{s≤t} (1 − β_s)   (Ho et al. 2020, eq. 4).
-Timesteps count from 0, so β_0 is the paper's β_1, and ᾱ before timestep 0 is 1.
+Timesteps count from 0, so β_0 is the paper's β_1, and ᾱ before timestep 0 is 1. What a diffusers scheduler
+config says is read in model/scheduler_config.py.
 """
 
 from __future__ import annotations
@@ -15,45 +16,35 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from model.betas import NEARLY_NO_SIGNAL, Array, ScheduleError, cosine_betas, linear_betas
+from model.scheduler_config import read
+
+__all__ = ["Array", "NoiseSchedule", "ScheduleError", "cosine_betas", "linear_betas"]
+
 PredictionType = Literal["epsilon", "v_prediction", "sample", "posterior_mean"]
-VarianceType = Literal["fixed_small", "fixed_large", "learned_range"]
+VarianceType = Literal["fixed_small", "fixed_large", "learned", "learned_range"]
 Spacing = Literal["leading", "trailing", "linspace", "quadratic", "logsnr"]
+DataRange = tuple[float, float]
+"""What pixel values 0 and 255 are to the network."""
 
 PREDICTION_TYPES: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample", "posterior_mean")
-VARIANCE_TYPES: tuple[VarianceType, ...] = ("fixed_small", "fixed_large", "learned_range")
+VARIANCE_TYPES: tuple[VarianceType, ...] = ("fixed_small", "fixed_large", "learned", "learned_range")
 SPACINGS: tuple[Spacing, ...] = ("leading", "trailing", "linspace", "quadratic", "logsnr")
-SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")  # others clip, space or add noise differently
-
-
-class ScheduleError(ValueError):
-    """A scheduler configuration asks for something this code does not do; the message says what."""
-
-
-def linear_betas(timesteps: int, start: float = 1e-4, end: float = 0.02) -> Array:
-    """β rising linearly from `start` to `end` (Ho et al. 2020, §4). Returns [T] float64."""
-    return np.linspace(start, end, timesteps, dtype=np.float64)
-
-
-def scaled_linear_betas(timesteps: int, start: float = 1e-4, end: float = 0.02) -> Array:
-    """√β rising linearly (Rombach et al. 2022, appendix). Returns [T] float64."""
-    return np.linspace(math.sqrt(start), math.sqrt(end), timesteps, dtype=np.float64) ** 2
-
-
-def cosine_betas(timesteps: int, max_beta: float = 0.999) -> Array:
-    """β from ᾱ(t) = cos²((t/T + 0.008) / 1.008 · π/2) (Nichol & Dhariwal 2021, eq. 17). Returns [T]."""
-    t = np.linspace(0, 1, timesteps + 1, dtype=np.float64)
-    alpha_bar = np.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
-    return np.asarray(np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], max_beta), dtype=np.float64)
+DATA_RANGE: DataRange = (-1.0, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
     """The forward process, and what the checkpoint says about reversing it.
 
-    betas: [T] float64 in (0, 1). `prediction_type` is what the network's output means. `clip` bounds
-    the x₀ prediction to [−clip, clip]; infinity leaves it alone. `variance_type` and `timestep_spacing`
-    are the checkpoint's defaults for sampling.
+    betas: [T] float64 in (0, 1); the last may be 1, and nothing is left of x_0 then (ᾱ_T = 0).
+    `prediction_type` is what the network's output means. `clip` bounds the x₀ prediction to [−clip, clip];
+    infinity leaves it alone. dynamic_thresholding_ratio: where above 0, that quantile of each sample's |x₀|
+    bounds it instead, at least 1 and at most `clip` (Saharia et al. 2022, §2.3). `variance_type` and
+    `timestep_spacing` are the checkpoint's defaults for sampling. spare_timestep: *leading* and *linspace*
+    then choose one timestep more and leave out the lowest, as diffusers' multistep solvers do.
+    set_alpha_to_one: sampling ends at ᾱ = 1, else at ᾱ_0. data_range: what pixel values 0 and 255 are to the
+    network. timestep_scale: what a timestep is multiplied by before the network sees it.
     """
 
     betas: Array
@@ -62,12 +53,32 @@ class NoiseSchedule:
     variance_type: VarianceType = "fixed_small"
     timestep_spacing: Spacing = "leading"
     steps_offset: int = 0
+    dynamic_thresholding_ratio: float = 0.0
+    spare_timestep: bool = False
+    set_alpha_to_one: bool = True
+    data_range: DataRange = DATA_RANGE
+    timestep_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.betas.ndim != 1 or not len(self.betas) or not ((self.betas > 0) & (self.betas < 1)).all():
+        betas = self.betas
+        if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas <= 1)).all():
             raise ScheduleError("betas must be one row of numbers between 0 and 1")
+        if (betas[:-1] == 1).any():
+            raise ScheduleError(
+                "betas must be below 1 but for the last: nothing would be left of x_0 before it"
+            )
         if self.steps_offset < 0 or not self.clip > 0:
             raise ScheduleError(f"steps_offset={self.steps_offset} and clip={self.clip} must not be negative")
+        if not 0 <= self.dynamic_thresholding_ratio <= 1:
+            ratio = self.dynamic_thresholding_ratio
+            raise ScheduleError(f"dynamic_thresholding_ratio={ratio} must be from 0 to 1")
+        low, high = self.data_range
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise ScheduleError(
+                f"data_range={list(self.data_range)} must be two numbers, the lower one first"
+            )
+        if not 0 < self.timestep_scale < math.inf:
+            raise ScheduleError(f"timestep_scale={self.timestep_scale} must be a number above 0")
         for name, allowed in (
             ("prediction_type", PREDICTION_TYPES),
             ("variance_type", VARIANCE_TYPES),
@@ -75,15 +86,35 @@ class NoiseSchedule:
         ):
             if getattr(self, name) not in allowed:
                 raise ScheduleError(f"{name}={getattr(self, name)!r} is not supported (known: {allowed})")
+        if self.prediction_type == "epsilon" and self.alphas_cumprod[-1] == 0:
+            raise ScheduleError(
+                "prediction_type='epsilon' cannot go with ᾱ_T = 0 (rescale_betas_zero_snr): at pure noise it"
+                " says nothing of x₀, and diffusers divides by zero; such networks predict v"
+            )
 
     @property
     def timesteps(self) -> int:
         """T, the length of the forward process."""
         return len(self.betas)
 
+    @property
+    def bounded(self) -> bool:
+        """Whether the x₀ prediction is clipped or thresholded."""
+        return self.clip < math.inf or self.dynamic_thresholding_ratio > 0
+
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the network predicts the variance, in the second half of its output."""
+        return self.variance_type in ("learned", "learned_range")
+
+    @property
+    def final_alpha_cumprod(self) -> float:
+        """ᾱ that sampling ends at: 1, or ᾱ_0."""
+        return 1.0 if self.set_alpha_to_one else float(self.alphas_cumprod[0])
+
     @cached_property
     def alphas_cumprod(self) -> Array:
-        """ᾱ_t: [T] float64, falling from nearly 1 towards 0."""
+        """ᾱ_t: [T] float64, falling from nearly 1 towards 0, which the last may be."""
         return np.cumprod(1 - self.betas, dtype=np.float64)
 
     @cached_property
@@ -129,6 +160,14 @@ class NoiseSchedule:
             return self.betas
         return self.betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
 
+    @property
+    def decoder_variance(self) -> float:
+        """Variance of p(x_0 | x_1), whose β̃ would be 0: the next timestep's, as Ho et al. 2020 have it.
+
+        With a single timestep there is no next one; then β_0, the only other choice of §3.2.
+        """
+        return float(self.posterior_variance("fixed_small")[1] if self.timesteps > 1 else self.betas[0])
+
     def spaced_timesteps(self, steps: int, spacing: Spacing | None = None) -> NDArray[np.int64]:
         """Choose `steps` of the T timesteps, highest first (Lin et al. 2024, table 2).
 
@@ -139,22 +178,26 @@ class NoiseSchedule:
         """
         total = self.timesteps
         spacing = spacing or self.timestep_spacing
+        spare = int(self.spare_timestep and steps < total)
         if not 1 <= steps <= total:
             raise ScheduleError(f"the number of steps must be from 1 to {total}, got {steps}")
         match spacing:
             case "leading":
-                chosen = np.arange(steps, dtype=np.int64) * (total // steps)
+                chosen = np.arange(spare, steps + spare, dtype=np.int64) * (total // (steps + spare))
                 # The offset goes no further than the highest step allows, so that none coincide.
                 chosen = (chosen + min(self.steps_offset, total - 1 - int(chosen[-1])))[::-1]
             case "trailing":
                 # As diffusers computes it, ties included; arange can run one over by a rounding error.
                 chosen = np.round(np.arange(total, 0, -total / steps)[:steps]).astype(np.int64) - 1
             case "linspace":
-                chosen = np.round(np.linspace(0, total - 1, steps)).astype(np.int64)[::-1]
+                chosen = np.round(np.linspace(0, total - 1, steps + spare)).astype(np.int64)[spare:][::-1]
             case "quadratic":
                 chosen = _apart(np.linspace(0, math.sqrt(total - 1), steps) ** 2, total)
             case "logsnr":
-                snr = np.log(self.snr)
+                snr = np.where(
+                    self.snr > 0, self.snr, NEARLY_NO_SIGNAL
+                )  # 0 is at no distance from the others
+                snr = np.minimum.accumulate(np.log(snr))
                 even = np.linspace(snr[0], snr[-1], steps)
                 chosen = _apart(np.interp(-even, -snr, np.arange(total)), total)
             case _:
@@ -164,24 +207,7 @@ class NoiseSchedule:
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> NoiseSchedule:
         """Read a diffusers `scheduler_config.json`. Raises ScheduleError on what is not supported."""
-        if (kind := config.get("_class_name", SCHEDULERS[0])) not in SCHEDULERS:
-            raise ScheduleError(f"{kind} is not supported (known: {', '.join(SCHEDULERS)})")
-        if config.get("thresholding"):
-            raise ScheduleError("thresholding=true is not supported")
-        if config.get("rescale_betas_zero_snr"):
-            raise ScheduleError("rescale_betas_zero_snr=true is not supported")
-        if not config.get("set_alpha_to_one", True):
-            raise ScheduleError("set_alpha_to_one=false is not supported")
-        clip = float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample", True) else math.inf
-        predicts_epsilon = config.get("predict_epsilon", True)  # the old form of prediction_type
-        return cls(
-            betas=_betas_from(config),
-            prediction_type=config.get("prediction_type", "epsilon" if predicts_epsilon else "sample"),
-            clip=clip,
-            variance_type=config.get("variance_type", "fixed_small"),
-            timestep_spacing=config.get("timestep_spacing", "leading"),
-            steps_offset=int(config.get("steps_offset", 0)),
-        )
+        return cls(**read(config))
 
 
 def _apart(wanted: Array, total: int) -> NDArray[np.int64]:
@@ -191,19 +217,3 @@ def _apart(wanted: Array, total: int) -> NDArray[np.int64]:
     chosen = np.maximum.accumulate(chosen - steps) + steps  # each at least one above the one before
     chosen = np.minimum(chosen, total - len(chosen) + steps)  # and low enough for those that follow
     return chosen[::-1]
-
-
-def _betas_from(config: Mapping[str, Any]) -> Array:
-    if config.get("trained_betas") is not None:
-        return np.asarray(config["trained_betas"], dtype=np.float64)
-    timesteps = int(config.get("num_train_timesteps", 1000))
-    start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
-    match config.get("beta_schedule", "linear"):
-        case "linear":
-            return linear_betas(timesteps, start, end)
-        case "scaled_linear":
-            return scaled_linear_betas(timesteps, start, end)
-        case "squaredcos_cap_v2":
-            return cosine_betas(timesteps)
-        case other:
-            raise ScheduleError(f"beta_schedule={other!r} is not supported")

@@ -47,11 +47,14 @@ class Row:
 class Slots:
     """x, x0: [1 + S, C, H, W] float32. image, mask: as those, from the first sample with known pixels on.
 
+    condition: [1 + S, K, H, W] float32 for a network that takes K channels beside x; else None.
+
     Place 0 is nobody's: rows that are not samples are written there. Slot i is at place i + 1.
     """
 
-    def __init__(self, shape: tuple[int, int, int], device: torch.device) -> None:
+    def __init__(self, shape: tuple[int, int, int], device: torch.device, conditions: int = 0) -> None:
         self.shape, self.device = shape, device
+        self.condition = self._zeros(1, channels=conditions) if conditions else None
         self.image: Tensor | None = None
         self.mask: Tensor | None = None
         self.x, self.x0 = self._zeros(1), self._zeros(1)
@@ -66,11 +69,18 @@ class Slots:
         self.x, self.x0 = self._grown(self.x, 1 + count), self._grown(self.x0, 1 + count)
         if self.image is not None and self.mask is not None:
             self.image, self.mask = self._grown(self.image, 1 + count), self._grown(self.mask, 1 + count)
+        if self.condition is not None:
+            self.condition = self._grown(self.condition, 1 + count)
         return True
 
     def put(self, slot: int, x: Image) -> None:
         """Begin a sample with x [C, H, W], which may be read-only."""
         self.x[place(slot)] = self._sent(x)
+
+    def give(self, slot: int, condition: Image | None) -> None:
+        """Note what the network is given beside a sample, if it takes that."""
+        if condition is not None and self.condition is not None:
+            self.condition[place(slot)] = self._sent(condition)
 
     def know(self, slot: int, known: KnownPixels | None) -> None:
         """Note which pixels of a sample are known, if any."""
@@ -85,14 +95,15 @@ class Slots:
     def _sent(self, values: NDArray[np.float32] | NDArray[np.bool_]) -> Tensor:
         return to_device(torch.from_numpy(np.array(values)), self.device)
 
-    def _zeros(self, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    def _zeros(self, count: int, dtype: torch.dtype = torch.float32, channels: int | None = None) -> Tensor:
+        shape = count, channels or self.shape[0], *self.shape[1:]
         if self.device.type == "cpu":  # NumPy's zeros take memory only where something is written
             kind = np.bool_ if dtype == torch.bool else np.float32
-            return torch.from_numpy(np.zeros((count, *self.shape), kind))
-        return torch.zeros((count, *self.shape), dtype=dtype, device=self.device)
+            return torch.from_numpy(np.zeros(shape, kind))
+        return torch.zeros(shape, dtype=dtype, device=self.device)
 
     def _grown(self, old: Tensor, count: int) -> Tensor:
-        new = self._zeros(count, old.dtype)
+        new = self._zeros(count, old.dtype, old.shape[1])
         new[: len(old)] = old
         return new
 

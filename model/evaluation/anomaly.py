@@ -92,7 +92,7 @@ def measure(
     """
     schedule = denoiser.schedule
     assert schedule is not None
-    x0 = [from_pixels(image.transpose(1, 2, 0)) for image in images]
+    x0 = [from_pixels(image.transpose(1, 2, 0), schedule.data_range) for image in images]
     chosen = [likelihood.choose_timesteps(schedule.timesteps, terms, seed + i) for i in range(len(x0))]
     found = np.empty((2, len(x0), len(chosen[0])))
     for start in range(0, len(x0), batch):
@@ -161,7 +161,9 @@ class Study:
 
         def make() -> dict[str, Any]:
             found: dict[str, list[float]] = {kind: [] for kind in kinds}
-            x0 = torch.from_numpy(np.stack([from_pixels(image.transpose(1, 2, 0)) for image in images]))
+            x0 = torch.from_numpy(
+                np.stack([from_pixels(image.transpose(1, 2, 0), schedule.data_range) for image in images])
+            )
             for start in tqdm(range(0, len(x0), FLOW_BATCH), desc=f"flow, {steps} steps"):
                 some = slice(start, start + FLOW_BATCH)
                 for kind in kinds:
@@ -259,7 +261,7 @@ def bound_and_flow(study: Study, images: Pixels) -> dict[str, Any]:
 def collect(args: argparse.Namespace, model: Checkpoint) -> tuple[Pixels, Pixels, dict[str, Pixels]]:
     """Training images, test images, and sets of other ones by name. Raises DataError."""
     config = model.unet.config
-    shape = config.sample_size, config.in_channels
+    shape = config.shape[1:], config.in_channels
     splits = "train", data.held_out_split(args.data)
     train, test = (data.load(args.data, *shape, split) for split in splits)
     inliers = test.images[choose_images(test, args.test_images, balanced=False)]
@@ -274,7 +276,7 @@ def collect(args: argparse.Namespace, model: Checkpoint) -> tuple[Pixels, Pixels
 
 def run(args: argparse.Namespace, model: Checkpoint, command: str) -> dict[str, Any]:
     """Measure, and write everything. Returns the content of likelihood.json."""
-    if model.unet.config.num_class_embeds is not None and model.null_class is None:
+    if model.unet.config.conditional and model.null_class is None:
         raise DataError("the network has no unconditional branch, which outliers need: they have no class")
     train_images, test_images, other_images = collect(args, model)
     threads = torch.get_num_threads()

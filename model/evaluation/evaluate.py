@@ -175,8 +175,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def prepare(args: argparse.Namespace, model: Checkpoint) -> tuple[Classifier, Reference, dict[str, Any]]:
     """The judge, what it compares with, and an evaluation that has no rows yet."""
     config = model.unet.config
-    train_set, test_set = load_splits(args.data, config.sample_size, config.in_channels, args.held_out)
-    conditional = config.num_class_embeds is not None
+    train_set, test_set = load_splits(args.data, config.shape[1:], config.in_channels, args.held_out)
+    conditional = config.conditional
     if conditional and len(model.class_names) != len(train_set.class_names):
         count = len(train_set.class_names)
         raise DataError(f"{args.data}: {count} classes, but the model has {len(model.class_names)}")

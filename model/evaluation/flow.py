@@ -25,15 +25,12 @@ from torch import Tensor
 
 from model import noise
 from model.checkpoint import Checkpoint
-from model.diffusion import predict_x0
+from model.diffusion import bounded_x0, network_timesteps, predict_x0
 from model.noise import NoiseStream
 from model.schedule import NoiseSchedule
 
 Predictor = Callable[[Tensor, Tensor], Tensor]
 """(x [B, …], t [B]) → the clipped x₀ prediction, differentiable in x."""
-
-BIN = 2 / 255
-"""The distance of two grey levels of pixels in [-1, 1]."""
 
 
 def x0_predictor(model: Checkpoint) -> Predictor:
@@ -42,11 +39,11 @@ def x0_predictor(model: Checkpoint) -> Predictor:
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
         y = None
-        if unet.config.num_class_embeds is not None:
+        if unet.config.conditional:
             assert model.null_class is not None  # the caller has checked
             y = torch.full_like(t, model.null_class)
-        out = unet(x.float(), t, y)[:, : x.shape[1]]
-        return predict_x0(schedule, x, t, out).clamp(-schedule.clip, schedule.clip)
+        out = unet(x.float(), network_timesteps(schedule, t), y)[:, : x.shape[1]]
+        return bounded_x0(schedule, predict_x0(schedule, x, t, out))
 
     return predict
 
@@ -60,6 +57,7 @@ def log_density(
     calls each; fewer where the timesteps are too few. Returns [B] float64.
     """
     nodes = np.unique(schedule.spaced_timesteps(min(steps + 1, schedule.timesteps), "logsnr"))
+    nodes = nodes[schedule.snr[nodes] > 0]  # z would be infinite at a last timestep of pure noise
     levels = schedule.snr[nodes] ** -0.5
     signs = noise.normals(seeds, [0] * len(seeds), z.shape[1:], NoiseStream.PROBABILITY_FLOW)
     v = torch.from_numpy(np.where(signs < 0, -1.0, 1.0))
@@ -73,7 +71,7 @@ def log_density(
         before = divergence
         slope, divergence = _slope_and_divergence(predict, schedule, z, t, v)
         change += math.log(there / here) / 2 * (before + divergence)
-    last = float(schedule.alphas_cumprod[-1])
+    last = float(schedule.alphas_cumprod[nodes[-1]])
     x_t = math.sqrt(last) * z
     normal = -0.5 * (x_t.square() + math.log(2 * math.pi) - math.log(last)).flatten(1).sum(1)
     return normal + change
@@ -103,15 +101,17 @@ def uniform_bits(
 ) -> Tensor:
     """Bits per dimension of 8-bit images by uniform dequantisation (Theis et al. 2016, eq. 1). [B] float64.
 
-    x0: [B, C, H, W] on the 256 levels of [-1, 1]. Noise as wide as a level makes them continuous; by Jensen's
-    inequality the level's log probability is at least the mean log density.
+    x0: [B, C, H, W] on the 256 levels of the data range. Noise as wide as a level makes them continuous; by
+    Jensen's inequality the level's log probability is at least the mean log density.
     """
     drawn = torch.from_numpy(
         noise.normals(seeds, [1] * len(seeds), x0.shape[1:], NoiseStream.PROBABILITY_FLOW)
     )
-    z = x0.double() + BIN * (torch.special.ndtr(drawn.double()) - 0.5)
+    low, high = schedule.data_range
+    width = (high - low) / 255
+    z = x0.double() + width * (torch.special.ndtr(drawn.double()) - 0.5)
     nats = log_density(predict, schedule, z, seeds, steps)
-    return -nats / (x0[0].numel() * math.log(2)) - math.log2(BIN)
+    return -nats / (x0[0].numel() * math.log(2)) - math.log2(width)
 
 
 def noised_bits(
@@ -120,7 +120,7 @@ def noised_bits(
     """KL(q(z | x₀) ‖ p) in bits per dimension, q being the forward process at timestep 0. [B] float64.
 
     This is the rate of x at timestep 0, which L_T and the bound's terms above t = 0 bound. From one draw of
-    the noise. x0: [B, C, H, W] in [-1, 1].
+    the noise. x0: [B, C, H, W] in the data range.
     """
     level = float(schedule.snr[0]) ** -0.5
     eps = torch.from_numpy(

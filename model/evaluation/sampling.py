@@ -46,5 +46,5 @@ def sample(
             tick(len(part) * plan.evaluations[row])
         if not x.isfinite().all():
             raise FloatingPointError(f"samples {start} to {start + len(part) - 1} are not finite")
-        images.append(to_pixels(x))
+        images.append(to_pixels(x, denoiser.data_range))
     return np.concatenate(images)

@@ -80,7 +80,7 @@ def build_app(name: str) -> Any:
     learned = scheduler.get("variance_type") == "learned_range"
     labels = len(made.classes) + made.null
     config = UNetConfig(
-        sample_size=SIZE,
+        sample_size=(SIZE, SIZE),
         in_channels=made.channels,
         out_channels=made.channels * (1 + learned),
         down_block_types=("DownBlock2D",),
@@ -108,7 +108,7 @@ def build_app(name: str) -> Any:
         made.classes,
         len(made.classes) if made.null else None,
         # Never run: it only says that there is a classifier.
-        classifier=NoiseClassifier(EncoderConfig(SIZE, made.channels, len(made.classes), (8, 16)))
+        classifier=NoiseClassifier(EncoderConfig((SIZE, SIZE), made.channels, len(made.classes), (8, 16)))
         if made.classifier
         else None,
         typicality=typicality if made.typical else None,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -70,6 +71,7 @@ IMAGE = np.linspace(-1, 1, 64, dtype=np.float32).reshape(SHAPE)
 HALF = np.arange(8)[:, None] < np.full(8, 4)[None]
 EDIT = build_plan(SCHEDULE, "ddim", 6, strength=0.5)
 LEARNED = NoiseSchedule(linear_betas(1000), variance_type="learned_range", timestep_spacing="trailing")
+THRESHOLDED = replace(SCHEDULE, dynamic_thresholding_ratio=0.8, clip=1.7)
 MIXED = (
     chain("ddpm", 6, seed=1, label=0),
     chain("ddim", 3, seed=2, label=1, guidance_scale=3.0),
@@ -95,6 +97,8 @@ MIXED = (
         known=KnownPixels(IMAGE, np.ones((1, 1, 1), bool)),
     ),
     chain("dpmpp_2m", 3, seed=14, start=InitialLatent(noises=((0.6, 1), (0.8, 2)))),
+    Chain(build_plan(THRESHOLDED, "ddim", 4), 15),
+    Chain(build_plan(THRESHOLDED, "dpmpp_2m", 5, guidance=Guidance(4.0)), 16, label=1),
 )
 
 
@@ -139,8 +143,8 @@ def by_hand(runtime: Any, one: Chain, null: int | None) -> Tensor:
     previous = torch.zeros_like(x)
     for step, row in enumerate(plan.table):
         t, w, clip = int(row["t"]), float(row["w"]), float(row["clip"])
-        names = ("a_x", "a_o", "c_x", "c_0", "c_p", "c_n", "c_v")
-        a_x, a_o, c_x, c_0, c_p, c_n, c_v = (float(row[name]) for name in names)
+        names = ("a_x", "a_o", "q", "c_x", "c_0", "c_u", "c_p", "c_n", "c_v")
+        a_x, a_o, q, c_x, c_0, c_u, c_p, c_n, c_v = (float(row[name]) for name in names)
 
         def call(y: int | None, x: Tensor = x, t: int = t) -> Tensor:
             out: Tensor = runtime.forward(x, torch.tensor([t]), None if y is None else torch.tensor([y]))
@@ -151,10 +155,14 @@ def by_hand(runtime: Any, one: Chain, null: int | None) -> Tensor:
         if w != 1:
             unconditional = call(null)[:, :1]
             out = unconditional + w * (out[:, :1] - unconditional)
-        x0 = (a_x * x + a_o * out[:, :1]).clamp(-clip, clip)
+        unclipped = a_x * x + a_o * out[:, :1]
+        x0 = unclipped.clamp(-clip, clip)
+        if q:
+            most = float(torch.quantile(unclipped.abs(), q).clamp(1, clip))
+            x0 = unclipped.clamp(-most, most) / most
         z = torch.from_numpy(noise.normal(one.seed, step, SHAPE))
         scale = torch.exp(c_v * variance_frac) if variance_frac.numel() else 1.0
-        x = c_x * x + c_0 * x0 + c_p * previous + c_n * scale * z
+        x = c_x * x + c_0 * x0 + c_u * unclipped + c_p * previous + c_n * scale * z
         if one.known is not None:
             other = torch.from_numpy(noise.normal(one.seed, step, SHAPE, NoiseStream.KNOWN_PIXELS))
             given = float(row["k_0"]) * torch.from_numpy(one.known.image) + float(row["k_n"]) * other
@@ -166,7 +174,7 @@ def by_hand(runtime: Any, one: Chain, null: int | None) -> Tensor:
 @pytest.mark.parametrize("one", MIXED)
 def test_generate_is_the_loop_by_hand(one: Chain) -> None:
     torch.testing.assert_close(
-        generate(fake(), [one]), by_hand(FakeRuntime(), one, null=3), rtol=1e-5, atol=1e-6
+        generate(fake(), [one]), by_hand(FakeRuntime(), one, null=3), rtol=1e-4, atol=1e-4
     )
 
 
@@ -266,7 +274,7 @@ def test_a_step_that_fails_changes_nothing_and_is_not_built_on() -> None:
 def test_a_step_whose_results_are_lost_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its samples have moved on: a second time would move them twice."""
 
-    def full(_: Tensor) -> Tensor:
+    def full(*_: object) -> Tensor:
         raise torch.OutOfMemoryError("no room for pictures")
 
     denoiser = fake()
@@ -322,7 +330,7 @@ def test_rows_beyond_the_samples_are_written_where_nobody_looks() -> None:
         denoiser.slots.x[4] = 7.0
         denoiser._begin(rows)
     coefficients = np.array([np.frombuffer(one.plan.coefficients[0], np.float32) for one in chains])
-    parts = _Parts(8, True, ALL, ALL, [], [])
+    parts = _Parts(8, True, ALL, ALL, [], [], ALL)
     with torch.inference_mode():
         fixed._update(torch.from_numpy(pack(rows, coefficients, [0], 3, 8)), parts)
     loose.launch(rows).read()
@@ -434,6 +442,28 @@ def test_measurements_compare_with_their_image() -> None:
             x0, x0_pred = torch.from_numpy(levels)[None], latent.x0[None]
             assert bits == vlb_terms(schedule, x0, x0_pred, t, schedule.variance_type).item()
             assert error == (x0 - x0_pred).double().square().mean().item()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
+def test_pictures_need_not_be_square_and_have_any_number_of_channels(channels: int) -> None:
+    """They are generated, edited and measured."""
+    shape = channels, 8, 16
+    model = tiny_checkpoint(sample_size=(8, 16), in_channels=channels, out_channels=channels)
+    denoiser = Denoiser.of(model, TorchRuntime(model, batch_sizes=(4,)))
+    levels = from_pixels(np.random.default_rng(0).integers(0, 256, (8, 16, channels), np.uint8))
+    left = np.broadcast_to(np.arange(16) < 4, (1, 8, 16))
+    assert denoiser.schedule is not None
+    chains = [
+        chain(steps=3, label=1),
+        Chain(EDIT, 1, 1, start=noised(EDIT, levels, 1), known=KnownPixels(levels, left)),
+        measuring(build_measurement(denoiser.schedule, [700, 300, 0]), levels, 2, 1),
+    ]
+    made, edited, measured = (generate(denoiser, [each])[0] for each in chains)
+    assert made.shape == edited.shape == shape
+    assert torch.equal(edited[:, :, :4], torch.from_numpy(levels[:, :, :4]))
+    assert not torch.isclose(edited[:, :, 4:], torch.from_numpy(levels[:, :, 4:])).any(dim=-1).all()
+    assert torch.equal(measured, torch.from_numpy(levels))
+    assert to_pixels(made[None])[0].shape == shape
 
 
 def test_a_chain_may_start_from_an_image_that_is_read_only() -> None:
@@ -573,3 +603,78 @@ def test_a_classifier_guides_towards_its_class(tiny: Checkpoint) -> None:
         return float(found[:, 1].mean())
 
     assert log_p(0) < log_p(5) < log_p(50)
+
+
+# ── What pixels and timesteps are to the network ───────────────────────────────────────────────
+
+
+def test_the_network_is_given_scaled_timesteps() -> None:
+    schedule = NoiseSchedule(linear_betas(4000), timestep_scale=0.25)
+    denoiser = Denoiser(FakeRuntime(), SHAPE, conditional=False, null_class=None, schedule=schedule)
+    generate(denoiser, [Chain(build_plan(schedule, "ddim", 3, timesteps=[3999, 1001, 2]), 0)])
+    assert isinstance(denoiser.runtime, FakeRuntime)
+    given = [t for _, t, _ in denoiser.runtime.calls]
+    assert torch.cat(given).tolist() == [999.75, 250.25, 0.5]
+
+
+@pytest.mark.parametrize("kind", [TorchRuntime, OpenVinoRuntime])
+def test_fractions_of_timesteps_reach_the_network(kind: Any) -> None:
+    if kind is OpenVinoRuntime:
+        pytest.importorskip("openvino")
+    model = tiny_checkpoint(num_class_embeds=None)
+    randomise(model.unet)
+    x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([0.25, 7.75])
+    with torch.no_grad():
+        torch.testing.assert_close(kind(model).forward(x, t, None), model.unet(x, t), rtol=1e-3, atol=1e-4)
+        assert (model.unet(x, t) - model.unet(x, t.long())).abs().max() > 1e-3
+
+
+def test_pixels_are_in_the_data_range() -> None:
+    pixels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
+    image = from_pixels(pixels, (0.0, 1.0))
+    assert (image.min(), image.max()) == (0, 1)
+    np.testing.assert_array_equal(to_pixels(torch.from_numpy(image), (0.0, 1.0)).transpose(1, 2, 0), pixels)
+    np.testing.assert_array_equal(render(torch.from_numpy(image)[None], (0.0, 1.0))[0], pixels)
+    for values, expected in ((image - 2, 0), (image + 2, 255)):
+        assert (to_pixels(torch.from_numpy(values), (0.0, 1.0)) == expected).all()
+
+
+def test_errors_are_measured_in_levels_whatever_the_data_range() -> None:
+    """A network of the same images in [0, 1] has half the noise, and predicts the same pixels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 1), np.uint8)
+    off = pixels // 2
+    found = {}
+    for data_range in ((-1.0, 1.0), (0.0, 1.0), (-3.0, 1.0)):
+        schedule = NoiseSchedule(linear_betas(1000), data_range=data_range, clip=math.inf)
+        denoiser = Denoiser(FakeRuntime(), SHAPE, conditional=False, null_class=None, schedule=schedule)
+        chains = [measuring(build_measurement(schedule, [500]), from_pixels(pixels, data_range), 0)]
+        ((_, found[data_range]),) = denoiser.measure(chains, [0], [from_pixels(off, data_range)])
+    error = np.square((pixels.astype(float) - off) / 127.5).mean()
+    assert list(found.values()) == pytest.approx([error] * 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("total", [1, 2])
+def test_the_fewest_timesteps_can_be_measured(total: int) -> None:
+    schedule = NoiseSchedule(linear_betas(total, 0.5, 0.9))
+    denoiser = Denoiser(FakeRuntime(), SHAPE, conditional=False, null_class=None, schedule=schedule)
+    chosen = list(range(total))[::-1]
+    chains = [measuring(build_measurement(schedule, chosen), IMAGE, 0)]
+    for step in range(total):
+        ((bits, error),) = denoiser.measure(chains, [step], [IMAGE])
+        assert math.isfinite(bits)
+        assert error == 0
+        denoiser.launch([Row(chains[0], 0, step)]).read()
+
+
+def test_dynamic_thresholding_brings_an_image_back_into_its_range() -> None:
+    schedule = replace(THRESHOLDED, clip=1e4)
+    for sampler in ("ddim", "dpmpp_2m"):
+        plan = build_plan(schedule, sampler, 4)
+        denoiser = fake()
+        for step in range(4):
+            row = Row(Chain(plan, 3), 0, step, arrays=("x0",))
+            x0 = np.abs(denoiser.launch([row]).read()[0].arrays["x0"])
+            assert x0.max() <= 1
+            if step == 0:  # where the prediction is far outside, a fifth of it is at the bound
+                assert (x0 > 0.999).mean() == pytest.approx(0.2, abs=0.02)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import chain, pairwise
 
 import numpy as np
@@ -11,9 +12,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from model.betas import zero_terminal_snr
 from model.denoiser import Denoiser, to_pixels
+from model.diffusion import discretised_gaussian_log_likelihood
 from model.evaluation.anomaly import measure
-from model.likelihood import FEWEST_TERMS, choose_timesteps, chunks, estimate, prior_bits, rmse, strata
+from model.likelihood import (
+    FEWEST_TERMS,
+    choose_timesteps,
+    chunks,
+    continuous_rate,
+    estimate,
+    prior_bits,
+    rmse,
+    strata,
+)
 from model.schedule import NoiseSchedule, linear_betas
 from tests.model.gaussian import GaussianRuntime, expected_terms, prior_divergence
 
@@ -176,3 +188,29 @@ def test_the_bound_of_gaussian_data_under_their_own_denoiser(terms: int) -> None
             assert abs(difference) < 4 * math.hypot(noise, bound.standard_error)
         off.append((bound.rates[0] - bound.prior) / expected.sum() - 1)
     assert abs(np.mean(off)) < 0.03
+
+
+def test_an_image_costs_the_same_bits_in_any_data_range() -> None:
+    """Halving pixels and the deviation of the forward process's noise alike changes no probability."""
+    image = torch.arange(256).double().view(1, 1, 16, 16) / 127.5 - 1
+    guess, std = image + 0.02, torch.full((1, 1, 1, 1), 0.05).double()
+    wide = discretised_gaussian_log_likelihood(image, guess, std)
+    low = discretised_gaussian_log_likelihood((image + 1) / 2, (guess + 1) / 2, std / 2, (0.0, 1.0))
+    torch.testing.assert_close(low, wide)
+    assert wide.exp()[0, 0, 0, 1] < 0.1
+    assert not torch.allclose(
+        discretised_gaussian_log_likelihood((image + 1) / 2, (guess + 1) / 2, std / 2), wide, atol=0.1
+    )
+
+
+def test_a_rate_from_pure_noise_is_finite() -> None:
+    """The SNR of ᾱ_T = 0 has no logarithm; what it adds to the integral is small and positive."""
+    schedule = NoiseSchedule(zero_terminal_snr(linear_betas(1000)), prediction_type="v_prediction")
+    timesteps = np.arange(1000)
+    mse = 0.3 * (timesteps + 1) / 1000
+    whole = continuous_rate(schedule, 0.0, timesteps.tolist(), mse.tolist())
+    without = continuous_rate(schedule, 0.0, timesteps[:-1].tolist(), mse[:-1].tolist())
+    assert without < whole < without + 1e-3
+    halved = replace(schedule, data_range=(0.0, 1.0))
+    assert continuous_rate(halved, 0.0, timesteps.tolist(), mse.tolist()) == pytest.approx(whole / 4)
+    assert prior_bits(schedule, np.ones((1, 8, 8))) == 0

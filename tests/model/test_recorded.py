@@ -204,10 +204,10 @@ def test_widths_no_longer_in_use_are_forgotten(device: str, tiny: Checkpoint) ->
     denoiser = made(tiny, device)
     run(denoiser, chains(known=False)[:1], [0])
     run(denoiser, chains(known=False), [*range(6)])
-    assert {width for width, _ in denoiser._recordings} == {2, 8}
+    assert {width for width, *_ in denoiser._recordings} == {2, 8}
     denoiser.runtime.batch_sizes = (2,)  # as after running out of memory
     run(denoiser, chains(known=False)[:1], [0])
-    assert {width for width, _ in denoiser._recordings} == {2}
+    assert {width for width, *_ in denoiser._recordings} == {2}
 
 
 def test_steps_wider_than_any_recording_are_made_eagerly(device: str, tiny: Checkpoint) -> None:
@@ -243,7 +243,7 @@ def test_what_is_recorded_looks_at_no_value(schedule: NoiseSchedule, dtype: Dtyp
         guided = [index for index, row in enumerate(rows) if row.chain.plan.evaluations[0] == 2]
         coefficients = np.array([np.frombuffer(row.chain.plan.coefficients[0], np.float32) for row in rows])
         upload = torch.from_numpy(pack(rows, coefficients, guided, 3, 16)).to("meta")
-        done = denoiser._update(upload, _Parts(16, True, ALL, ALL, ALL, [], recorded=True))
+        done = denoiser._update(upload, _Parts(16, True, ALL, ALL, ALL, [], ALL, recorded=True))
     assert [each.shape for each in (done.before, done.x, done.x0)] == [(16, 1, 8, 8)] * 3
     assert done.finite.shape == (16,)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -93,20 +94,17 @@ def test_an_impossible_number_of_steps_is_refused(steps: int) -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"beta_schedule": "sigmoid"}, "beta_schedule='sigmoid'"),
-        ({"variance_type": "learned"}, "variance_type='learned'"),
+        ({"beta_schedule": "spline"}, "beta_schedule='spline'"),
+        ({"variance_type": "guessed"}, "variance_type='guessed'"),
         ({"prediction_type": "flow"}, "prediction_type='flow'"),
         ({"timestep_spacing": "karras"}, "timestep_spacing='karras'"),
-        ({"thresholding": True}, "thresholding"),
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
-        ({"set_alpha_to_one": False}, "set_alpha_to_one"),
         ({"steps_offset": -1}, "steps_offset=-1"),
         ({"clip_sample_range": -1.0}, "clip=-1.0"),
-        ({"trained_betas": [0.1, 1.5]}, "betas"),
-        ({"trained_betas": [0.1, math.nan]}, "betas"),
+        ({"trained_betas": [0.1, 1.5], "num_train_timesteps": 2}, "betas"),
+        ({"trained_betas": [1.0, 0.5], "num_train_timesteps": 2}, "betas must be below 1 but for the last"),
+        ({"trained_betas": [0.1, math.nan], "num_train_timesteps": 2}, "betas"),
         ({"trained_betas": []}, "betas"),
-        # Neither clips x₀ nor even follows the same forward process.
-        ({"_class_name": "DPMSolverMultistepScheduler"}, "DPMSolverMultistepScheduler"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatchEulerDiscreteScheduler"),
     ],
 )
@@ -133,3 +131,39 @@ def test_the_checkpoints_own_choices_are_read() -> None:
 def test_the_old_word_for_the_parametrisation_is_read() -> None:
     assert NoiseSchedule.from_diffusers({"predict_epsilon": False}).prediction_type == "sample"
     assert NoiseSchedule.from_diffusers({"predict_epsilon": True}).prediction_type == "epsilon"
+
+
+ZERO_SNR = NoiseSchedule.from_diffusers(
+    {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+)
+
+
+def test_a_last_timestep_of_pure_noise() -> None:
+    """ᾱ_T = 0 (Lin et al. 2024): finite wherever it is used."""
+    assert ZERO_SNR.alphas_cumprod[-1] == ZERO_SNR.snr[-1] == 0
+    assert (np.diff(ZERO_SNR.alphas_cumprod) < 0).all()
+    assert ZERO_SNR.alphas_cumprod[0] == pytest.approx(NoiseSchedule.from_diffusers({}).alphas_cumprod[0])
+    for kind in ("v_prediction", "sample", "posterior_mean"):
+        schedule = replace(ZERO_SNR, prediction_type=kind)
+        assert np.isfinite(schedule.x0_coefficients).all()
+    for spacing in SPACINGS:
+        for steps in (1, 2, 20, 1000):
+            chosen = ZERO_SNR.spaced_timesteps(steps, spacing)
+            assert (np.diff(chosen) < 0).all()
+    assert ZERO_SNR.spaced_timesteps(20, "logsnr")[0] == 999
+
+
+def test_a_single_timestep_has_a_decoder() -> None:
+    schedule = NoiseSchedule(linear_betas(1))
+    assert schedule.decoder_variance == schedule.betas[0]
+    longer = NoiseSchedule(linear_betas(1000))
+    assert longer.decoder_variance == longer.posterior_variance("fixed_small")[1]
+
+
+def test_a_spare_timestep_is_the_lowest() -> None:
+    """As diffusers' multistep solvers, whose `leading` and `linspace` do not visit timestep 0."""
+    schedule = NoiseSchedule(linear_betas(1000), spare_timestep=True)
+    assert schedule.spaced_timesteps(4, "leading").tolist() == [800, 600, 400, 200]
+    assert schedule.spaced_timesteps(3, "linspace").tolist() == [999, 666, 333]
+    assert schedule.spaced_timesteps(4, "trailing").tolist() == [999, 749, 499, 249]
+    assert len(schedule.spaced_timesteps(1000, "leading")) == 1000

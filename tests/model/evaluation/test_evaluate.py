@@ -256,6 +256,15 @@ def test_what_cannot_be_used_is_said_in_a_line(model, data, capsys, change, mess
     assert message in error
 
 
+def test_pictures_need_not_be_square(tmp_path, data):
+    model = tiny_model()
+    model = replace(model, unet=UNet(replace(model.unet.config, sample_size=(8, 16))).eval())
+    checkpoint.save(tmp_path / "wide", model)
+    assert run(tmp_path / "wide", data, "--samplers", "ddim", "--steps", "2") == 0
+    rows = json.loads((tmp_path / "wide" / "evaluation.json").read_text())["rows"]
+    assert [math.isfinite(row["frechet"]) for row in rows] == [True]
+
+
 def test_guidance_needs_a_null_class(tmp_path, data, capsys):
     checkpoint.save(tmp_path / "plain", tiny_model(classes=0))
     assert run(tmp_path / "plain", data, "--guidance", "2") == 3

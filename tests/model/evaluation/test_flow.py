@@ -22,6 +22,7 @@ SCHEDULE = NoiseSchedule(linear_betas(1000), clip=math.inf)
 RUNTIME = GaussianRuntime(SCHEDULE)
 SHAPE = (1, 8, 8)
 DIMS = 64
+BIN = 2 / 255
 
 
 def drawn(count: int, seed: int = 0) -> Tensor:
@@ -73,8 +74,8 @@ def test_bits_of_dequantised_levels() -> None:
     found = flow.uniform_bits(RUNTIME.predict_x0, SCHEDULE, x0, range(40), 100)
     # −log₂ of the density times the width of a level, with the level's own spread about its middle.
     variance = GaussianRuntime.variance
-    density = flow_log_density(SCHEDULE, x0.numpy()) - DIMS * flow.BIN**2 / 24 / variance
-    expected = -(density / DIMS + math.log(flow.BIN)) / math.log(2)
+    density = flow_log_density(SCHEDULE, x0.numpy()) - DIMS * BIN**2 / 24 / variance
+    expected = -(density / DIMS + math.log(BIN)) / math.log(2)
     np.testing.assert_allclose(found, expected, atol=0.03)
     assert float(found.mean()) == pytest.approx(float(expected.mean()), abs=0.005)
 

@@ -66,7 +66,7 @@ def test_pixels_span_the_levels_and_are_clipped():
     assert to_pixels(x).tolist() == [0, 0, 128, 255, 255]
 
 
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels", [1, 3, 4])
 def test_a_class_sheet_has_a_row_of_samples_per_class(channels):
     model = tiny_model(channels=channels)
     sheet = plots.class_sheet(model, per_class=2, steps=3, seed=5, scale=1, runtime="torch")
@@ -76,7 +76,7 @@ def test_a_class_sheet_has_a_row_of_samples_per_class(channels):
     left = sheet.width - 2 * (8 + GAP)
     top = GAP + 1 * (8 + GAP)
     cell = pixels(sheet)[top : top + 8, left : left + 8].transpose(2, 0, 1)
-    assert np.abs(cell[:channels].astype(int) - expected[0]).max() <= 1
+    assert np.abs(cell[:channels].astype(int) - expected[0][:3]).max() <= 1
     assert sheet.height == GAP + 3 * (8 + GAP)
 
 
