@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
@@ -30,7 +29,15 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
     )
 
-    model: Path = Field(Path("weights/fashion-mnist"), description="model folder in diffusers layout")
+    model: str = Field(
+        "weights/fashion-mnist",
+        description="model folder in diffusers layout, or hf:owner/name@revision on the Hugging Face Hub",
+    )
+    sample_size: str = Field(
+        "",
+        pattern=r"^([1-9]\d*(x[1-9]\d*)?)?$",
+        description="HEIGHTxWIDTH of the pictures, or one number, for a model that does not say",
+    )
     device: str = Field(
         "auto",
         pattern=r"^(auto|cpu|mps|cuda|cuda:\d+(,cuda:\d+)*)$",
@@ -75,8 +82,10 @@ class Settings(BaseSettings):
     def engine_configs(self) -> list[EngineConfig]:
         """One for each device that is named."""
         values = {name: getattr(self, name) for name in SHARED}
+        height, _, width = self.sample_size.partition("x")
+        size = (int(height), int(width or height)) if height else None
         return [
-            EngineConfig(model=str(self.model), device=device, slots=self.max_queue, **values)
+            EngineConfig(model=self.model, sample_size=size, device=device, slots=self.max_queue, **values)
             for device in self.device.split(",")
         ]
 

@@ -10,6 +10,7 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
+from model.condition import Part
 from model.schedule import NoiseSchedule
 from model.typicality import Typicality
 from service.engine.jobs import JobSpec, SnapshotKind
@@ -23,7 +24,7 @@ Pixels = NDArray[np.uint8]
 class EngineConfig(Struct, frozen=True, tag=True):
     """What an engine is to run, sent to it once, first of all. As the settings of the same names.
 
-    slots: samples in flight at once, at most.
+    sample_size: (height, width). slots: samples in flight at once, at most.
     """
 
     model: str
@@ -35,6 +36,7 @@ class EngineConfig(Struct, frozen=True, tag=True):
     policy: str = "remaining"
     batch_invariant: bool = True
     log_format: str = "text"
+    sample_size: tuple[int, int] | None = None
 
 
 class AddJob(Struct, frozen=True, tag=True):
@@ -156,8 +158,10 @@ class EngineInfo(Struct, frozen=True, tag=True):
 class ModelInfo(Struct, frozen=True, eq=False, tag=True):
     """The model that an engine has loaded.
 
-    conditional: its network takes class labels; guided: it has a null class; classified: there is a
-    classifier for guidance. typicality: of its training images, where it is known.
+    class_names: each means one class only. conditional: its network takes class labels; guided: it has a null
+    class; classified: there is a classifier for guidance. typicality: of its training images, where it is
+    known. condition: what the network takes beside x, in order. sampler: the nearest to the scheduler that
+    the model came with. lowest_timestep: the first that its network has a value at.
     """
 
     name: str
@@ -169,6 +173,9 @@ class ModelInfo(Struct, frozen=True, eq=False, tag=True):
     classified: bool
     typicality: Typicality | None
     parameters: int
+    condition: tuple[Part, ...] = ()
+    sampler: str = "dpmpp_2m"
+    lowest_timestep: int = 0
 
 
 class Load(Struct, frozen=True, tag=True):
@@ -195,7 +202,9 @@ class StepReport(Struct, frozen=True, tag=True):
 
 
 class Loaded(Struct, frozen=True, tag=True):
-    """The engine has its model, and is about to warm up."""
+    """The engine has its model, and is about to warm up. folder: where it is; of the Hub's, that commit's."""
+
+    folder: str
 
 
 class Ready(Struct, frozen=True, tag=True):

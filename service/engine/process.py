@@ -18,6 +18,9 @@ from queue import Empty
 from socket import socket
 from typing import Any, Protocol
 
+from msgspec.structs import replace
+
+from model import hub
 from model.checkpoint import Checkpoint, CheckpointError
 from model.runtimes import RuntimeUnavailableError
 from service.engine.messages import (
@@ -153,8 +156,9 @@ def run(
 
         def build() -> Warm:
             try:
-                model = load(config)
-                send(Loaded())
+                located = replace(config, model=str(hub.locate(config.model)))
+                model = load(located)
+                send(Loaded(located.model))
                 warmed = warm(model, config)
                 freeze_heap()
                 return warmed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import cast
@@ -16,6 +16,8 @@ import torch
 from model import checkpoint
 from model.chain import Chain, Image
 from model.checkpoint import Checkpoint
+from model.class_names import distinct
+from model.condition import assemble
 from model.denoiser import Denoiser
 from model.runtimes import (
     DtypeName,
@@ -27,6 +29,7 @@ from model.runtimes import (
     load_runtime,
 )
 from model.samplers import Guidance, build_plan
+from model.scheduler_config import DEFAULT_CLASS, nearest_sampler
 from model.state import Row
 from service.engine.engine import Engine
 from service.engine.estimates import StepTimes
@@ -61,7 +64,7 @@ def load(config: EngineConfig) -> Checkpoint:
     cannot do.
     """
     check_available(config.runtime, config.device)
-    return checkpoint.load(Path(config.model))
+    return checkpoint.load(Path(config.model), sample_size=config.sample_size)
 
 
 def model_info(model: Checkpoint) -> ModelInfo:
@@ -70,13 +73,16 @@ def model_info(model: Checkpoint) -> ModelInfo:
     return ModelInfo(
         name=model.name,
         schedule=model.schedule,
-        shape=(config.in_channels, config.sample_size, config.sample_size),
-        class_names=model.class_names,
-        conditional=config.num_class_embeds is not None,
+        shape=model.shape,
+        class_names=distinct(model.class_names),
+        conditional=config.conditional,
         guided=model.null_class is not None,
         classified=model.classifier is not None,
         typicality=model.typicality,
+        condition=model.condition,
         parameters=sum(parameter.numel() for parameter in model.unet.parameters()),
+        sampler=nearest_sampler(model.scheduler_config),
+        lowest_timestep=config.lowest_timestep,
     )
 
 
@@ -101,7 +107,10 @@ def warm_up(model: Checkpoint, settings: EngineConfig) -> Warm:
     steps = min(4, model.schedule.timesteps)
     plan = build_plan(model.schedule, "ddim", steps)
     label = 0 if denoiser.conditional else None
-    chains = [Chain(plan, seed, label) for seed in range(max(sizes))]
+    condition = None
+    if model.condition:
+        condition = assemble(model.condition, np.zeros(model.shape, np.float32))
+    chains = [Chain(plan, seed, label, condition=condition) for seed in range(max(sizes))]
 
     denoiser.reserve(settings.slots)  # first, since recorded steps are recorded anew for more slots
     runtime.prepare(sizes)
@@ -116,8 +125,13 @@ def warm_up(model: Checkpoint, settings: EngineConfig) -> Warm:
             points = [(rows, _time_step(denoiser, chains[:rows])) for rows in runtime.batch_sizes]
     if denoiser.classifier is not None:  # what it adds to a result is tried too
         guided = build_plan(model.schedule, "ddim", steps, guidance=Guidance(classifier_scale=1.0))
-        chains = [Chain(guided, chain.seed, label) for chain in chains]
+        chains = [replace(chain, plan=guided) for chain in chains]
     invariance = measure_invariance(denoiser, chains[: max(2, max_batch_size)], max_batch_size)
+    info = model_info(model)
+    logger.info(
+        "%s: the sampler is %s where a request names none",
+        model.scheduler_config.get("_class_name", DEFAULT_CLASS), info.sampler,
+    )  # fmt: skip
     logger.info(
         "%s %s on %s: %d rows per step, %.0f rows/s, results %s of batch neighbours",
         runtime.name, runtime.dtype, runtime.device, max_batch_size,
@@ -131,7 +145,7 @@ def warm_up(model: Checkpoint, settings: EngineConfig) -> Warm:
 
     scheduler = Scheduler(max_batch_size, StepTimes(points), cast("Policy", settings.policy))
     engine = Engine(denoiser, scheduler, on_batch_limit)
-    info = EngineInfo(
+    engine_info = EngineInfo(
         model.name,
         runtime.name,
         str(runtime.device),
@@ -140,7 +154,7 @@ def warm_up(model: Checkpoint, settings: EngineConfig) -> Warm:
         tuple(points),
         invariance,
     )
-    return Warm(engine, info, model_info(model), count_devices(runtime.device))
+    return Warm(engine, engine_info, info, count_devices(runtime.device))
 
 
 def cpu_batch_sizes() -> tuple[int, ...]:

@@ -18,6 +18,8 @@ from enum import Enum
 from socket import MSG_PEEK, SO_RCVBUF, SO_SNDBUF, SOL_SOCKET, socket, socketpair
 from typing import Protocol
 
+from msgspec.structs import replace
+
 from service.engine.jobs import JobSpec
 from service.engine.messages import (
     AddJob,
@@ -28,6 +30,7 @@ from service.engine.messages import (
     EngineConfig,
     Failed,
     Load,
+    Loaded,
     Progress,
     Ready,
     Report,
@@ -286,6 +289,10 @@ class Worker:
                 self._feed()
                 if self._draining:
                     self.send(Drain())
+            case Loaded(
+                folder
+            ):  # whatever becomes of a branch on the Hub, the next engine has the same model
+                self.config = replace(self.config, model=folder)
             case Progress(_, load, launched):
                 self.load, self._unreported = load, 0
                 if launched is not None:

@@ -5,34 +5,22 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from model import checkpoint, typicality
-from model.checkpoint import (
-    CLASSIFIER_WEIGHTS,
-    LEGACY_ATTENTION,
-    MANIFEST,
-    WEIGHTS,
-    Checkpoint,
-    CheckpointError,
-)
+from model import checkpoint, typicality, weights
+from model.checkpoint import CLASSIFIER_WEIGHTS, MANIFEST, WEIGHTS, Checkpoint, CheckpointError
 from model.likelihood import choose_timesteps
 from model.typicality import Typicality
 from model.unet import UNet, UNetConfig
+from model.weights import LEGACY_ATTENTION
 from tests.model.conftest import SCHEDULER, TINY, randomise, tiny_classifier
-
-
-@pytest.fixture
-def folder(tiny: Checkpoint, tmp_path: Path) -> Path:
-    """A folder as `save` writes it."""
-    checkpoint.save(tmp_path / "tiny", tiny)
-    return tmp_path / "tiny"
 
 
 def flatten(folder: Path) -> None:
@@ -57,7 +45,7 @@ def rewrite(folder: Path, change: Any) -> None:
     (folder / MANIFEST).unlink(missing_ok=True)
 
 
-def same_weights(a: UNet, b: UNet) -> bool:
+def same_weights(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(x, b.state_dict()[name]) for name, x in a.state_dict().items())
 
 
@@ -141,9 +129,7 @@ def test_a_single_safetensors_file_of_another_name_loads(tiny: Checkpoint, folde
 def test_a_pickle_is_refused_with_a_way_out(folder: Path) -> None:
     (folder / MANIFEST).unlink()
     (folder / "unet" / WEIGHTS).rename(folder / "unet" / "diffusion_pytorch_model.bin")
-    with pytest.raises(
-        CheckpointError, match=r"only a pickle \(diffusion_pytorch_model.bin\).*save_pretrained"
-    ):
+    with pytest.raises(CheckpointError, match=rf"model.bin: a pickle.*python -m model.convert {folder} OUT"):
         checkpoint.load(folder)
 
 
@@ -191,8 +177,8 @@ def test_a_save_cut_short_leaves_a_folder_that_loads(
     def fail(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    other = UNet(tiny.unet.config)
-    monkeypatch.setattr(checkpoint, "save_file", fail)
+    other = UNet(cast("UNetConfig", tiny.unet.config))
+    monkeypatch.setattr(weights, "save_file", fail)
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(folder, replace(tiny, unet=other, class_names=("owl", "rat", "yak")))
     assert same_weights(checkpoint.load(folder).unet, tiny.unet)
@@ -214,10 +200,16 @@ def test_missing_surplus_and_misshapen_tensors_are_named(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "values", "named"),
     [
-        ("unet/config.json", {"act_fn": "gelu"}, r"unet/config.json: act_fn='gelu'"),
+        ("unet/config.json", {"act_fn": "tanh"}, r"unet/config.json: act_fn='tanh'"),
+        ("unet/config.json", {"sample_size": None}, r"unet/config.json: sample_size is missing"),
         ("unet/config.json", {"sample_size": 7}, r"unet/config.json: sample_size=7"),
         ("unet/config.json", {"attention_head_dim": 99}, r"unet/config.json: attention_head_dim=99"),
-        ("scheduler/scheduler_config.json", {"thresholding": True}, r"scheduler_config.json: thresholding"),
+        ("scheduler/scheduler_config.json", {"clip_smaple": True}, r"scheduler_config.json: .*clip_smaple"),
+        (
+            "scheduler/scheduler_config.json",
+            {"use_flow_sigmas": True},
+            r"scheduler_config.json: use_flow_sigmas",
+        ),
         ("scheduler/scheduler_config.json", {"beta_start": "low"}, r"scheduler_config.json: could not"),
         ("scheduler/scheduler_config.json", {"clip_sample_range": None}, "scheduler_config.json"),
         ("model_index.json", {"id2label": {"0": "a"}}, "1 names for 4 class embeddings"),
@@ -232,10 +224,45 @@ def test_a_bad_config_is_named(folder: Path, file: str, values: dict[str, Any], 
     assert "\n" not in str(caught.value)
 
 
+def test_a_size_that_is_missing_is_needed_and_one_that_is_there_is_kept(
+    tiny: Checkpoint, folder: Path
+) -> None:
+    assert checkpoint.load(folder, sample_size=(8, 8)).unet.config == tiny.unet.config
+    with pytest.raises(CheckpointError, match=r"config.json: sample_size=.*DDPM_SAMPLE_SIZE is \(8, 16\)"):
+        checkpoint.load(folder, sample_size=(8, 16))
+    edit(folder / "unet" / "config.json", sample_size=None)
+    with pytest.raises(CheckpointError, match=r"config.json: sample_size is missing: set DDPM_SAMPLE_SIZE"):
+        checkpoint.load(folder)
+    with pytest.raises(CheckpointError, match=r"config.json: sample_size=\(8, 5\)"):
+        checkpoint.load(folder, sample_size=(8, 5))
+    assert checkpoint.load(folder, sample_size=(8, 16)).unet.config.shape == (1, 8, 16)
+
+
 def test_labels_for_every_embedding_mean_no_null_class(folder: Path) -> None:
     edit(folder / "model_index.json", id2label={str(i): f"class {i}" for i in range(4)})
     loaded = checkpoint.load(folder)
     assert (len(loaded.class_names), loaded.null_class) == (4, None)
+
+
+def test_labels_may_be_numbers_with_names_or_without(tmp_path: Path) -> None:
+    options = TINY | {"class_embed_type": "timestep", "num_class_embeds": None}
+    theirs = UNet2DModel(**options).eval()
+    DDPMPipeline(theirs, DDPMScheduler()).save_pretrained(tmp_path)
+    loaded = checkpoint.load(tmp_path)
+    assert (loaded.class_names, loaded.null_class) == ((), None)
+    assert loaded.unet.config.conditional
+    edit(tmp_path / "model_index.json", id2label={"0": "cat", "1": "dog"})
+    loaded = checkpoint.load(tmp_path)
+    assert (loaded.class_names, loaded.null_class) == (("cat", "dog"), None)
+
+
+def test_learned_time_embeddings_have_to_be_enough(tmp_path: Path) -> None:
+    options = TINY | {"time_embedding_type": "learned", "num_train_timesteps": 100}
+    DDPMPipeline(UNet2DModel(**options), DDPMScheduler(100)).save_pretrained(tmp_path)
+    assert checkpoint.load(tmp_path).unet.get_parameter("time_proj.weight").shape == (100, 8)
+    edit(tmp_path / "scheduler" / "scheduler_config.json", num_train_timesteps=101)
+    with pytest.raises(CheckpointError, match=r"100 learned time embeddings are too few .* 101 timesteps"):
+        checkpoint.load(tmp_path)
 
 
 def test_unreadable_files_are_named(folder: Path) -> None:
@@ -243,14 +270,14 @@ def test_unreadable_files_are_named(folder: Path) -> None:
     (folder / "unet" / WEIGHTS).write_bytes(b"not safetensors")
     with pytest.raises(CheckpointError, match="not a readable safetensors"):
         checkpoint.load(folder)
-    (folder / "unet" / WEIGHTS).unlink()
-    with pytest.raises(CheckpointError, match=f"{WEIGHTS}: missing"):
-        checkpoint.load(folder)
     (folder / "unet" / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"config.json: not readable as JSON"):
         checkpoint.load(folder)
     (folder / "unet" / "config.json").write_text("[]")
     with pytest.raises(CheckpointError, match=r"config.json: a JSON object"):
+        checkpoint.load(folder)
+    (folder / "unet" / WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match=f"{WEIGHTS}: missing"):
         checkpoint.load(folder)
     (folder / "unet" / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"config.json: missing"):
@@ -280,9 +307,9 @@ def test_a_network_with_twice_the_outputs_loads(tiny: Checkpoint, folder: Path, 
 @pytest.mark.parametrize(
     ("outputs", "variance", "wanted"),
     [
-        (1, "learned_range", "twice as many"),
-        (3, "fixed_small", "as many, or twice"),
-        (3, "learned_range", ""),
+        (1, "learned_range", "a learned variance needs an even number"),
+        (3, "fixed_small", "pictures, or pictures and variances, of the input"),
+        (3, "learned_range", "even number"),
     ],
 )
 def test_outputs_that_mean_nothing_are_refused(
@@ -334,7 +361,7 @@ def test_a_classifier_cut_short_leaves_a_folder_that_loads(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", fail)
+        patch.setattr(weights, "save_file", fail)
         with pytest.raises(KeyboardInterrupt):
             checkpoint.save_classifier(folder, tiny_classifier())
     assert checkpoint.load(folder).classifier is None
@@ -345,11 +372,15 @@ def test_a_classifier_cut_short_leaves_a_folder_that_loads(
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"classes": 4}, r"classifier/config.json: .*are \(1, 8, 4\) where the network has \(1, 8, 3\)"),
-        ({"sample_size": 16}, r"classifier/config.json: .*are \(1, 16, 3\)"),
+        (
+            {"classes": 4},
+            r"classifier/config.json: .*are \(1, 8, 8, 4\) where the network has \(1, 8, 8, 3\)",
+        ),
+        ({"sample_size": 16}, r"classifier/config.json: .*are \(1, 16, 16, 3\)"),
         ({"block_out_channels": [8, 30]}, "classifier/config.json: norm_num_groups=4 does not divide"),
         ({"block_out_channels": "wide"}, "classifier/config.json"),
-        ({"pool": "mean"}, "classifier/config.json: pool is not an option"),
+        ({"pool": "max"}, "classifier/config.json: pool='max' is not supported"),
+        ({"pooling": "mean"}, "classifier/config.json: pooling is not an option"),
         ({"block_out_channels": [8, 16]}, r"model.safetensors: .* is not in the network"),
         ({"block_out_channels": [8, 16, 32]}, r"model.safetensors: .* where the network has"),
     ],

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
+import psutil
 import pytest
 from pydantic import SecretStr, ValidationError
 
 from service.settings import CommandLine, Settings
+from tests.model.hub_server import REPOSITORY, Hub, files_of, serving
+from tests.service.fakes import until
 from tests.service.live import Process
 
 
@@ -24,7 +28,7 @@ def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_the_defaults() -> None:
     settings = Settings()
     assert (settings.port, settings.host, settings.max_queue) == (8000, "127.0.0.1", 256)
-    assert settings.model == Path("weights/fashion-mnist")
+    assert settings.model == "weights/fashion-mnist"
     assert (settings.runtime, settings.device, settings.dtype) == ("auto", "auto", "auto")
     assert settings.api_keys == ()
 
@@ -82,6 +86,10 @@ def test_settings_do_not_change() -> None:
         ("DRAIN_S", "-1"),
         ("LOG_FORMAT", "xml"),
         ("BATCH_INVARIANT", "perhaps"),
+        ("SAMPLE_SIZE", "0"),
+        ("SAMPLE_SIZE", "64x"),
+        ("SAMPLE_SIZE", "64 x 128"),
+        ("SAMPLE_SIZE", "64x128x3"),
     ],
 )
 def test_a_malformed_value_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
@@ -89,6 +97,13 @@ def test_a_malformed_value_is_refused(monkeypatch: pytest.MonkeyPatch, name: str
     with pytest.raises(ValidationError) as refused:
         Settings()
     assert [found["loc"] for found in refused.value.errors()] == [(name.lower(),)]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("", None), ("32", (32, 32)), ("64x128", (64, 128)), ("1x1", (1, 1))]
+)
+def test_a_size_is_a_height_and_a_width(text: str, size: tuple[int, int] | None) -> None:
+    assert [config.sample_size for config in Settings(sample_size=text).engine_configs()] == [size]
 
 
 # ── The whole program ──────────────────────────────────────────────────────────────────────────
@@ -131,3 +146,31 @@ def test_weights_that_were_tampered_with_are_not_served(
     (line,) = process.lines
     assert str(weights) in line
     assert "sha256" in line
+
+
+@pytest.mark.slow
+def test_a_model_of_the_hub_is_served_and_an_engine_that_is_replaced_has_the_same_commit(
+    launch: Callable[..., Process], tiny_folder: Path, tmp_path: Path
+) -> None:
+    hub = Hub({"a" * 40: files_of(tiny_folder)}, {"main": "a" * 40})
+    with serving(hub):
+        flags = "--runtime", "torch", "--max-batch", "1"  # which are soon ready
+        process = launch(*flags, DDPM_MODEL=f"hf:{REPOSITORY}", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path))
+        with closing(process.connect()) as client:
+            assert client.get("/info").json()["model"]["name"] == "tiny-cats"
+            hub.branches["main"] = "b" * 40  # which would fail
+            before = len(hub.requests)
+            (engine,) = psutil.Process(process.popen.pid).children()
+            engine.kill()
+            until(lambda: "the engine has ended" in process.log, "the death to be noticed")
+            until(lambda: client.get("/readyz").status_code == 200, "another engine")
+        assert len(hub.requests) == before
+
+
+def test_a_repository_that_is_not_there_gives_one_line_and_code_3(
+    launch: Callable[..., Process], tmp_path: Path
+) -> None:
+    with serving(Hub({}, {})) as hub:
+        process = launch("--model", "hf:someone/else", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path))
+        assert process.wait() == 3
+    assert process.lines == ["hf:someone/else: no such repository, or a private one, which needs HF_TOKEN"]

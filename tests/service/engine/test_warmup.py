@@ -253,7 +253,7 @@ def test_a_warm_gpu_has_recorded_what_it_serves() -> None:
     found = warm(device="cuda", max_batch=4, batch_invariant=False, slots=300)
     denoiser = found.engine.denoiser
     assert isinstance(denoiser, Denoiser)
-    assert {width for width, _ in denoiser._recordings} == {1, 2, 4}
+    assert {width for width, *_ in denoiser._recordings} == {1, 2, 4}
     kept = dict(denoiser._recordings)
     found.engine.handle(AddJob(job_of("a", [1, 2, 3], steps=3)))
     assert [type(event) for event in drain(found)] == [Finished]
@@ -422,9 +422,12 @@ def folder(at: Path) -> str:
     return str(at)
 
 
-def test_a_folder_is_loaded_and_warmed_up(tmp_path: Path) -> None:
+def test_a_folder_is_loaded_and_warmed_up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     wanted = config(model=folder(tmp_path / "mini"), max_batch=2)
-    found = warm_up(load(wanted), wanted)
+    with caplog.at_level("INFO"):
+        found = warm_up(load(wanted), wanted)
+    assert "DDPMScheduler: the sampler is dpmpp_2m where a request names none" in caplog.text
+    assert found.model.sampler == "dpmpp_2m"
     assert (found.model.name, found.info.model, found.devices) == ("mini", "mini", 1)
     known, original = found.model, model_info(tiny_model())
     assert (known.class_names, known.parameters) == (original.class_names, original.parameters)

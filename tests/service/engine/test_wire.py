@@ -366,7 +366,7 @@ reports: dict[type, st.SearchStrategy[Any]] = {
         st.none() | st.lists(st.text(), max_size=3).map(tuple),
     ),
     Stopped: st.builds(Stopped, st.booleans()),
-    Loaded: st.just(Loaded()),
+    Loaded: st.builds(Loaded, st.text()),
 }
 
 
@@ -440,7 +440,7 @@ def said() -> list[Any]:
     finished = Finished("a", (Picture(0, 1, "xt", pixels), Picture(1, 2, "xt", pixels[:9])), 1.0, 2.0)
     failed = [Failed("b", error) for error in all_errors()]
     return [
-        Loaded(),
+        Loaded("weights/tiny"),
         Ready(fake_info(), model_info(tiny_model())),
         Progress(StepReport([Queued("a", 1, 2.0), *failed]), Load(1, 2, 3, 4.0), ("a", "b")),
         Progress(StepReport([finished], 2, 2, 0.1), Load()),
