@@ -19,6 +19,8 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "  variables: PYTHON (which interpreter makes .venv), DATA, OUT (training), ARGS (passed on to the program)"
 
+# Into either environment torch goes alone with what it needs, since its CUDA build has libraries that the lock
+# does not list; everything else exactly as locked, which spares pip a search of many minutes.
 install: $(STAMP) ## make .venv and install the locked dependencies; costs nothing when up to date
 
 $(STAMP): requirements.txt
@@ -33,7 +35,9 @@ $(STAMP): requirements.txt
 		$$found -m venv $(VENV); \
 	fi; \
 	echo "installing requirements.txt into $(VENV)"; \
-	$(RUN) -m pip install --disable-pip-version-check --requirement requirements.txt; \
+	pip="$(RUN) -m pip install --disable-pip-version-check"; \
+	$$pip --constraint requirements.txt "$$(grep '^torch==' requirements.txt)"; \
+	$$pip --no-deps --requirement requirements.txt; \
 	cp requirements.txt $@
 
 serve: install ## run the service on http://127.0.0.1:8000 (flags in ARGS)
@@ -68,8 +72,6 @@ simulate: install ## simulate load on the scheduler
 bench: $(PEERS_STAMP) ## compare with other servers under load: hours; stops and resumes (ARGS=--quick: minutes)
 	$(PEERS)/bin/python -m bench.compare --out docs $(ARGS)
 
-# torch alone with what it needs, since its CUDA build has libraries that the lock does not list; everything
-# else exactly as locked, which spares pip a search of many minutes.
 $(PEERS_STAMP): requirements-bench.txt | install
 	@set -e; \
 	if [ ! -x $(PEERS)/bin/python ]; then $(RUN) -m venv $(PEERS); fi; \

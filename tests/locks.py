@@ -18,13 +18,16 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
 FILES: dict[str, tuple[str, ...]] = {
-    "requirements.txt": ("openvino", "train", "dev"),
+    "requirements.txt": ("openvino", "hub", "train", "dev"),
     "requirements-serve.txt": ("openvino",),
 }
 PEERS: dict[str, tuple[str, ...]] = {"requirements-bench.txt": ("openvino", "train", "bench")}
 # torch's CUDA build pins these itself, each at one version; its other builds don't want them.
 CUDA = ("cuda-", "nvidia-", "triton")
 NOT_CUDA = {"nvidia-ml-py"}  # asks the driver; BentoML wants it everywhere
+# Each of its builds goes with one build of torch. Beside others it cannot be imported, nor can diffusers,
+# which uses it where it is there. Tests need only something of its name (tests/stand_ins).
+LEFT_OUT = {"torchvision"}
 
 HEADER = """\
 # Written by `make lock` from pyproject.toml ({what}); do not edit.
@@ -55,7 +58,7 @@ def closure(extras: tuple[str, ...], *, missing: set[str] | None = None) -> dict
         name = canonicalize_name(requirement.name)
         if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
             continue
-        if name.startswith(CUDA) and name not in NOT_CUDA:
+        if name in LEFT_OUT or (name.startswith(CUDA) and name not in NOT_CUDA):
             continue
         try:
             package = distribution(name)

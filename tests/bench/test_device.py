@@ -19,6 +19,7 @@ def shares(printed: str) -> list[list[float]]:
     return [[float(cell.rstrip("%")) for cell in cells] for _, *cells in rows]
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # by torch's own compiler
 def test_every_layer_has_a_share(capsys: pytest.CaptureFixture[str]) -> None:
     assert device.main(SMALL) == 0
     printed = capsys.readouterr().out

@@ -1,0 +1,90 @@
+"""Which project a checkpoint comes from, by the names of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from model.convert import classifier, ddpm, denoising_diffusion, monai, openai, unet2d
+from model.convert.conversion import Choices, ClassifierConversion, Conversion, ConversionError, State
+from model.convert.source import prefixes
+
+
+@dataclass(frozen=True)
+class Family:
+    """Networks of one project. anchors: names of weights that all of them have, and no family below it."""
+
+    name: str
+    anchors: tuple[str, ...]
+    convert: Callable[[State, Choices], Conversion | ClassifierConversion]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Networks that are recognised, and why they are not converted."""
+
+    name: str
+    anchors: tuple[str, ...]
+    reason: str
+
+
+FAMILIES = (
+    Family("guided-diffusion or improved-diffusion", openai.ANCHORS, openai.convert),
+    Family(ddpm.FAMILY, ddpm.ANCHORS, ddpm.convert),
+    Family(monai.FAMILY, monai.ANCHORS, monai.convert),
+    Family(unet2d.FAMILY, unet2d.ANCHORS, unet2d.convert),
+    Family(denoising_diffusion.FAMILY, denoising_diffusion.ANCHORS, denoising_diffusion.convert),
+    Family(
+        f"{denoising_diffusion.FAMILY}, alone",
+        denoising_diffusion.NETWORK,
+        denoising_diffusion.convert_network,
+    ),
+    Family(
+        classifier.FAMILY, classifier.ANCHORS, classifier.convert
+    ),  # the first half of a U-Net of OpenAI's
+)
+REFUSED = (
+    Refused(
+        "latent diffusion (CompVis)",
+        ("first_stage_model.encoder.conv_in.weight",),
+        "it works on the latents of an autoencoder, not on pixels",
+    ),
+    Refused(
+        "score_sde (Song et al. 2021)",
+        ("all_modules.1.weight", "all_modules.1.bias"),
+        "its modules are numbered, so what they are is not in the file; diffusers has a script for NCSN++",
+    ),
+    Refused(
+        "MONAI's DiffusionModelEncoder",
+        ("time_embed.0.weight", "conv_in.conv.weight", "out.3.weight"),
+        "a noisy classifier with dense layers over its last feature map, which the classifiers here have not",
+    ),
+    Refused(
+        "diffusers' UNet2DConditionModel",
+        ("conv_in.weight", "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"),
+        "it is conditional on a text's embedding, which this service does not have",
+    ),
+    Refused(
+        "a diffusion transformer (DiT)",
+        ("x_embedder.proj.weight", "t_embedder.mlp.0.weight"),
+        "it is not a U-Net",
+    ),
+)
+
+
+def recognise(table: Mapping[str, Tensor]) -> tuple[Family, list[str]]:
+    """The family of a checkpoint, and the prefixes below which its weights lie.
+
+    Raises ConversionError for a family that is refused, with the reason, and for an unknown one.
+    """
+    for refused in REFUSED:
+        if prefixes(table, refused.anchors):
+            raise ConversionError(f"{refused.name}: {refused.reason}")
+    for family in FAMILIES:
+        if found := prefixes(table, family.anchors):
+            return family, found
+    first = ", ".join(list(table)[:3]) or "nothing"
+    names = "; ".join(family.name for family in FAMILIES)
+    raise ConversionError(f"no known network: its weights begin with {first} (known: {names})")

@@ -1,0 +1,99 @@
+"""diffusers' own `UNet2DModel`: folders whose weights are pickles, and state dicts beside their config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from model import pipeline
+from model.convert import source
+from model.convert.conversion import (
+    Choices,
+    Conversion,
+    ConversionError,
+    State,
+    sample_size,
+    scheduler_config,
+)
+from model.folder import CheckpointError, read_json
+from model.layout import CONFIG, EMA_KEYS, INDEX, SCHEDULER_CONFIG
+from model.weights import PICKLES
+
+FAMILY = "diffusers' UNet2DModel"
+ANCHORS = ("time_embedding.linear_1.weight", "conv_in.weight", "conv_norm_out.weight")
+WEIGHTS = "diffusion_pytorch_model"
+SUFFIXES = (".safetensors", ".bin")
+
+
+def convert(state: State, choices: Choices) -> Conversion:
+    """A state dict of it, with `--config` for its shape."""
+    path = choices.need("config", f"a state dict of {FAMILY} does not say its config")
+    return Conversion(FAMILY, _config(path, choices), state, _scheduler(choices, None))
+
+
+def convert_folder(folder: Path, choices: Choices) -> tuple[Conversion, str]:
+    """A pipeline or model folder. Returns also what was taken of it, in words.
+
+    Raises ConversionError for another pipeline than one of a `UNet2DModel` in pixels.
+    """
+    index = _read(folder / INDEX) if (folder / INDEX).exists() else {}
+    try:
+        parts = pipeline.components_of(index)
+    except CheckpointError as error:
+        raise ConversionError(f"{folder / INDEX}: {error}") from error
+    names = (f"{parts.network}_ema", parts.network, "")
+    place = next((folder / name for name in names if (folder / name / CONFIG).exists()), None)
+    if place is None:
+        raise ConversionError(f"{folder}: no {CONFIG} in it, in {parts.network}/ or in {parts.network}_ema/")
+    schedulers = (folder / name / SCHEDULER_CONFIG for name in (parts.scheduler, "", place.name))
+    config = _config(place / CONFIG, choices)
+    scheduler = _scheduler(choices, next((path for path in schedulers if path.exists()), None))
+    files = _files(place)
+    state = {name: tensor for file in files for name, tensor in source.read(file).items()}
+    averaged = ", the averaged (EMA) weights" if place.name.endswith("_ema") else ""
+    taken = f"{', '.join(str(file) for file in files)}{averaged}"
+    return Conversion(FAMILY, config, state, scheduler, index.get("id2label")), taken
+
+
+def _config(path: Path, choices: Choices) -> dict[str, Any]:
+    config = {name: value for name, value in _read(path).items() if name not in EMA_KEYS}
+    try:
+        pipeline.check_network(config)
+    except CheckpointError as error:
+        raise ConversionError(f"{path}: {error}") from error
+    if (size := choices.given("sample_size")) is not None:
+        config["sample_size"] = sample_size(size)
+    elif config.get("sample_size") is None:
+        raise ConversionError(f"{path}: it has no sample_size: give --sample-size")
+    return config
+
+
+def _scheduler(choices: Choices, found: Path | None) -> Mapping[str, Any]:
+    """The one that the command line names, or the one that lies in the folder, or diffusers' default."""
+    path = choices.given("scheduler_config") or found
+    return _read(path) if path else scheduler_config(choices, "the default of diffusers' DDPMScheduler")
+
+
+def _files(place: Path) -> list[Path]:
+    """The files that hold the weights of a network's folder: one, or several where an index lists them."""
+    for suffix in SUFFIXES:
+        whole = place / f"{WEIGHTS}{suffix}"
+        if whole.exists():
+            return [whole]
+        index = whole.with_name(f"{whole.name}.index.json")
+        if index.exists():
+            return sorted({place / file for file in _read(index).get("weight_map", {}).values()})
+    # Only a variant, or under another name.
+    found = sorted(path for path in place.iterdir() if path.suffix in {".safetensors", *PICKLES})
+    if len(found) == 1:
+        return found
+    there = ", ".join(path.name for path in found) or "no weights"
+    raise ConversionError(f"{place}: {WEIGHTS}.bin is missing; there are {there}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except CheckpointError as error:
+        raise ConversionError(str(error)) from error
