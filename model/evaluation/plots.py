@@ -29,7 +29,7 @@ from model.evaluation.sampling import denoiser_of
 from model.runtimes import RuntimeName
 from model.samplers import Guidance, build_plan
 from model.sheets import GAP
-from model.training.data import Pixels
+from model.training.data import Pixels, scaled
 
 FONT_SIZE = 13
 LARGE = 64
@@ -56,8 +56,35 @@ def class_sheet(
     for row, label in enumerate(labels):
         first = seed + row * per_class
         chains = [Chain(plan, first + i, label) for i in range(per_class)]
-        rows.append(to_pixels(generate(denoiser, chains)))
+        rows.append(to_pixels(generate(denoiser, chains), denoiser.data_range))
     return contact_sheet(np.stack(rows), model.class_names, scale=scale)
+
+
+def super_resolution_sheet(
+    model: Checkpoint,
+    low: Pixels,
+    images: Pixels,
+    steps: int,
+    sampler: str = "ddim",
+    seed: int = 0,
+    scale: int | None = None,
+    runtime: RuntimeName = "auto",
+) -> Image.Image:
+    """A row for each picture: what the network is given, two samples, and the picture itself.
+
+    low, images: [N, C, H, W] uint8. The first sample of picture i has `seed` + i.
+    """
+    plan = build_plan(model.schedule, sampler, steps)
+    conditions = scaled(low)
+    rounds = [
+        [Chain(plan, first + i, condition=condition) for i, condition in enumerate(conditions)]
+        for first in (seed, seed + len(low))
+    ]
+    denoiser = denoiser_of(model, runtime)
+    made = [to_pixels(generate(denoiser, chains)) for chains in rounds]
+    return contact_sheet(
+        np.stack([low, *made, images], 1), heads=("given", "made", "made", "real"), scale=scale
+    )
 
 
 def trajectory_strip(
@@ -90,7 +117,9 @@ def trajectory_strip(
     names = []
     for label in labels:
         names += ["" if label is None else model.class_names[label], "x0_pred"]
-    return contact_sheet(to_pixels(grid), names, [f"t={plan.timesteps[row]}" for row in shown], scale)
+    return contact_sheet(
+        to_pixels(grid, denoiser.data_range), names, [f"t={plan.timesteps[row]}" for row in shown], scale
+    )
 
 
 def contact_sheet(

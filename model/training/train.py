@@ -43,7 +43,10 @@ LOG = "log.jsonl"
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train. Steps are optimizer steps; times are in seconds."""
+    """How to train. Steps are optimizer steps; times are in seconds.
+
+    low_resolution: for super-resolution, pixels on the longer side of what the network is given beside x.
+    """
 
     steps: int = 16_000
     batch_size: int = 64
@@ -53,6 +56,7 @@ class TrainConfig:
     clip_norm: float = 1.0
     ema_decay: float = 0.999
     label_dropout: float = 0.1
+    low_resolution: int = 0
     objective: Objective = "simple"
     seed: int = 0
     bf16: bool = False
@@ -99,7 +103,7 @@ class Trainer(ResumableTrainer[TrainConfig]):
 
         self.set_learning_rate()
         with torch.autocast(self.device, torch.bfloat16, enabled=config.bf16):
-            out = self.forward(x, t, y)
+            out = self.forward(self._beside(x, self.dataset, index), t, y)
         loss = diffusion.objective(schedule, config.objective, x0, x, t, eps, out).mean()
         value = float(loss.detach())
         if not math.isfinite(value):
@@ -116,8 +120,15 @@ class Trainer(ResumableTrainer[TrainConfig]):
         self.step_number += 1
         return value
 
+    def _beside(self, x: Tensor, dataset: data.Dataset, index: NDArray[np.int64]) -> Tensor:
+        """Noisy images [B, C, H, W] with what the network takes beside them (SR3, Saharia et al. 2021)."""
+        if not self.model.condition:
+            return x
+        low = data.low_resolution(dataset.images[index], self.config.low_resolution)
+        return torch.cat((x, torch.from_numpy(data.scaled(low)).to(self.device)), 1)
+
     def _labels(self, index: NDArray[np.int64], rng: torch.Generator) -> Tensor | None:
-        if self.model.unet.config.num_class_embeds is None:
+        if not self.model.unet.config.conditional:
             return None
         y = torch.from_numpy(self.dataset.labels[index]).to(self.device)
         if self.model.null_class is not None:
@@ -136,9 +147,10 @@ class Trainer(ResumableTrainer[TrainConfig]):
             x0 = torch.from_numpy(held_out.batch(index)).to(self.device)
             t = diffusion.stratified_timesteps(len(index), self.model.schedule.timesteps, rng)
             eps = torch.randn(x0.shape, generator=rng, device=self.device)
-            conditional = self.model.unet.config.num_class_embeds is not None
+            conditional = self.model.unet.config.conditional
             y = torch.from_numpy(held_out.labels[index]).to(self.device) if conditional else None
-            out = self.ema(diffusion.q_sample(self.model.schedule, x0, t, eps), t, y)[:, : x0.shape[1]]
+            x = self._beside(diffusion.q_sample(self.model.schedule, x0, t, eps), held_out, index)
+            out = self.ema(x, t, y)[:, : x0.shape[1]]
             target = diffusion.training_target(self.model.schedule, x0, t, eps)
             total += float(diffusion.l_simple(target, out).sum())
         return total / count
@@ -180,19 +192,24 @@ def run(trainer: Trainer, folder: Path, held_out: data.Dataset | None) -> Iterat
 
 
 def _write_sheet(trainer: Trainer, folder: Path) -> None:
-    sheet = plots.class_sheet(trainer.model, per_class=8, steps=25)
+    if trainer.model.condition:
+        images = trainer.dataset.images[np.arange(8)]
+        low = data.low_resolution(images, trainer.config.low_resolution)
+        sheet = plots.super_resolution_sheet(trainer.model, low, images, steps=25)
+    else:
+        sheet = plots.class_sheet(trainer.model, per_class=8, steps=25)
     sheet.save(folder / "training" / f"sheet-{trainer.step_number:06d}.png")
 
 
 def new_model(name: str, dataset: data.Dataset, args: argparse.Namespace) -> Checkpoint:
     """A new network of the given shape for this data, with a null class when labels are dropped."""
     channels = tuple(int(width) for width in args.channels.split(","))
-    attend = [args.size >> level in args.attention for level in range(len(channels))]
-    count = len(dataset.class_names)
+    attend = [max(args.size) >> level in args.attention for level in range(len(channels))]
+    count = 0 if args.low_resolution else len(dataset.class_names)
     null_class = count if count and args.label_dropout > 0 else None
     config = UNetConfig(
         sample_size=args.size,
-        in_channels=args.image_channels,
+        in_channels=args.image_channels * (2 if args.low_resolution else 1),
         out_channels=args.image_channels * (2 if args.learned_variance else 1),
         block_out_channels=channels,
         layers_per_block=args.layers,
@@ -219,9 +236,15 @@ def new_model(name: str, dataset: data.Dataset, args: argparse.Namespace) -> Che
         UNet(config).eval(),
         NoiseSchedule.from_diffusers(scheduler_config),
         scheduler_config,
-        dataset.class_names,
+        dataset.class_names if count else (),
         null_class,
+        condition=("image",) if args.low_resolution else (),
     )
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    return int(height), int(width or height)
 
 
 def _integers(text: str) -> list[int]:
@@ -238,11 +261,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, required=True, help="model folder to write, or to resume")
     add("--init", type=Path, help="start from the weights of this model folder instead of from noise")
     add("--held-out", default="t10k", help="split to report a validation loss on; empty for none")
-    add("--size", type=int, default=32, help="pixels per side; smaller images are padded")
-    add("--image-channels", type=int, default=1, choices=(1, 3))
+    add("--size", type=_size, default=(32, 32), help="in pixels, as 32 or 64x128 (height x width)")
+    add("--image-channels", type=int, default=1, choices=tuple(data.MODES))
     add("--channels", default="32,64,128", help="widths per level, highest resolution first")
     add("--layers", type=int, default=1, help="residual blocks per level")
-    add("--attention", type=_integers, default=[16], help="resolutions to attend at, as 16 or 16,8")
+    add("--attention", type=_integers, default=[16], help="longer sides to attend at, as 16 or 16,8")
     add("--groups", type=int, default=8, help="groups of the group norms")
     add("--beta-schedule", default="linear", choices=("linear", "scaled_linear", "squaredcos_cap_v2"))
     add("--prediction-type", default="epsilon", choices=PREDICTION_TYPES)

@@ -6,7 +6,7 @@ import signal
 import struct
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -22,6 +22,7 @@ from model.training import train
 from model.training.data import Dataset
 from model.training.loop import learning_rate
 from model.training.train import TrainConfig, Trainer, run
+from model.unet import UNetConfig
 from tests.model.conftest import SCHEDULER, randomise, tiny_checkpoint
 
 CONFIG = TrainConfig(steps=8, batch_size=4, warmup_steps=2, learning_rate=1e-3, label_dropout=0.5)
@@ -126,7 +127,7 @@ def test_what_is_saved_is_the_average(tmp_path: Path) -> None:
 
 def test_the_average_by_hand() -> None:
     it = trainer(replace(CONFIG, ema_decay=0.15))
-    weight = it.ema.conv_in.weight
+    weight = it.ema.get_parameter("conv_in.weight")
     expected = weight.detach().clone()
     for decay in (1 / 10, 0.15, 0.15):  # the first decays are shorter: (1 + step) / (10 + step)
         it.step()
@@ -208,12 +209,12 @@ def test_the_bound_falls_and_a_learned_variance_comes_back(tmp_path: Path, objec
     )
     it = learning_its_variance(config)
     before, simple_before = bound(it), it.validate(dataset(30))
-    variance = it.ema.conv_out.weight[1].detach().clone()
+    variance = it.ema.get_parameter("conv_out.weight")[1].detach().clone()
     for _ in range(80):
         it.step()
     assert bound(it) < 0.7 * before
     assert it.validate(dataset(30)) < 0.8 * simple_before, "which looks at the mean alone"
-    assert not torch.equal(it.ema.conv_out.weight[1], variance)
+    assert not torch.equal(it.ema.get_parameter("conv_out.weight")[1], variance)
     it.save(tmp_path)
     loaded = checkpoint.load(tmp_path)
     assert loaded.schedule.variance_type == "learned_range"
@@ -302,8 +303,8 @@ def test_the_command_writes_a_folder_that_loads(
     model = checkpoint.load(tmp_path / "out")
     assert (model.name, model.class_names, model.null_class) == ("out", ("0", "1", "2"), 3)
     assert model.unet.config.num_class_embeds == 4
-    assert model.unet.config.down_block_types == ("DownBlock2D", "AttnDownBlock2D")
-    assert model.unet.config.up_block_types == ("AttnUpBlock2D", "UpBlock2D")
+    assert cast("UNetConfig", model.unet.config).down_block_types == ("DownBlock2D", "AttnDownBlock2D")
+    assert cast("UNetConfig", model.unet.config).up_block_types == ("AttnUpBlock2D", "UpBlock2D")
     log = (tmp_path / "out" / "training" / "log.jsonl").read_text().splitlines()
     record = json.loads(log[0])
     assert (len(log), record["step"], record["images"]) == (1, 50, 200)
@@ -372,10 +373,20 @@ def test_a_signal_ends_the_command_between_two_steps(
 def test_the_command_starts_from_another_models_weights(command: list[str], tmp_path: Path) -> None:
     it = trainer()
     checkpoint.save(tmp_path / "init", it.model)
-    weights = it.model.unet.conv_in.weight.detach().clone()
+    weights = it.model.unet.get_parameter("conv_in.weight").detach().clone()
     options = ["--init", f"{tmp_path / 'init'}", "--steps", "1", "--learning-rate", "0"]
     assert train.main([*command, *options]) == 0
-    torch.testing.assert_close(checkpoint.load(tmp_path / "out").unet.conv_in.weight.detach(), weights)
+    torch.testing.assert_close(
+        checkpoint.load(tmp_path / "out").unet.get_parameter("conv_in.weight").detach(), weights
+    )
+
+
+def test_the_command_trains_on_pictures_that_are_not_square(command: list[str], tmp_path: Path) -> None:
+    assert train.main([*command, "--size", "8x16", "--attention", "8", "--steps", "1"]) == 0
+    config = cast("UNetConfig", checkpoint.load(tmp_path / "out").unet.config)
+    assert config.shape == (1, 8, 16)
+    assert config.down_block_types == ("DownBlock2D", "AttnDownBlock2D"), "at the level of 4×8"
+    assert json.loads((tmp_path / "out" / "unet" / "config.json").read_text())["sample_size"] == [8, 16]
 
 
 def test_the_command_trains_a_network_that_learns_its_variance(command: list[str], tmp_path: Path) -> None:
