@@ -50,8 +50,8 @@ from service.engine.messages import (
     StepReport,
     Stopped,
 )
-from service.http.answers import choose_media_type
 from service.http.bodies import bodies_of
+from service.http.negotiation import choose_media_type
 from service.http.state import capabilities_of
 from service.server import DrainingServer, HttpProtocol
 from service.settings import Settings

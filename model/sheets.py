@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Picture = NDArray[np.uint8]
-"""[H, W, C] in [0, 255], C 1 or 3."""
+"""[H, W, C] in [0, 255], any C."""
 
 GAP = 2
 """White pixels between two pictures."""
@@ -35,3 +35,8 @@ def contact_sheet(pictures: Sequence[Picture], gap: int = GAP, columns: int | No
         top, left = i // columns * (height + gap), i % columns * (width + gap)
         sheet[top : top + height, left : left + width] = pixels
     return sheet
+
+
+def channel_sheet(pixels: Picture) -> Picture:
+    """The channels of a picture [H, W, C] side by side in grey, as a contact sheet [H', W', 1]."""
+    return contact_sheet(np.split(pixels, pixels.shape[-1], axis=-1))

@@ -8,25 +8,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any, Protocol
 
 import msgspec
-from fastapi import Request, Response
+from fastapi import Response
 
 from service.engine.messages import Cancelled, Failed, Finished, Picture, Preview, Queued
 from service.engine.streams import SequencedEvent
-from service.errors import CancelledError, NotAcceptableError
+from service.errors import CancelledError
 from service.http.bodies import bodies_of, queued_body
 from service.http.problems import to_problem
-from service.tasks.images import MEDIA_TYPES, ImageFormat, encode
+from service.tasks.images import MEDIA_TYPES, ImageFormat
 from service.tasks.sampling import PreparedRequest
 
 JSON = "application/json"
 EVENTS = "text/event-stream"
-MEDIA = (JSON, *MEDIA_TYPES.values(), EVENTS)
-"""What answers come as, in our order of preference."""
-INLINE_VALUES: dict[ImageFormat, int] = {"png": 16_000, "jpeg": 4_000, "webp": 1_000}
+INLINE_VALUES: dict[ImageFormat, int] = {"png": 16_000, "jpeg": 4_000, "webp": 1_000, "npy": 250_000}
 """Of pixels: so many are encoded in about a millisecond, and sooner than another thread is woken twice."""
 
 
@@ -62,13 +59,12 @@ class PicturePresenter:
         self.prepared, self.model, self.media_type = prepared, model, media_type
 
     async def respond(self, result: Finished) -> Response:
-        """PNG, JPEG or WebP: the image, or a contact sheet of several."""
+        """PNG, JPEG or WebP: the image, or a contact sheet of several. Or all of them as one array."""
         image_format = next(name for name, known in MEDIA_TYPES.items() if known == self.media_type)
         bodies, scale = bodies_of(self.prepared), self.prepared.scale
 
         def picture() -> bytes:
-            sheet, parameters = bodies.sheet(result)
-            return encode(sheet, image_format, {**parameters, "model": self.model}, scale)
+            return bodies.tiles(result).encode(image_format, scale, self.model)
 
         work = bool(result.measurements)
         content = await encoded(picture, result.pictures, image_format, scale, work=work)
@@ -134,39 +130,3 @@ async def encoded(
 
 def _headers(result: Finished) -> dict[str, str]:
     return {"Vary": "Accept", "X-Job-ID": result.job_id}
-
-
-def negotiate(request: Request) -> str:
-    """The media type of a request's answer. Raises NotAcceptableError when it accepts none of ours."""
-    return choose_media_type(", ".join(request.headers.getlist("accept")))
-
-
-@lru_cache(256)
-def choose_media_type(accept: str) -> str:
-    """The media type for an Accept header (RFC 9110, §12.5.1); our first when it is empty.
-
-    Raises NotAcceptableError when there is none.
-    """
-    best, quality = "", 0.0
-    for offered in MEDIA:
-        found = max(_quality(part, offered) for part in (accept or "*/*").split(","))
-        if found[1] > quality:
-            best, quality = offered, found[1]
-    if not best:
-        raise NotAcceptableError(f"Answers come as {', '.join(MEDIA)}.")
-    return best
-
-
-def _quality(part: str, offered: str) -> tuple[int, float]:
-    """(specificity, quality) that one part of an Accept header gives a media type; specific parts win."""
-    pattern, *options = (piece.strip().lower() for piece in part.split(";"))
-    specificity = {"*/*": 1, f"{offered.split('/')[0]}/*": 2, offered: 3}.get(pattern, 0)
-    if not specificity:
-        return 0, 0.0
-    for option in options:
-        if option.startswith("q="):
-            try:
-                return specificity, min(1.0, max(0.0, float(option[2:])))
-            except ValueError:
-                return specificity, 0.0
-    return specificity, 1.0

@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 import base64
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from model.likelihood import Bound, rmse
 from model.sheets import contact_sheet
 from service.engine.messages import Finished, Measurement, Picture, Pixels, Preview, Queued
-from service.tasks.images import MEDIA_TYPES, encode
+from service.tasks.images import MEDIA_TYPES, ImageFormat, encode, encode_arrays
 from service.tasks.sampling import PreparedRequest
 from service.tasks.score import PreparedScore
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Pictures for one file, row by row.
+
+    parameters: what is written into it. columns: of its contact sheet, where it is one.
+    """
+
+    pictures: list[Pixels]
+    parameters: dict[str, Any]
+    columns: int | None = None
+
+    def encode(self, image_format: ImageFormat, scale: int, model: str) -> bytes:
+        """An array of all of them, or one picture: a contact sheet where there are several."""
+        if image_format == "npy":
+            return encode_arrays(self.pictures, scale)
+        sheet = contact_sheet(self.pictures, columns=self.columns)
+        return encode(sheet, image_format, {**self.parameters, "model": model}, scale)
 
 
 class Bodies(Protocol):
@@ -22,8 +42,8 @@ class Bodies(Protocol):
     def completed(self, event: Finished, model: str) -> dict[str, Any]:
         """The answer as JSON, and data of a stream's `completed` event."""
 
-    def sheet(self, event: Finished) -> tuple[Pixels, dict[str, Any]]:
-        """The answer as one picture, and the parameters that are written into it."""
+    def tiles(self, event: Finished) -> Tiles:
+        """The answer as pictures alone."""
 
 
 def bodies_of(prepared: PreparedRequest) -> Bodies:
@@ -68,10 +88,10 @@ class ImageBodies:
             images.append(_image(picture, prepared, provenance))
         return _completed(event, model, "images", images, prepared)
 
-    def sheet(self, event: Finished) -> tuple[Pixels, dict[str, Any]]:
+    def tiles(self, event: Finished) -> Tiles:
         """All images side by side."""
         pictures = [picture.pixels for picture in event.pictures]
-        return contact_sheet(pictures, columns=self.prepared.columns), self.prepared.parameters
+        return Tiles(pictures, self.prepared.parameters, self.prepared.columns)
 
 
 class ScoreBodies:
@@ -94,7 +114,7 @@ class ScoreBodies:
         scores = [self._score(event, index) for index in range(len(self.prepared.pixels))]
         return _completed(event, model, "scores", scores, self.prepared)
 
-    def sheet(self, event: Finished) -> tuple[Pixels, dict[str, Any]]:
+    def tiles(self, event: Finished) -> Tiles:
         """A row for each image: predictions after more and more bits, then the image itself."""
         prepared = self.prepared
         tiles: list[Pixels] = []
@@ -105,7 +125,7 @@ class ScoreBodies:
             tiles += [*(picture.pixels for picture in own), pixels]
             points = [_point(bound, each.measurement) for each in own if each.measurement is not None]
             scores.append({"bits_per_dim": _short(bound.bits_per_dim), "guesses": points})
-        return contact_sheet(tiles, columns=prepared.chunks + 1), {**prepared.parameters, "scores": scores}
+        return Tiles(tiles, {**prepared.parameters, "scores": scores}, prepared.chunks + 1)
 
     def _score(self, event: Finished, index: int) -> dict[str, Any]:
         prepared = self.prepared

@@ -31,8 +31,9 @@ class _InMemory(MultiPartParser):
 async def read_body(request: Request, model: type[Model]) -> Model:
     """Read a request's body into a model: strictly from JSON, or from the text and files of a form.
 
-    A part that comes several times is a list. Raises RequestValidationError for an invalid body, and
-    CancelledError when the client disconnects.
+    A part that comes several times is a list; an empty file without a name is none: a browser sends it for
+    an input that was left empty. Raises RequestValidationError for an invalid body, and CancelledError when
+    the client disconnects.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     try:
@@ -59,7 +60,10 @@ async def _form(request: Request) -> dict[str, object]:
     form = await parser.parse()
     values: dict[str, list[str | bytes]] = {}
     for name, part in form.multi_items():
-        values.setdefault(name, []).append(part if isinstance(part, str) else await part.read())
+        if isinstance(part, str):
+            values.setdefault(name, []).append(part)
+        elif part.filename or part.size:
+            values.setdefault(name, []).append(await part.read())
     await form.close()
     return {name: found[0] if len(found) == 1 else found for name, found in values.items()}
 

@@ -10,9 +10,9 @@ from service import __version__
 from service.engine.messages import EngineInfo
 from service.settings import Settings
 from service.tasks import edit, interpolate, score
+from service.tasks.images import MODES, formats_of, picture_size
 from service.tasks.sampling import (
     DEFAULT_GUIDANCE,
-    DEFAULT_SAMPLER,
     DEFAULT_SIGMAS,
     DEFAULT_STEPS,
     ModelCapabilities,
@@ -23,6 +23,7 @@ from service.tasks.uploads import FORMATS, MAX_PIXELS
 def describe(capabilities: ModelCapabilities, settings: Settings, engine: EngineInfo) -> dict[str, Any]:
     """The answer of `/info`."""
     channels, height, width = capabilities.shape
+    picture = dict(zip(("height", "width"), picture_size(capabilities.shape), strict=True))
     return {
         "version": __version__,
         "model": {
@@ -30,9 +31,12 @@ def describe(capabilities: ModelCapabilities, settings: Settings, engine: Engine
             "classes": list(capabilities.class_names),
             "guidance": capabilities.guided,
             "classifier": capabilities.classified,
+            "condition": list(capabilities.condition),
             "channels": channels,
             "height": height,
             "width": width,
+            "picture": picture,
+            "formats": list(formats_of(channels)),
             "parameters": capabilities.parameters,
             "timesteps": capabilities.schedule.timesteps,
             "prediction_type": capabilities.schedule.prediction_type,
@@ -66,10 +70,12 @@ def describe(capabilities: ModelCapabilities, settings: Settings, engine: Engine
 
 
 def _defaults(capabilities: ModelCapabilities) -> dict[str, Any]:
-    steps = {sampler: min(most, capabilities.schedule.timesteps) for sampler, most in DEFAULT_STEPS.items()}
+    steps: dict[str, int] = {
+        sampler: min(most, capabilities.schedule.timesteps) for sampler, most in DEFAULT_STEPS.items()
+    }
     return {
-        "sampler": DEFAULT_SAMPLER,
-        "num_inference_steps": steps[DEFAULT_SAMPLER],
+        "sampler": capabilities.sampler,
+        "num_inference_steps": steps[capabilities.sampler],
         "steps_by_sampler": steps,
         "eta": 0.0,
         "guidance_scale": DEFAULT_GUIDANCE if capabilities.guided else 1.0,
@@ -77,12 +83,14 @@ def _defaults(capabilities: ModelCapabilities) -> dict[str, Any]:
         "guidance_sigma_max": DEFAULT_SIGMAS[1],
         "classifier_scale": 0.0,
         "timestep_spacing": capabilities.schedule.timestep_spacing,
+        "output_format": formats_of(capabilities.shape[0])[0],
     }
 
 
 def _editing(capabilities: ModelCapabilities) -> dict[str, Any]:
+    pictures = FORMATS if capabilities.shape[0] in MODES else ()
     return {
-        "pictures": {"formats": [name.lower() for name in FORMATS], "max_pixels": MAX_PIXELS},
+        "pictures": {"formats": [*(name.lower() for name in pictures), "npy"], "max_pixels": MAX_PIXELS},
         "edit": {"strength": edit.DEFAULT_STRENGTH},
         "inpainting": {
             "samplers": list(SINGLE_STEP),

@@ -5,11 +5,12 @@ Decoding pictures takes time: call `prepare_edit` away from the event loop.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, cast
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, ValidationInfo
 
 from model.chain import Chain, Image, KnownPixels, from_pixels, noised
+from model.condition import assemble
 from model.samplers import SINGLE_STEP, build_repaint, repaint_steps
 from service.engine.jobs import Stage
 from service.errors import InvalidRequestError
@@ -35,11 +36,15 @@ MAX_STEPS = 10_000
 """Of one image, jumps included: enough for a thousand with RePaint's own jumps."""
 
 
+def _given(mask: object, info: ValidationInfo) -> object:
+    return None if mask == "" and info.mode == "python" else mask  # a form's input that was left empty
+
+
 class EditRequest(SamplingRequest):
     """The fields of `POST /edit`: a picture, and how much of it (strength) or what (mask) is to change."""
 
-    image: Upload = Field(description="PNG, JPEG or WebP; cropped and resized to the model's size")
-    mask: Upload | None = Field(
+    image: Upload = Field(description="PNG, JPEG, WebP or .npy; cropped and resized to the model's size")
+    mask: Annotated[Upload | None, BeforeValidator(_given)] = Field(
         None, description="a picture of the same size: white is regenerated, black is kept"
     )
     strength: float | None = Field(
@@ -50,7 +55,9 @@ class EditRequest(SamplingRequest):
     )
     n: ImageCount = 1
     sampler: Sampler | None = Field(
-        None, description="absent: ddpm with a mask, else ddim. A mask without strength takes no other"
+        None,
+        description="absent: ddpm with a mask, else ddim; a mask without strength takes no "
+        "other. A model that makes pictures from a picture: as for /generate",
     )
     jump_length: int | None = Field(
         None, ge=1, description="RePaint, for a mask without strength: steps that a jump goes back up"
@@ -66,9 +73,12 @@ def prepare_edit(request: EditRequest, capabilities: ModelCapabilities) -> Prepa
     Without a mask, SDEdit (Meng et al. 2022): from the picture under noise, the last `strength` of the steps.
     With a mask alone, RePaint (Lugmayr et al. 2022): from pure noise, with jumps. With both, SDEdit whose
     known pixels are restored after every step; no jumps are needed, since the regenerated part began as the
-    picture. Known pixels come back exactly. Raises InvalidRequestError.
+    picture. Known pixels come back exactly. A network that takes the picture beside x (model/condition.py)
+    is given it, and begins with noise. Raises InvalidRequestError.
     """
     check_count("n", request.n, capabilities)
+    if capabilities.condition:
+        return _conditioned(request, capabilities)
     inpainting = request.mask is not None and request.strength is None
     if not inpainting:
         reason = "It applies only to a mask without strength."
@@ -100,16 +110,46 @@ def prepare_edit(request: EditRequest, capabilities: ModelCapabilities) -> Prepa
     return sampling_request(request, params, [Stage("denoise", chains)], capabilities, reported=reported)
 
 
+def _conditioned(request: EditRequest, capabilities: ModelCapabilities) -> PreparedRequest:
+    """A job for a network that was trained to make pictures from a picture, or to fill the hole in one."""
+    reason = "This model makes pictures from the picture alone, in all its steps."
+    refuse_fields(
+        reason,
+        strength=request.strength,
+        jump_length=request.jump_length,
+        jump_n_sample=request.jump_n_sample,
+    )
+    fills = {"mask", "masked_image"} & {*capabilities.condition}
+    if fills and request.mask is None:
+        raise InvalidRequestError("mask", "This model fills holes in pictures: a mask is needed.")
+    if not fills:
+        refuse_fields("This model changes the whole picture.", mask=request.mask)
+    params = resolve(
+        request, capabilities, request.sampler or cast("Sampler", capabilities.sampler), request.n
+    )
+    image, known = _decoded(request, capabilities)
+    condition = assemble(
+        capabilities.condition, image, known.mask if known else None, capabilities.schedule.data_range
+    )
+    plan = params.plan(capabilities.schedule)
+    chains = tuple(
+        Chain(plan, seed, params.label, known=known, condition=condition)
+        for seed in range(params.seed, params.seed + request.n)
+    )
+    reported = {"n": request.n, "masked": known is not None}
+    return sampling_request(request, params, [Stage("denoise", chains)], capabilities, reported=reported)
+
+
 def _decoded(request: EditRequest, capabilities: ModelCapabilities) -> tuple[Image, KnownPixels | None]:
     data = unpack(request.image, "image")
     if request.mask is None:
-        return from_pixels(decode(data, capabilities.shape)), None
+        return from_pixels(decode(data, capabilities.shape), capabilities.schedule.data_range), None
     pixels, kept = decode_masked(data, unpack(request.mask, "mask"), capabilities.shape)
-    image = from_pixels(pixels)
+    image = from_pixels(pixels, capabilities.schedule.data_range)
     return image, KnownPixels(image, kept)
 
 
-def _jumps(request: EditRequest, params: SamplingParams) -> dict[str, int]:
+def _jumps(request: EditRequest, params: SamplingParams) -> dict[str, Any]:
     """RePaint's parameters, checked before a table of any length is built from them."""
     if params.sampler not in SINGLE_STEP:
         raise InvalidRequestError("sampler", f"Inpainting needs the sampler {' or '.join(SINGLE_STEP)}.")

@@ -1,20 +1,50 @@
-"""Pixels → encoded pictures, with the parameters that made them inside; contact sheets."""
+"""Pixels → encoded pictures, with the parameters that made them inside, or raw arrays.
+
+One channel is grey, three are RGB, and four RGB and alpha. Any other number is no picture, two included:
+nothing says that the second is an alpha, and where it is not, it would hide the first. Such samples are
+arrays; as pictures they are shown channel by channel.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import Any, Literal
 
+import numpy as np
 from PIL import Image
 
-from model.sheets import enlarge
+from model.sheets import channel_sheet, enlarge
 from service.engine.messages import Pixels
+from service.tasks.arrays import encode_npy
 from service.tasks.png import encode_png
 
-ImageFormat = Literal["png", "jpeg", "webp"]
-MEDIA_TYPES: dict[ImageFormat, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+ImageFormat = Literal["png", "jpeg", "webp", "npy"]
+MEDIA_TYPES: dict[ImageFormat, str] = {
+    "png": "image/png",
+    "jpeg": "image/jpeg",
+    "webp": "image/webp",
+    "npy": "application/x-npy",
+}
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+"""Pillow's, by channels of what is a picture."""
+NO_ALPHA = "A JPEG has no transparency, which this model's pictures have."
+
+
+def formats_of(channels: int) -> tuple[ImageFormat, ...]:
+    """What samples of so many channels can be sent as; the default comes first."""
+    if channels not in MODES:
+        return "npy", "png", "jpeg", "webp"
+    return ("png", "webp", "npy") if channels == 4 else ("png", "jpeg", "webp", "npy")
+
+
+def picture_size(shape: tuple[int, int, int]) -> tuple[int, int]:
+    """(height, width) of the picture file of a sample, whose shape is (C, H, W)."""
+    channels, height, width = shape
+    if channels not in MODES:
+        height, width, _ = channel_sheet(np.empty((height, width, channels), np.uint8)).shape
+    return height, width
 
 
 SMALL_BYTES = 4096
@@ -29,12 +59,16 @@ def encode(
     *,
     passing: bool = False,
 ) -> bytes:
-    """[H, W, C] uint8, C 1 or 3 → a file. The same input gives the same bytes.
+    """[H, W, C] uint8 → a file in one of `formats_of(C)`. The same input gives the same bytes.
 
     parameters: written as JSON into a PNG's `parameters` text chunk (the field's habit) or, in JPEG and WebP,
-    into the EXIF user comment. scale: pixels of the file per pixel and side. passing: nobody keeps it, so a
-    PNG of few pixels is not compressed.
+    into the EXIF user comment; an array has no room for them. scale: pixels of the file per pixel and side.
+    passing: nobody keeps it, so a PNG of few pixels is not compressed.
     """
+    if image_format == "npy":
+        return encode_arrays([pixels], scale)
+    if pixels.shape[-1] not in MODES:
+        pixels = channel_sheet(pixels)
     pixels = enlarge(pixels, scale)
     text = json.dumps(parameters, sort_keys=True) if parameters is not None else None
     if image_format == "png":
@@ -48,7 +82,15 @@ def encode(
         options["exif"] = exif
     if image_format == "webp":
         options["lossless"] = True
+        if pixels.shape[-1] == 4:
+            options["exact"] = True  # colours too where nothing of them is to be seen
     buffer = BytesIO()
     picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
     picture.save(buffer, image_format, **options)
     return buffer.getvalue()
+
+
+def encode_arrays(pictures: Sequence[Pixels], scale: int = 1) -> bytes:
+    """Pictures of one shape → a NumPy file: [H, W, C] uint8 of a single one, else [N, H, W, C]."""
+    arrays = [enlarge(pixels, scale) for pixels in pictures]
+    return encode_npy(arrays[0] if len(arrays) == 1 else np.stack(arrays))

@@ -23,6 +23,7 @@ from service.tasks.sampling import (
     SamplingParams,
     SamplingRequest,
     check_count,
+    refuse_condition,
     refuse_fields,
     resolve,
     sampling_request,
@@ -65,6 +66,7 @@ def prepare_interpolation(request: InterpolateRequest, capabilities: ModelCapabi
     All of them have the same noise in every step, that of `seed`, so that the path is smooth. Raises
     InvalidRequestError.
     """
+    refuse_condition(capabilities)
     points = request.points or min(DEFAULT_POINTS, capabilities.max_images)
     check_count("points", max(2, points), capabilities)
     if (request.images is None) == (request.seeds is None):
@@ -162,7 +164,8 @@ def _by_inversion(
 
 def _decoded(request: InterpolateRequest, capabilities: ModelCapabilities) -> list[Image]:
     files = [unpack(upload, "images") for upload in request.images or ()]
-    return [from_pixels(decode(data, capabilities.shape, "images")) for data in files]
+    data_range = capabilities.schedule.data_range
+    return [from_pixels(decode(data, capabilities.shape, "images"), data_range) for data in files]
 
 
 def _check_deterministic(request: InterpolateRequest, samplers: Sequence[str]) -> None:

@@ -12,21 +12,23 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from model.class_names import meant_by
 from model.samplers import Guidance, Plan, build_plan
 from model.schedule import NoiseSchedule, Spacing
 from service.engine.jobs import JobSpec, PreviewKind, Stage
 from service.engine.messages import ModelInfo
 from service.errors import InvalidRequestError
-from service.tasks.images import ImageFormat
+from service.tasks.images import NO_ALPHA, ImageFormat, formats_of, picture_size
 
 MAX_SEED = 2**53 - 1  # what every JSON reader can hold
 DEFAULT_GUIDANCE = 2.0
 DEFAULT_SIGMAS = 0.3, 5.0
 """The noise levels of guidance: better images at three quarters of the evaluations, see the model cards."""
+MAX_NUMBER = 2**31 - 1
+"""As a label, of a model that embeds numbers."""
 MAX_ENLARGED_PIXELS = 2**24
 """Of all pictures of an answer together, where they are enlarged."""
 Sampler = Literal["ddpm", "ddim", "dpmpp_2m", "sde_dpmpp_2m"]
-DEFAULT_SAMPLER: Sampler = "dpmpp_2m"
 DEFAULT_STEPS: dict[Sampler, int] = {"ddpm": 50, "ddim": 50, "dpmpp_2m": 20, "sde_dpmpp_2m": 20}
 """Beyond which each gains little on the shipped model (its evaluation.md)."""
 ImageCount = Annotated[int, Field(ge=1, description="images; image i has seed + i")]
@@ -40,7 +42,11 @@ class JobRequest(BaseModel):
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="seed of the first image; random if absent")
     class_label: int | str | None = Field(None, description="class index or name; absent: unconditional")
     deadline_s: float | None = Field(None, gt=0, description="give up (504) after this many seconds")
-    output_format: ImageFormat = Field("png", description="of pictures inside JSON and events")
+    output_format: ImageFormat | None = Field(
+        None,
+        description="of pictures inside JSON and events; absent: png, or npy for a model whose samples are no"
+        " pictures",
+    )
     preview: PreviewKind = Field(
         "x0", description="what a stream shows: the x₀ prediction, x_t, both or none"
     )
@@ -81,18 +87,41 @@ class ModelCapabilities(ModelInfo, frozen=True, eq=False, kw_only=True):
     deadline_s: float
 
     def label(self, wanted: int | str) -> int:
-        """Index of a class given by name (any case) or index. Raises InvalidRequestError for others."""
-        names = [name.lower() for name in self.class_names]
-        indices = [str(index) for index in range(len(names))]
-        for known_as in (names, indices):
-            if str(wanted).strip().lower() in known_as:
-                return known_as.index(str(wanted).strip().lower())
+        """Index of a class given by index, or by name (any case). Raises InvalidRequestError for others.
+
+        And for a text that could mean several classes: a number is always an index. A conditional model
+        without classes takes a number as its label.
+        """
+        if self.conditional and not self.class_names:
+            return self._number(wanted)
+        names = self.class_names
         if not names:
             raise InvalidRequestError("class_label", "This model is unconditional and has no classes.")
-        known = ", ".join(self.class_names)
+        if isinstance(wanted, int):
+            found = [wanted] if 0 <= wanted < len(names) else []
+        else:
+            found = meant_by(wanted, names)
+        if len(found) == 1:
+            return found[0]
+        if found:
+            meant = " or ".join(f"{index} ({names[index]})" for index in found)
+            raise InvalidRequestError(
+                "class_label",
+                f"This could mean class {meant}: give the index as a number, or the whole name.",
+            )
         raise InvalidRequestError(
-            "class_label", f"Unknown class. The classes are {known} (0 to {len(names) - 1})."
+            "class_label", f"Unknown class. The classes are {', '.join(names)} (0 to {len(names) - 1})."
         )
+
+    def _number(self, wanted: int | str) -> int:
+        text = str(wanted).strip()
+        if not text.isascii() or not text.isdigit() or len(text) > 10 or int(text) > MAX_NUMBER:
+            raise InvalidRequestError("class_label", f"This model takes a number from 0 to {MAX_NUMBER}.")
+        return int(text)
+
+    def name_of(self, label: int | None) -> str | int | None:
+        """What an answer calls a label: its class's name, or the number where there are no classes."""
+        return label if label is None or not self.class_names else self.class_names[label]
 
     def label_or_none(self, wanted: int | str | None) -> int | None:
         """The same, or None for the unconditional branch. Raises InvalidRequestError where there is none."""
@@ -172,12 +201,28 @@ def refuse_fields(reason: str, **fields: object) -> None:
             raise InvalidRequestError(name, reason)
 
 
+def refuse_condition(capabilities: ModelCapabilities) -> None:
+    """Raises InvalidRequestError for a model that makes its pictures from a picture."""
+    if capabilities.condition:
+        raise InvalidRequestError("", "This model makes pictures from a picture: POST it to /edit.")
+
+
 def first_seed(request: JobRequest, seeds: int) -> int:
     """The request's seed, or a random one. Raises InvalidRequestError unless so many seeds from it on fit."""
     seed = secrets.randbits(32) if request.seed is None else request.seed
     if seed + seeds - 1 > MAX_SEED:
         raise InvalidRequestError("seed", f"Image i has seed + i, and the largest seed is {MAX_SEED}.")
     return seed
+
+
+def resolve_format(request: JobRequest, capabilities: ModelCapabilities) -> ImageFormat:
+    """The format of an answer's pictures. Raises InvalidRequestError for one that cannot hold them."""
+    formats = formats_of(capabilities.shape[0])
+    if request.output_format is None:
+        return formats[0]
+    if request.output_format not in formats:
+        raise InvalidRequestError("output_format", NO_ALPHA)
+    return request.output_format
 
 
 def resolve(
@@ -207,8 +252,8 @@ def resolve(
         "guidance_sigma_max": request.guidance_sigma_max,
         "classifier_scale": request.classifier_scale,
         "timestep_spacing": spacing or schedule.timestep_spacing,
-        "class_label": None if label is None else capabilities.class_names[label],
-        "output_format": request.output_format,
+        "class_label": capabilities.name_of(label),
+        "output_format": resolve_format(request, capabilities),
         "scale": request.scale,
     }
     return SamplingParams(seed, label, sampler, steps, request.eta, spacing, guidance, reported)
@@ -248,7 +293,7 @@ def sampling_request(
     return PreparedRequest(
         job_spec(request, stages, capabilities, params.sampler),
         {**reported, **params.reported},
-        request.output_format,
+        resolve_format(request, capabilities),
         tuple(per_image),
         columns,
         request.scale,
@@ -258,7 +303,18 @@ def sampling_request(
 def job_spec(
     request: JobRequest, stages: Sequence[Stage], capabilities: ModelCapabilities, sampler: str
 ) -> JobSpec:
-    """A job of these stages, under a new id. sampler: what its images are counted by."""
+    """A job of these stages, under a new id. sampler: what its images are counted by.
+
+    Raises InvalidRequestError for timesteps that the network has no value at.
+    """
+    lowest = capabilities.lowest_timestep
+    if lowest and any(min(chain.plan.timesteps) < lowest for stage in stages for chain in stage.chains):
+        half = capabilities.schedule.timesteps // 2
+        raise InvalidRequestError(
+            "timestep_spacing",
+            f"The model's network has no value below timestep {lowest}, which this needs. Images of at most"
+            f" {half} steps with timestep_spacing trailing do not.",
+        )
     now = time.monotonic()
     allowed = min(request.deadline_s or capabilities.deadline_s, capabilities.deadline_s)
     return JobSpec(
@@ -273,7 +329,7 @@ def job_spec(
 
 
 def _check_scale(scale: int, images: int, capabilities: ModelCapabilities) -> None:
-    _, height, width = capabilities.shape
+    height, width = picture_size(capabilities.shape)
     if scale > 1 and images * height * width * scale**2 > MAX_ENLARGED_PIXELS:
         raise InvalidRequestError(
             "scale", f"Enlarged pictures have at most {MAX_ENLARGED_PIXELS} pixels together."

@@ -38,6 +38,8 @@ from service.tasks.sampling import (
     check_count,
     first_seed,
     job_spec,
+    refuse_condition,
+    resolve_format,
 )
 from service.tasks.uploads import Upload, decode, unpack
 
@@ -55,7 +57,9 @@ class ScoreRequest(JobRequest):
     """The fields of `POST /score`: pictures, and at how many timesteps each is evaluated."""
 
     images: Annotated[list[Upload], BeforeValidator(_listed)] = Field(
-        min_length=1, max_length=MAX_SCORED, description="PNG, JPEG or WebP; cropped and resized as for /edit"
+        min_length=1,
+        max_length=MAX_SCORED,
+        description="PNG, JPEG, WebP or .npy; cropped and resized as for /edit",
     )
     terms: int | None = Field(
         None,
@@ -105,16 +109,18 @@ def prepare_score(request: ScoreRequest, capabilities: ModelCapabilities) -> Pre
     Image i has seed + i, which chooses its timesteps and its noise; the samples of its further chunks have
     seeds beyond all that can be asked for, so that no two samples share noise.
     """
+    refuse_condition(capabilities)
     check_count("images", len(request.images), capabilities)
     total = capabilities.schedule.timesteps
     if request.terms is not None and request.terms > total:
         raise InvalidRequestError("terms", f"This model has {total} timesteps.")
     label = capabilities.label_or_none(request.class_label)
     seed = first_seed(request, len(request.images))
+    output_format = resolve_format(request, capabilities)
     pixels = [decode(unpack(each, "images"), capabilities.shape, "images") for each in request.images]
     terms = min(request.terms or DEFAULT_TERMS, total)
     count = max(1, min(CHUNKS, capabilities.max_images // MAX_SCORED, terms))
-    images = [from_pixels(each) for each in pixels]
+    images = [from_pixels(each, capabilities.schedule.data_range) for each in pixels]
     chains = tuple(
         measuring(
             build_measurement(capabilities.schedule, part), image, seed + i + place * (MAX_SEED + 1), label
@@ -128,10 +134,10 @@ def prepare_score(request: ScoreRequest, capabilities: ModelCapabilities) -> Pre
             "n": len(images),
             "seed": seed,
             "terms": terms,
-            "class_label": None if label is None else capabilities.class_names[label],
-            "output_format": request.output_format,
+            "class_label": capabilities.name_of(label),
+            "output_format": output_format,
         },
-        output_format=request.output_format,
+        output_format=output_format,
         timesteps=total,
         pixels=tuple(pixels),
         priors=tuple(prior_bits(capabilities.schedule, image) for image in images),

@@ -1,4 +1,4 @@
-import { connect, summarize } from "./connect.js";
+import { connect, showShape, summarize } from "./connect.js";
 import { copy, curl } from "./curl.js";
 import { Form } from "./form.js";
 import { Grid } from "./grid.js";
@@ -69,7 +69,7 @@ async function generate() {
   form.setUsed(request.fields.seed);
   grid.reset(run.trajectory.images);
   player.load(run.trajectory);
-  $("curl").textContent = curl(new URL("generate", document.baseURI).href, request);
+  $("curl").textContent = curl(new URL("generate", document.baseURI).href, request, info.model);
   $("reproduce").hidden = false;
   scrollToImages();
   redraw();
@@ -121,6 +121,7 @@ async function start() {
   }
   describe(info);
   form = new Form(info);
+  showShape($("grid"), info.model);
   grid.setShape(info.model);
   grid.show("x0");
   grid.reset(form.placeholders());

@@ -1,4 +1,4 @@
-// Reads /info, with an API key where the service requires one.
+// Reads /info, with an API key where the service requires one, and how the model's samples are shown.
 
 import * as key from "./key.js";
 import { Problem } from "./stream.js";
@@ -31,8 +31,19 @@ function keyEntered() {
   });
 }
 
+const KINDS = { 1: " grey", 3: "", 4: " with alpha" };
+
+// Whether samples are pictures; else they are arrays, which are shown channel by channel.
+export const isPicture = (model) => model.channels in KINDS;
+
+// Proportions of the frames below an element, and what shows through where a picture is transparent.
+export function showShape(element, { picture, channels }) {
+  element.style.setProperty("--aspect", `${picture.width} / ${picture.height}`);
+  element.classList.toggle("alpha", channels === 4);
+}
+
 export function summarize({ model, runtime }) {
-  const size = `${model.height} × ${model.width}${model.channels === 1 ? " grey" : ""}`;
+  const size = `${model.height} × ${model.width}${KINDS[model.channels] ?? ` × ${model.channels}`}`;
   const parameters = `${(model.parameters / 1e6).toFixed(1)} M parameters`;
   return [size, parameters, `${runtime.name} ${runtime.dtype} on ${runtime.device}`].join(" · ");
 }

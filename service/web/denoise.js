@@ -1,6 +1,7 @@
 // One image: the slider over t, the x₀ prediction at each timestep, and the curves.
 
 import { Chart, short } from "./chart.js";
+import { isPicture } from "./connect.js";
 import { generate } from "./generate.js";
 import { difference, fit, snappedSize } from "./picture.js";
 import { ScoreRun, nearest, rmse } from "./score.js";
@@ -29,6 +30,7 @@ export class DenoisePanel {
       y: { title: "RMSE of 255", name: "Root mean square error of the x₀ prediction", unit: "of 255" },
       onPick,
     });
+    $("upload").hidden = !isPicture(info.model);
     this.fillClasses();
     this.listen();
   }
@@ -67,7 +69,7 @@ export class DenoisePanel {
     const available = $("images").parentElement.clientWidth;
     const columns = available < 560 ? 2 : 4;
     $("images").style.setProperty("--columns", columns);
-    $("images").style.setProperty("--size", `${snappedSize(available, columns, GAP, this.info.model.width, MAX_SIZE)}px`);
+    $("images").style.setProperty("--size", `${snappedSize(available, columns, GAP, this.info.model.picture.width, MAX_SIZE)}px`);
   }
 
   // The model's own samples to begin with, of classes far apart.
@@ -81,11 +83,17 @@ export class DenoisePanel {
     const steps = Math.min(SAMPLE_STEPS, this.info.model.timesteps);
     const requests = labels.map((label, i) => {
       const fields = { seed: seed + i, num_inference_steps: steps, sampler: this.info.samplers.at(-1) };
-      return generate(label === null ? fields : { ...fields, class_label: label }, signal);
+      return label === null ? fields : { ...fields, class_label: label };
     });
+    const made = async (more) => {
+      const answers = requests.map((fields) => generate({ ...fields, ...more }, signal));
+      return (await Promise.all(answers)).flat();
+    };
     try {
-      const urls = (await Promise.all(requests)).flat();
-      this.images = urls.map((url, i) => ({ url, label: labels[i], name: classes[labels[i]] ?? `image ${i + 1}` }));
+      // What is no picture is scored from its array; the sheet of its channels is for the eye.
+      const [urls, files] = await Promise.all([made(), isPicture(this.info.model) ? [] : made({ output_format: "npy" })]);
+      const name = (i) => classes[labels[i]] ?? `image ${i + 1}`;
+      this.images = urls.map((url, i) => ({ url, file: files[i], label: labels[i], name: name(i) }));
     } catch (error) {
       if (!signal.aborted) this.say(error.message, true);
       return;
@@ -95,6 +103,10 @@ export class DenoisePanel {
 
   async upload([file]) {
     if (!file) return;
+    if ($("upload").hidden) {
+      this.say("This model's samples are arrays, not pictures: they can be scored by the API alone.", true);
+      return;
+    }
     try {
       const url = await fit(file, this.info.model);
       this.images = [

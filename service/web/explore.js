@@ -1,5 +1,5 @@
 import { GuidanceComparison, SamplerComparison } from "./comparison.js";
-import { connect, summarize } from "./connect.js";
+import { connect, showShape, summarize } from "./connect.js";
 import { DenoisePanel } from "./denoise.js";
 import { snappedSize } from "./picture.js";
 
@@ -60,7 +60,7 @@ function layout({ model }) {
     const across = id === "guided" && narrow ? columns / 2 : columns;
     const available = results.clientWidth - (narrow ? 0 : labels);
     results.style.setProperty("--columns", across);
-    results.style.setProperty("--size", `${snappedSize(available, across, gap, model.width, maxSize)}px`);
+    results.style.setProperty("--size", `${snappedSize(available, across, gap, model.picture.width, maxSize)}px`);
   }
 }
 
@@ -115,6 +115,7 @@ async function start() {
   document.title = `Explore ${info.model.name}`;
   $("name").textContent = info.model.name;
   $("summary").textContent = summarize(info);
+  showShape($("panels"), info.model);
   const denoise = new DenoisePanel(info, setStatus);
   new ResizeObserver(() => layout(info)).observe($("panels"));
   layout(info);

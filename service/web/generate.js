@@ -3,10 +3,10 @@
 import * as key from "./key.js";
 import { Problem } from "./stream.js";
 
-// fields: the body of a /generate request. Returns the images as data: URLs.
+// fields: the body of a /generate request. Returns the images as data: URLs, of pictures unless the fields say otherwise.
 export async function generate(fields, signal) {
   const headers = { "Content-Type": "application/json", ...key.headers() };
-  const response = await fetch("generate", { method: "POST", headers, body: JSON.stringify(fields), signal }).catch(
+  const response = await fetch("generate", { method: "POST", headers, body: JSON.stringify({ output_format: "png", ...fields }), signal }).catch(
     (error) => {
       throw error instanceof TypeError ? new Problem({ title: "The service cannot be reached" }) : error;
     },

@@ -6,6 +6,7 @@ const PAIR_GAP = 4;
 const CAPTION_HEIGHT = 26;
 const MIN_SIZE = 76;
 const MAX_SIZE = 448;
+const COLOURED = [3, 4]; // numbers of channels
 
 export class Grid {
   constructor(list, onSeed) {
@@ -17,10 +18,9 @@ export class Grid {
     new ResizeObserver(() => this.layout()).observe(list.parentElement);
   }
 
-  setShape(shape) {
-    this.shape = shape;
-    this.list.style.setProperty("--noise", `url(${noise(shape)})`);
-    this.list.style.setProperty("--aspect", `${shape.width} / ${shape.height}`);
+  setShape({ picture, channels }) {
+    this.shape = picture;
+    this.list.style.setProperty("--noise", `url(${noise(picture, channels)})`);
   }
 
   // images: [{label, seed}], without a seed for a placeholder.
@@ -125,14 +125,14 @@ function setSeed({ button, label }, seed) {
 }
 
 // The background of an empty frame: random pixels, not the noise of any seed.
-function noise({ width, height, channels }) {
+function noise({ width, height }, channels) {
   const canvas = document.createElement("canvas");
   Object.assign(canvas, { width, height });
   const context = canvas.getContext("2d");
   const pixels = context.createImageData(width, height);
   for (let i = 0; i < pixels.data.length; i += 4) {
     for (let c = 0; c < 3; c += 1) {
-      pixels.data[i + c] = channels === 1 && c ? pixels.data[i] : Math.random() * 256;
+      pixels.data[i + c] = COLOURED.includes(channels) || !c ? Math.random() * 256 : pixels.data[i];
     }
     pixels.data[i + 3] = 255;
   }

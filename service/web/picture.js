@@ -6,7 +6,7 @@ export async function fit(file, { width, height, channels }) {
   const bitmap = await createImageBitmap(file);
   const canvas = Object.assign(document.createElement("canvas"), { width, height });
   const context = canvas.getContext("2d", { willReadFrequently: true });
-  context.fillRect(0, 0, width, height); // black shows through transparent pixels
+  if (channels !== 4) context.fillRect(0, 0, width, height); // black shows through transparent pixels
   context.imageSmoothingQuality = "high";
   const scale = Math.max(width / bitmap.width, height / bitmap.height);
   const [w, h] = [bitmap.width * scale, bitmap.height * scale];
@@ -26,18 +26,23 @@ function grey(context, width, height) {
   context.putImageData(pixels, 0, 0);
 }
 
-// Draws gain · |a − b|, channel by channel, onto a canvas. a, b: <img> elements.
+// Draws gain · |a − b|, channel by channel, onto a canvas; what differs in alpha alone is grey. a, b: <img> elements.
 export async function difference(canvas, a, b, gain) {
   await Promise.all([a.decode(), b.decode()]);
   const { naturalWidth: width, naturalHeight: height } = a;
   Object.assign(canvas, { width, height });
   const context = canvas.getContext("2d", { willReadFrequently: true });
   const [first, second] = [a, b].map((image) => {
+    context.clearRect(0, 0, width, height);
     context.drawImage(image, 0, 0, width, height);
     return context.getImageData(0, 0, width, height);
   });
-  for (let i = 0; i < first.data.length; i += 1) {
-    if (i % 4 < 3) first.data[i] = gain * Math.abs(first.data[i] - second.data[i]); // the array type clamps to 0 … 255
+  for (let i = 0; i < first.data.length; i += 4) {
+    const alpha = Math.abs(first.data[i + 3] - second.data[i + 3]);
+    for (let c = i; c < i + 3; c += 1) {
+      first.data[c] = gain * Math.max(alpha, Math.abs(first.data[c] - second.data[c])); // the array type clamps to 0 … 255
+    }
+    first.data[i + 3] = 255;
   }
   context.putImageData(first, 0, 0);
 }

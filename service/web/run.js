@@ -45,7 +45,8 @@ export class Run {
 
   async runPart(part) {
     const label = this.request.labels[part];
-    const query = new URLSearchParams({ ...this.request.fields, preview: "both", preview_every: this.every });
+    const shown = { preview: "both", preview_every: this.every, output_format: "png" };
+    const query = new URLSearchParams({ ...this.request.fields, ...shown });
     if (label !== null) query.set("class_label", label);
     try {
       for await (const { type, data } of follow(`stream?${query}`, this.controller.signal)) {

@@ -8,7 +8,7 @@ export const rmse = (mse) => Math.sqrt(mse) * GREY_LEVELS;
 
 export class ScoreRun {
   constructor(image) {
-    this.image = image; // {url, label}
+    this.image = image; // {url, label}, and {file} where what is shown is not what is sent
     this.frames = []; // {timestep, x0, xt, bits, mse}, by timestep
     this.score = null;
   }
@@ -16,7 +16,8 @@ export class ScoreRun {
   // Evaluates `terms` timesteps and calls onFrame after every event. Returns the problem of an `error` event, else
   // null. Throws Problem.
   async run({ terms, label }, signal, onFrame) {
-    const body = { images: [this.image.url.split(",")[1]], terms, seed: 0, preview: "both", preview_every: 1 };
+    const images = [(this.image.file ?? this.image.url).split(",")[1]];
+    const body = { images, terms, seed: 0, preview: "both", preview_every: 1, output_format: "png" };
     if (label !== null) body.class_label = label;
     for await (const { type, data } of follow("score", signal, body)) {
       if (type === "error") return data;

@@ -223,16 +223,22 @@ def _stepped(row: Row, before: Latent, after: Latent) -> Stepped:
 # ── A model and an app ─────────────────────────────────────────────────────────────────────────
 
 
-def tiny_model(guided: bool = True, classes: int = 3, learned: bool = False) -> Checkpoint:
-    """A network of a few random weights: three classes and a null class, 8×8 pixels.
+def tiny_model(
+    guided: bool = True,
+    classes: int = 3,
+    learned: bool = False,
+    shape: tuple[int, int, int] = (1, SIZE, SIZE),
+) -> Checkpoint:
+    """A network of a few random weights: three classes and a null class, 8×8 pixels of grey.
 
-    learned: it predicts its variance.
+    learned: it predicts its variance. shape: (C, H, W) of a sample.
     """
+    channels, *size = shape
     torch.manual_seed(0)
     config = UNetConfig(
-        sample_size=SIZE,
-        in_channels=1,
-        out_channels=1 + learned,
+        sample_size=(size[0], size[1]),
+        in_channels=channels,
+        out_channels=channels * (1 + learned),
         down_block_types=("DownBlock2D",),
         up_block_types=("UpBlock2D",),
         block_out_channels=(8,),
@@ -260,7 +266,7 @@ def tiny_model(guided: bool = True, classes: int = 3, learned: bool = False) -> 
 def tiny_classifier() -> NoiseClassifier:
     """A noise-aware classifier for the same images and classes, of a few random weights."""
     torch.manual_seed(1)
-    classifier = NoiseClassifier(EncoderConfig(SIZE, 1, 3, (8, 16), norm_num_groups=4))
+    classifier = NoiseClassifier(EncoderConfig((SIZE, SIZE), 1, 3, (8, 16), norm_num_groups=4))
     return classifier.eval().requires_grad_(False)
 
 

@@ -6,9 +6,9 @@ import asyncio
 
 from fastapi import APIRouter, Request, Response
 
-from service.http.answers import negotiate
 from service.http.forms import HALVES, body_schema, read_body
 from service.http.middleware import UploadRoute
+from service.http.negotiation import negotiate
 from service.http.respond import REFUSALS, answer
 from service.http.state import app_state
 from service.tasks.edit import EditRequest, prepare_edit

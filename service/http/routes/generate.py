@@ -6,9 +6,10 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request, Response
 
-from service.http.answers import EVENTS, negotiate
+from service.http.answers import EVENTS
 from service.http.forms import body_schema, read_body
 from service.http.middleware import LimitedRoute
+from service.http.negotiation import negotiate
 from service.http.respond import REFUSALS, answer, resume
 from service.http.state import app_state
 from service.tasks.generate import GenerateRequest, StreamQuery, prepare_generate

@@ -13,6 +13,7 @@ from service.engine.messages import Finished, Measurement
 from service.engine.streams import SequencedEvent
 from service.http import answers
 from service.http.answers import EventPresenter, JsonPresenter, PicturePresenter
+from service.http.bodies import Tiles
 from service.tasks.generate import GenerateRequest, prepare_generate
 from tests.service.tasks.test_sampling import capabilities
 
@@ -30,9 +31,9 @@ class Watched:
         self.threads.append(threading.get_ident())
         return {}
 
-    def sheet(self, *_: object) -> tuple[Any, dict[str, Any]]:
+    def tiles(self, *_: object) -> Tiles:
         self.threads.append(threading.get_ident())
-        return np.zeros((1, 1, 1), np.uint8), {}
+        return Tiles([np.zeros((1, 1, 1), np.uint8)], {})
 
 
 @pytest.mark.parametrize(("result", "inline"), [(NOTHING, True), (MEASURED, False)], ids=["none", "some"])

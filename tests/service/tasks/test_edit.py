@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 from PIL import Image
 from pydantic import ValidationError
 
 from model.chain import Chain, from_pixels
+from model.condition import Part
 from model.samplers import build_repaint
 from service.errors import InvalidRequestError
 from service.http.info import describe
 from service.tasks.edit import MAX_STEPS, EditRequest, prepare_edit
+from service.tasks.generate import GenerateRequest, prepare_generate
+from service.tasks.interpolate import InterpolateRequest, prepare_interpolation
 from service.tasks.sampling import MAX_SEED, ModelCapabilities, PreparedRequest
-from tests.service.fakes import EVERYWHERE, SIZE, fake_info
+from service.tasks.score import ScoreRequest, prepare_score
+from tests.service.fakes import EVERYWHERE, SIZE, fake_info, tiny_model
 from tests.service.live import settings
 from tests.service.tasks.test_sampling import capabilities
 from tests.service.tasks.test_uploads import file, halves, noise
@@ -55,6 +61,16 @@ def test_an_edit_starts_from_the_picture_under_noise() -> None:
         assert share**2 + noise_share**2 == pytest.approx(1)
         ac = capabilities().schedule.alphas_cumprod[chain.plan.timesteps[0]]
         assert share == pytest.approx(math.sqrt(ac))
+
+
+def test_a_picture_is_in_the_models_data_range() -> None:
+    model = tiny_model()
+    known = capabilities(replace(model, schedule=replace(model.schedule, data_range=(0.0, 1.0))))
+    ((start,), (masked,)) = chains(edit(known)), chains(edit(known, mask=RIGHT))
+    assert start.start is not None
+    assert masked.known is not None
+    for image in (start.start.images[0][1], masked.known.image):
+        np.testing.assert_allclose(image[0], PIXELS / 255, atol=1e-6)
 
 
 def test_a_mask_alone_is_inpainted_by_repaint() -> None:
@@ -159,3 +175,56 @@ def test_impossible_edits_are_refused(fields: dict[str, Any], field: str) -> Non
 def test_edits_at_the_limits_are_accepted(fields: dict[str, Any]) -> None:
     made = edit(mask=RIGHT, num_inference_steps=100, **fields)
     assert len(chains(made)[0].plan) <= MAX_STEPS
+
+
+# ── Networks that take the picture beside x ────────────────────────────────────────────────────
+
+
+def test_a_network_for_pictures_from_pictures_is_given_the_picture() -> None:
+    known = structs.replace(capabilities(), condition=("image",))
+    made = edit(known, n=2, seed=4)
+    for chain, seed in zip(chains(made), (4, 5), strict=True):
+        assert (chain.seed, chain.start, chain.known) == (seed, None, None)
+        assert chain.condition is not None
+        np.testing.assert_array_equal(chain.condition, A)
+        assert len(chain.plan) == 20
+    assert made.parameters["sampler"] == "dpmpp_2m"
+    assert describe(known, settings(), fake_info())["model"]["condition"] == ["image"]
+
+
+def test_a_network_that_fills_holes_keeps_the_rest_exactly() -> None:
+    known = structs.replace(capabilities(), condition=("mask", "masked_image"))
+    (chain,) = chains(edit(known, mask=RIGHT))
+    assert chain.condition is not None
+    assert chain.known is not None
+    mask, masked = chain.condition
+    np.testing.assert_array_equal(mask, ~chain.known.mask[0])
+    np.testing.assert_array_equal(masked, np.where(chain.known.mask[0], A[0], 0))
+
+
+@pytest.mark.parametrize(
+    ("condition", "fields", "field"),
+    [
+        (("image",), {"mask": RIGHT}, "mask"),
+        (("image",), {"strength": 0.5}, "strength"),
+        (("image",), {"jump_length": 2}, "jump_length"),
+        (("masked_image",), {}, "mask"),
+    ],
+)
+def test_what_such_a_network_does_not_do_is_refused(
+    condition: tuple[Part, ...], fields: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        edit(structs.replace(capabilities(), condition=condition), **fields)
+    assert refused.value.field == field
+
+
+def test_without_a_picture_such_a_network_makes_nothing() -> None:
+    known = structs.replace(capabilities(), condition=("image",))
+    for prepare in (
+        lambda: prepare_generate(GenerateRequest(), known),
+        lambda: prepare_score(ScoreRequest(images=[IMAGE]), known),
+        lambda: prepare_interpolation(InterpolateRequest(seeds=(1, 2)), known),
+    ):
+        with pytest.raises(InvalidRequestError, match="/edit"):
+            prepare()

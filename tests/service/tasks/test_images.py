@@ -12,7 +12,7 @@ from PIL import Image
 
 from model.sheets import contact_sheet, enlarge
 from service.engine.messages import Pixels
-from service.tasks.images import MEDIA_TYPES, ImageFormat, encode
+from service.tasks.images import MEDIA_TYPES, ImageFormat, encode, encode_arrays, picture_size
 
 PARAMETERS: dict[str, Any] = {"seed": 7, "sampler": "ddim", "class_label": "T-shirt/\u00e9\u4e2d"}
 USER_COMMENT = (0x8769, 0x9286)
@@ -42,6 +42,34 @@ def test_lossless_formats_keep_every_pixel(image_format: ImageFormat, channels: 
     assert image.get_format_mimetype() == MEDIA_TYPES[image_format]  # type: ignore[attr-defined]
     found = found[..., None] if found.ndim == 2 else found
     assert (found[..., :channels] == pixels).all()
+
+
+@pytest.mark.parametrize("image_format", ["png", "webp"])
+def test_alpha_and_what_lies_beneath_it_are_kept(image_format: ImageFormat) -> None:
+    pixels = picture(4)
+    pixels[:9, :, 3] = 0
+    image, found = read(encode(pixels, image_format, PARAMETERS))
+    assert image.mode == "RGBA"
+    np.testing.assert_array_equal(found, pixels)
+
+
+@pytest.mark.parametrize("channels", [2, 5, 6])
+@pytest.mark.parametrize("image_format", ["png", "webp"])
+def test_what_is_no_picture_is_shown_channel_by_channel(image_format: ImageFormat, channels: int) -> None:
+    pixels = picture(channels, 8)[:5]
+    image, found = read(encode(pixels, image_format, PARAMETERS, scale=2))
+    assert (image.height // 2, image.width // 2) == picture_size((channels, 5, 8))
+    wanted = contact_sheet([pixels[..., [channel]] for channel in range(channels)])
+    found = found.reshape(*found.shape[:2], -1)
+    np.testing.assert_array_equal(found[::2, ::2, :1], wanted)
+
+
+def test_an_array_is_a_picture_or_a_stack_of_them() -> None:
+    pixels, other = picture(5, 8), 255 - picture(5, 8)
+    alone = np.load(BytesIO(encode(pixels, "npy", PARAMETERS, scale=2)))
+    np.testing.assert_array_equal(alone, enlarge(pixels, 2))
+    together = np.load(BytesIO(encode_arrays([pixels, other])))
+    np.testing.assert_array_equal(together, np.stack([pixels, other]))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -81,7 +109,7 @@ def test_the_others_tell_them_in_their_exif(image_format: ImageFormat) -> None:
     assert json.loads(comment[8:]) == PARAMETERS
 
 
-@pytest.mark.parametrize("image_format", MEDIA_TYPES)
+@pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
 def test_nothing_is_told_unasked(image_format: ImageFormat) -> None:
     image, _ = read(encode(picture(1), image_format))
     assert "parameters" not in image.info

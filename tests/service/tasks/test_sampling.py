@@ -16,10 +16,11 @@ from model.samplers import COLUMNS, SAMPLERS
 from model.schedule import SPACINGS
 from service.engine.warmup import model_info
 from service.errors import InvalidRequestError
+from service.http.info import describe
 from service.http.state import capabilities_of
 from service.tasks.generate import GenerateRequest, StreamQuery, prepare_generate
-from service.tasks.sampling import DEFAULT_STEPS, MAX_SEED, ModelCapabilities, PreparedRequest
-from tests.service.fakes import EVERYWHERE, tiny_classifier, tiny_model
+from service.tasks.sampling import DEFAULT_STEPS, MAX_NUMBER, MAX_SEED, ModelCapabilities, PreparedRequest
+from tests.service.fakes import EVERYWHERE, fake_info, tiny_classifier, tiny_model
 from tests.service.live import settings
 
 
@@ -29,6 +30,36 @@ def capabilities(model: Checkpoint | None = None, **values: Any) -> ModelCapabil
 
 def prepare(request: dict[str, Any], known: ModelCapabilities | None = None) -> PreparedRequest:
     return prepare_generate(GenerateRequest(**request), known or capabilities())
+
+
+# ── Formats of pictures ────────────────────────────────────────────────────────────────────────
+
+
+def shaped(*shape: int) -> ModelCapabilities:
+    return structs.replace(capabilities(), shape=shape)
+
+
+@pytest.mark.parametrize(
+    ("channels", "default"), [(1, "png"), (2, "npy"), (3, "png"), (4, "png"), (5, "npy"), (12, "npy")]
+)
+def test_the_format_that_holds_so_many_channels_is_the_default(channels: int, default: str) -> None:
+    made = prepare({}, shaped(channels, 8, 8))
+    assert made.output_format == made.parameters["output_format"] == default
+    assert prepare({"output_format": "webp"}, shaped(channels, 8, 8)).output_format == "webp"
+
+
+def test_a_jpeg_of_what_is_transparent_is_refused() -> None:
+    with pytest.raises(InvalidRequestError, match="no transparency") as refused:
+        prepare({"output_format": "jpeg"}, shaped(4, 8, 8))
+    assert refused.value.field == "output_format"
+    assert prepare({"output_format": "jpeg"}, shaped(5, 8, 8)).output_format == "jpeg"
+
+
+def test_an_enlarged_sheet_counts_all_its_channels() -> None:
+    assert prepare({"scale": 8}, shaped(3, 512, 512)).scale == 8
+    with pytest.raises(InvalidRequestError, match="at most") as refused:
+        prepare({"scale": 8}, shaped(5, 512, 512))
+    assert refused.value.field == "scale"
 
 
 # ── Strictness ─────────────────────────────────────────────────────────────────────────────────
@@ -50,7 +81,6 @@ def prepare(request: dict[str, Any], known: ModelCapabilities | None = None) -> 
         ("seed", 1.5),
         ("sampler", "euler"),
         ("sampler", ""),
-        ("sampler", None),
         ("num_inference_steps", 0),
         ("num_inference_steps", "50"),
         ("eta", float("nan")),
@@ -125,10 +155,50 @@ def test_others_are_refused_with_a_list(wanted: int | str) -> None:
     assert refused.value.field == "class_label"
 
 
-def test_a_name_beats_an_index() -> None:
-    known = capabilities(tiny_model())
-    numbered = structs.replace(known, class_names=("2", "1", "0"))
-    assert [numbered.label(wanted) for wanted in ("2", "0")] == [0, 2]
+def test_a_name_that_could_mean_several_classes_is_refused_with_all_of_them() -> None:
+    model = replace(tiny_model(), class_names=("crane", "0", "crane"))
+    known = capabilities(model)
+    assert known.class_names == ("crane (0)", "0 (1)", "crane (2)")
+    for wanted, meant in (
+        ("crane", r"0 \(crane \(0\)\) or 2 \(crane \(2\)\)"),
+        ("0", r"0 \(crane \(0\)\) or 1 \(0 \(1\)\)"),
+    ):
+        with pytest.raises(InvalidRequestError, match=f"could mean class {meant}: give the index") as refused:
+            prepare({"class_label": wanted}, known)
+        assert refused.value.field == "class_label"
+    for given, index in ((0, 0), ("crane (2)", 2), ("0 (1)", 1), ("2", 2)):
+        made = prepare({"class_label": given}, known)
+        assert made.spec.stages[0].chains[0].label == index
+        assert known.label(made.parameters["class_label"]) == index
+
+
+@pytest.mark.parametrize(("wanted", "label"), [(0, 0), (999, 999), (" 12 ", 12), (MAX_NUMBER, MAX_NUMBER)])
+def test_a_conditional_model_without_classes_takes_a_number(wanted: int | str, label: int) -> None:
+    known = structs.replace(capabilities(), class_names=(), guided=False)
+    made = prepare({"class_label": wanted}, known)
+    assert made.spec.stages[0].chains[0].label == label
+    assert made.parameters["class_label"] == label
+
+
+def test_timesteps_that_the_network_has_no_value_at_are_refused() -> None:
+    known = structs.replace(capabilities(), lowest_timestep=1)
+    trailing = {"timestep_spacing": "trailing", "num_inference_steps": 50}
+    assert min(prepare(trailing, known).spec.stages[0].chains[0].plan.timesteps) == 1
+    for request in (trailing | {"timestep_spacing": "leading"}, trailing | {"num_inference_steps": 100}):
+        with pytest.raises(InvalidRequestError, match="no value below timestep 1") as refused:
+            prepare(request, known)
+        assert refused.value.field == "timestep_spacing"
+        prepare(request)
+
+
+@pytest.mark.parametrize("wanted", [-1, MAX_NUMBER + 1, 10**400, "cow", "", "²", "1.5", "9" * 5000])
+def test_and_nothing_else(wanted: int | str) -> None:
+    known = structs.replace(capabilities(), class_names=(), guided=False)
+    with pytest.raises(InvalidRequestError, match="a number from 0 to 2147483647") as refused:
+        prepare({"class_label": wanted}, known)
+    assert refused.value.field == "class_label"
+    with pytest.raises(InvalidRequestError, match="a class is needed"):
+        prepare({}, known)
 
 
 def test_an_unconditional_model_has_no_classes() -> None:
@@ -282,6 +352,29 @@ def test_the_defaults_are_reported() -> None:
         "scale": 1,
     }
     assert prepare({}).parameters["seed"] != made.parameters["seed"]
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "sampler", "steps"),
+    [
+        ({"_class_name": "DDIMScheduler"}, "ddim", 50),
+        ({"_class_name": "EulerAncestralDiscreteScheduler"}, "ddpm", 50),
+        (
+            {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"},
+            "sde_dpmpp_2m",
+            20,
+        ),
+    ],
+)
+def test_the_sampler_is_the_nearest_to_the_models_scheduler(
+    scheduler: dict[str, Any], sampler: str, steps: int
+) -> None:
+    known = capabilities(replace(tiny_model(), scheduler_config=scheduler))
+    assert prepare({}, known).parameters.items() >= {"sampler": sampler, "num_inference_steps": steps}.items()
+    assert prepare({}, known).spec.sampler == sampler
+    assert prepare({"sampler": "dpmpp_2m"}, known).parameters["sampler"] == "dpmpp_2m"
+    defaults = describe(known, settings(), fake_info())["defaults"]
+    assert defaults.items() >= {"sampler": sampler, "num_inference_steps": steps}.items()
 
 
 @pytest.mark.parametrize(("sampler", "steps"), DEFAULT_STEPS.items())

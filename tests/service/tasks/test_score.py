@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from model.checkpoint import Checkpoint
 from model.likelihood import FEWEST_TERMS, choose_timesteps, estimate, prior_bits, rmse
+from model.sheets import contact_sheet
 from model.typicality import fit
 from service.engine.jobs import SnapshotKind
 from service.engine.messages import Finished, Measurement, Picture, Preview
@@ -242,7 +243,8 @@ def test_all_terms_have_no_error() -> None:
 
 def test_a_sheet_has_a_row_for_each_image_and_ends_with_it() -> None:
     made = prepare(terms=40)
-    sheet, parameters = ScoreBodies(made).sheet(finished(made))
+    tiles = ScoreBodies(made).tiles(finished(made))
+    sheet, parameters = contact_sheet(tiles.pictures, columns=tiles.columns), tiles.parameters
     assert sheet.shape == (2 * SIZE + 2, 9 * SIZE + 8 * 2, 1)
     for index in range(2):
         row = sheet[index * (SIZE + 2) :][:SIZE]

@@ -155,6 +155,25 @@ def test_a_form_gives_the_bytes_that_json_gives(
         assert response.json()["images"] == by_json
 
 
+def test_a_file_input_that_was_left_empty_is_not_there(real: Threaded) -> None:
+    """As browsers send it: a file of no bytes and no name, or no text."""
+    (wanted,) = images(real, "/edit", image=text(IMAGE), **FEW)
+    data = {name: str(value) for name, value in FEW.items()}
+    for head in ('name="mask"; filename=""\r\nContent-Type: application/octet-stream', 'name="mask"'):
+        request = real.client.build_request("POST", "/edit", data=data, files={"image": ("a", IMAGE)})
+        whole, boundary = request.read(), request.headers["content-type"].partition("boundary=")[2]
+        part = f"--{boundary}\r\nContent-Disposition: form-data; {head}\r\n\r\n\r\n".encode()
+        kind = {"content-type": request.headers["content-type"]}
+        response = real.client.post("/edit", content=part + whole, headers=kind)
+        assert response.status_code == 200, response.text
+        assert response.json()["parameters"]["masked"] is False
+        assert response.json()["images"] == [wanted]
+    named = real.client.post("/edit", data=data, files={"image": ("a", IMAGE), "mask": ("m.png", b"")})
+    assert problem(named, 422, "invalid_request")["errors"] == [{"field": "mask", "message": "It is empty."}]
+    by_json = real.client.post("/edit", json={"image": text(IMAGE), "mask": "", **FEW})
+    assert problem(by_json, 422, "invalid_request")["detail"] == "It is empty."
+
+
 @pytest.mark.parametrize("method", ["stochastic", "inversion"])
 def test_files_of_one_name_are_a_pair(real: Threaded, method: str) -> None:
     fields = {"method": method, "points": 3, **FEW}
@@ -253,7 +272,7 @@ def test_bad_pictures_are_422_by_their_field(serve: Serve) -> None:
         for path, field, body in asked:
             found = problem(server.client.post(path, json=body), 422, "invalid_request")
             assert found["errors"] == [{"field": field, "message": found["detail"]}], name
-    found = problem(server.client.post("/edit", json={"image": MARK}), 422, "invalid_request")
+    found = problem(server.client.post("/edit", json={"image": f"{MARK}!"}), 422, "invalid_request")
     assert found["detail"] == "It is not base64."
     assert server.denoiser.starts == []
 
@@ -406,9 +425,9 @@ def test_pictures_are_decoded_on_another_thread(serve: Serve, monkeypatch: pytes
     seen: list[str] = []
     opened = uploads._opened
 
-    def watched(data: bytes, field: str) -> Image.Image:
+    def watched(data: bytes, field: str, channels: int) -> tuple[Image.Image, int]:
         seen.append(threading.current_thread().name)
-        return opened(data, field)
+        return opened(data, field, channels)
 
     monkeypatch.setattr(uploads, "_opened", watched)
     server.client.post("/edit", json={"image": text(IMAGE), "num_inference_steps": 1})
@@ -422,7 +441,7 @@ def test_pictures_are_decoded_on_another_thread(serve: Serve, monkeypatch: pytes
 def test_the_info_of_editing(real: Threaded) -> None:
     info = real.client.get("/info").json()["editing"]
     assert info == {
-        "pictures": {"formats": ["png", "jpeg", "webp"], "max_pixels": 1 << 24},
+        "pictures": {"formats": ["png", "jpeg", "webp", "npy"], "max_pixels": 1 << 24},
         "edit": {"strength": 0.6},
         "inpainting": {
             "samplers": ["ddpm", "ddim"], "jump_length": 10, "jump_n_sample": 5, "max_rows": 10_000,

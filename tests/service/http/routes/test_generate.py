@@ -20,8 +20,7 @@ from PIL import Image
 
 from service.engine.engine import PREVIEW_INTERVAL_S
 from service.engine.messages import Picture
-from service.errors import NotAcceptableError
-from service.http.answers import choose_media_type, encoded
+from service.http.answers import encoded
 from service.tasks.images import ImageFormat
 from tests.service.fakes import EVERYWHERE, SIZE, FakeDenoiser, until
 from tests.service.http.test_problems import problem
@@ -143,36 +142,6 @@ def test_no_answer_in_that_form(serve: Serve) -> None:
     assert "image/png" in str(body["detail"])
     assert response.headers["vary"] == "Accept"
     assert server.denoiser.starts == []
-
-
-@pytest.mark.parametrize(
-    ("accept", "answer"),
-    [
-        ("", "application/json"),
-        ("*/*", "application/json"),
-        ("application/json", "application/json"),
-        ("APPLICATION/JSON; charset=utf-8", "application/json"),
-        ("image/*", "image/png"),
-        ("text/html, image/webp", "image/webp"),
-        ("image/png, application/json", "application/json"),
-        ("image/png, application/json;q=0.9", "image/png"),
-        ("*/*;q=0.1, image/jpeg", "image/jpeg"),
-        ("*/*, application/json;q=0", "image/png"),
-        ("text/event-stream", "text/event-stream"),
-        ("text/html,*/*;q=0.8", "application/json"),
-        ("image/png;q=0.5, image/jpeg;q=banana", "image/png"),
-    ],
-)
-def test_the_form_of_the_answer(accept: str, answer: str) -> None:
-    assert choose_media_type(accept) == answer
-
-
-@pytest.mark.parametrize(
-    "accept", ["application/pdf", "image/gif", "*/*;q=0", "application/json;q=nan", "json"]
-)
-def test_no_form(accept: str) -> None:
-    with pytest.raises(NotAcceptableError):
-        choose_media_type(accept)
 
 
 # ── Refusals ───────────────────────────────────────────────────────────────────────────────────

@@ -100,9 +100,12 @@ def test_info(serve: Serve) -> None:
         "classes": ["cat", "dog", "Ankle Boot"],
         "guidance": True,
         "classifier": False,
+        "condition": [],
         "channels": 1,
         "height": 8,
         "width": 8,
+        "picture": {"height": 8, "width": 8},
+        "formats": ["png", "jpeg", "webp", "npy"],
         "parameters": info["model"]["parameters"],
         "timesteps": 100,
         "prediction_type": "epsilon",
@@ -119,6 +122,7 @@ def test_info(serve: Serve) -> None:
         "guidance_sigma_max": 5.0,
         "classifier_scale": 0.0,
         "timestep_spacing": "trailing",
+        "output_format": "png",
     }
     assert info["limits"] == {"max_images": 5, "max_batch": 8, "max_queue": 256, "deadline_s": 60.0}
     assert info["runtime"]["name"] == "fake"

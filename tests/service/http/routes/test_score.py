@@ -8,6 +8,7 @@ import json
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from io import BytesIO
 from typing import Any
 
@@ -23,6 +24,7 @@ from model.denoiser import Latent
 from model.diffusion import predict_x0, q_sample, vlb_terms
 from model.likelihood import choose_timesteps, chunks
 from model.noise import NoiseStream
+from model.schedule import NoiseSchedule, linear_betas
 from service.engine.messages import Finished, Measurement
 from service.engine.streams import SequencedEvent
 from service.engine.warmup import warm_up
@@ -252,6 +254,22 @@ def offline(pixels: np.ndarray, label: int, terms: int, seed: int) -> list[tuple
             bits = vlb_terms(model.schedule, x0, guess, t, model.schedule.variance_type).item()
             found.append((timestep, bits, (guess - x0).square().mean().item()))
     return found
+
+
+@pytest.mark.parametrize("options", [{}, {"data_range": (0.0, 1.0)}, {"timestep_scale": 0.25}])
+@pytest.mark.parametrize("total", [1, 2])
+def test_the_shortest_chains_have_scores(serve: Serve, total: int, options: dict[str, Any]) -> None:
+    """A decoder alone, and with one term: finite, and the engine lives on."""
+    schedule = NoiseSchedule(linear_betas(total, 0.9, 0.99), **options)
+    model = replace(tiny_model(), schedule=schedule)
+    server = serve(warm=lambda config: warm_up(model, config), runtime="torch", max_batch=2).ready()
+    for _ in range(2):
+        (score,) = ask(server.client, images=1)["scores"]
+        assert [term["timestep"] for term in score["terms"]] == list(range(total))[::-1]
+        assert math.isfinite(score["bits_per_dim"])
+        assert score["standard_error"] == 0
+    refused = server.client.post("/score", json=body(1, terms=3))
+    problem(refused, 422, "invalid_request")
 
 
 @pytest.mark.parametrize(("class_label", "label"), [(None, 3), ("dog", 1)])
