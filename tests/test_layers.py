@@ -54,8 +54,9 @@ SERVICE = {
     "service.tasks": "",
     "service.tasks.*": (
         "service.tasks.* service.engine.jobs service.engine.messages service.errors model.chain"
-        " model.interpolation model.likelihood model.samplers model.schedule model.sheets model.typicality"
-        " numpy PIL pydantic"
+        " model.class_names model.condition model.interpolation model.likelihood model.samplers"
+        " model.schedule model.sheets"
+        " model.typicality numpy PIL pydantic"
     ),
     # The engine: no HTTP. The API's end of it first, which knows no tensors; then the engine's own process.
     "service.engine": "",
@@ -64,16 +65,17 @@ SERVICE = {
         " service.telemetry msgspec"
     ),
     "service.engine.worker": (
-        "service.engine.jobs service.engine.messages service.engine.wire service.errors"
+        "service.engine.jobs service.engine.messages service.engine.wire service.errors msgspec"
     ),
     "service.engine.wire": "service.engine.messages service.errors model.samplers msgspec numpy",
     "service.engine.process": (
         "service.engine.messages service.engine.warmup service.engine.wire service.heap service.telemetry"
-        " model.checkpoint model.runtimes"
+        " model.checkpoint model.hub model.runtimes msgspec"
     ),
     "service.engine.warmup": (
         "service.engine.engine service.engine.estimates service.engine.messages service.engine.scheduler"
-        " model.chain model.checkpoint model.denoiser model.runtimes model.samplers model.state numpy torch"
+        " model.chain model.checkpoint model.class_names model.condition model.denoiser model.runtimes"
+        " model.samplers model.scheduler_config model.state numpy torch"
     ),
     "service.engine.engine": (
         "service.engine.isolation service.engine.jobs service.engine.messages service.engine.scheduler"
@@ -88,7 +90,7 @@ SERVICE = {
     "service.engine.estimates": "service.engine.jobs",
     "service.engine.streams": "service.engine.messages service.errors msgspec",
     "service.engine.messages": (
-        "service.engine.jobs service.errors model.schedule model.typicality msgspec numpy"
+        "service.engine.jobs service.errors model.condition model.schedule model.typicality msgspec numpy"
     ),
     "service.engine.jobs": "model.chain",
     # Leaves.
@@ -98,23 +100,43 @@ SERVICE = {
 MODEL = {
     "model": "",
     # Data and pure functions: no torch.
-    "model.schedule": "numpy",
+    "model.betas": "numpy",
+    "model.scheduler_config": "model.betas numpy",
+    "model.schedule": "model.betas model.scheduler_config numpy",
     "model.noise": "numpy",
-    "model.samplers": "model.schedule numpy",
-    "model.chain": "model.samplers numpy",
+    "model.samplers": "model.betas model.schedule numpy",
+    "model.chain": "model.samplers model.schedule numpy",
+    "model.condition": "model.chain model.schedule numpy",
     "model.interpolation": "model.chain numpy",
     "model.likelihood": "model.noise model.schedule numpy",
     "model.typicality": "model.files numpy",
     "model.sheets": "numpy",
+    "model.class_names": "",
     "model.files": "",
     # Networks and what runs them.
-    "model.unet": "torch",
-    "model.encoder": "model.unet torch",
+    "model.network": "torch",
+    "model.unet_config": "",
+    "model.blocks": "model.unet_config torch",
+    "model.unet": "model.blocks model.network model.unet_config torch",
+    "model.denoising_diffusion": "model.network model.unet_config torch denoising_diffusion_pytorch",
+    "model.encoder": "model.blocks model.unet_config torch",
     "model.diffusion": "model.schedule torch numpy",
-    "model.device_noise": "model.noise model.noise_kernel torch",
+    "model.device_noise": "model.noise model.noise_kernel numpy torch",
     "model.noise_kernel": "torch triton",
+    # Model folders: what lies where, what it is, and what of it is loaded.
+    "model.folder": "",
+    "model.pipeline": "model.denoising_diffusion model.folder",
+    "model.weights": "model.files model.folder torch safetensors",
+    "model.layout": "model.folder model.pipeline model.weights",
+    "model.hub": "model.folder model.layout model.pipeline huggingface_hub",
+    "model.inspect": (
+        "model.checkpoint model.class_names model.hub model.layout model.schedule model.scheduler_config"
+        " numpy torch"
+    ),
     "model.checkpoint": (
-        "model.encoder model.files model.schedule model.typicality model.unet torch safetensors"
+        "model.condition model.denoising_diffusion model.encoder model.files model.folder model.layout"
+        " model.network model.pipeline model.schedule model.scheduler_config model.typicality model.unet"
+        " model.weights"
     ),
     "model.runtimes": (
         "model.runtimes.base model.runtimes.load model.runtimes.openvino model.runtimes.queues"
@@ -123,13 +145,13 @@ MODEL = {
     "model.runtimes.base": "model.runtimes.queues torch",
     "model.runtimes.queues": "numpy torch",
     "model.runtimes.recorded": "torch",
-    "model.runtimes.lowering": "model.unet torch openvino",
+    "model.runtimes.lowering": "model.blocks model.unet torch openvino",
     "model.runtimes.torch": (
         "model.checkpoint model.runtimes.base model.runtimes.queues model.runtimes.recorded torch"
     ),
     "model.runtimes.openvino": (
-        "model.checkpoint model.runtimes.base model.runtimes.lowering model.runtimes.queues torch numpy"
-        " openvino"
+        "model.checkpoint model.runtimes.base model.runtimes.lowering model.runtimes.queues model.unet torch"
+        " numpy openvino"
     ),
     "model.runtimes.simulated": "model.runtimes.base model.runtimes.queues torch",
     "model.runtimes.load": (
@@ -139,6 +161,12 @@ MODEL = {
     "model.denoiser": (
         "model.chain model.checkpoint model.device_noise model.diffusion model.interpolation model.noise"
         " model.runtimes model.samplers model.schedule model.state torch numpy"
+    ),
+    # Other projects' checkpoints: a program for the terminal; nothing above imports it.
+    "model.convert": "",
+    "model.convert.*": (
+        "model.checkpoint model.convert.* model.denoising_diffusion model.encoder model.folder model.layout"
+        " model.pipeline model.schedule model.unet_config model.weights numpy torch safetensors"
     ),
     # Programs for developers, not in the image; nothing above imports them.
     "model.training": "",
