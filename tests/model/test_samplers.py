@@ -131,7 +131,7 @@ def test_ddim_follows_diffusers(
     plan = build_plan(schedule, "ddim", steps, eta=eta, use_clipped_model_output=clipped, timesteps=timesteps)
     eps = network(schedule)
     if steps == 1000 and not clipped:
-        within *= 30  # the network's own ε does not forget the rounding of their ᾱ
+        within *= 100  # the network's own ε does not forget the rounding of their ᾱ
     assert_same_chain(follow(plan, eps), drive(scheduler.timesteps, eps, step), within)
 
 
