@@ -22,12 +22,13 @@ from model.denoising_diffusion import CLASS_NAMES, DenoisingDiffusionConfig, Den
 from model.encoder import EncoderConfig, NoiseClassifier
 from model.files import replace_text
 from model.folder import MANIFEST, CheckpointError, check_manifest, manifest_of, read_json, sha256
-from model.layout import CONFIG, EMA_KEYS, SCHEDULER_CONFIG, Layout
+from model.layout import CONFIG, SCHEDULER_CONFIG, Layout
 from model.network import Network, NetworkConfig
 from model.schedule import NoiseSchedule
 from model.scheduler_config import DEFAULT_CLASS
 from model.typicality import Typicality, TypicalityError
 from model.unet import ConfigError, UNet, UNetConfig
+from model.unet_config import EMA_KEYS
 from model.weights import WEIGHTS, Weights
 
 __all__ = [
@@ -108,7 +109,9 @@ def read(found: Layout, sample_size: tuple[int, int] | None = None) -> Checkpoin
     weights.fill(unet, found.weights)
     names, null_class = _class_names(found.index, unet.config, root)
     statistics = _load_typicality(found)
-    classifier = _load_classifier(root / CLASSIFIER, unet.config, len(names))
+    inputs, *size = unet.config.shape
+    shape = channels_of(inputs, condition), size[0], size[1]
+    classifier = _load_classifier(root / CLASSIFIER, shape, len(names))
     return Checkpoint(
         found.name,
         unet.eval(),
@@ -226,8 +229,8 @@ def _load_typicality(found: Layout) -> Typicality | None:
     return statistics
 
 
-def _load_classifier(place: Path, network: NetworkConfig, classes: int) -> NoiseClassifier | None:
-    """The classifier in `place`, or None where there is none."""
+def _load_classifier(place: Path, shape: tuple[int, int, int], classes: int) -> NoiseClassifier | None:
+    """The classifier in `place`, or None where there is none. shape: (C, H, W) of the model's samples."""
     if not place.is_dir():
         return None
     path = place / CONFIG
@@ -236,7 +239,7 @@ def _load_classifier(place: Path, network: NetworkConfig, classes: int) -> Noise
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     found = config.in_channels, *config.sample_size, config.classes
-    wanted = *network.shape, classes
+    wanted = *shape, classes
     if found != wanted:
         raise CheckpointError(
             f"{path}: (channels, height, width, classes) are {found} where the network has {wanted}"

@@ -26,6 +26,7 @@ from model.class_names import distinct
 from model.layout import Layout
 from model.schedule import Array, NoiseSchedule
 from model.scheduler_config import nearest_sampler
+from model.unet_config import parse_size
 
 UNUSABLE = 3
 PLOT_ROWS, PLOT_COLUMNS = 10, 64
@@ -248,16 +249,11 @@ def _relative(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
 
-def _size(text: str) -> tuple[int, int]:
-    height, _, width = text.partition("x")
-    return int(height), int(width or height)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the report of a model. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m model.inspect", description="Say what a model is.")
     parser.add_argument("model", help="folder or file, or hf:owner/name@revision")
-    parser.add_argument("--sample-size", type=_size, help="HEIGHTxWIDTH, for a model that does not say")
+    parser.add_argument("--sample-size", type=parse_size, help="HEIGHTxWIDTH, for a model that does not say")
     parser.add_argument("--json", action="store_true", help="for programs")
     args = parser.parse_args(arguments)
     try:

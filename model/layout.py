@@ -17,6 +17,7 @@ from typing import Any
 
 from model import pipeline, weights
 from model.folder import CheckpointError, read_json
+from model.unet_config import EMA_KEYS
 from model.weights import Weights
 
 logger = logging.getLogger(__name__)
@@ -24,10 +25,6 @@ logger = logging.getLogger(__name__)
 INDEX = "model_index.json"
 CONFIG = "config.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
-EMA_KEYS = frozenset(
-    {"decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power"}
-)
-"""What diffusers' EMAModel adds to a network's config: how the average was taken."""
 
 
 @dataclass(frozen=True)

@@ -22,18 +22,21 @@ BOOKKEEPING = {
     "_name_or_path",
 }
 """What diffusers writes about a configuration itself."""
-WITHOUT_EFFECT = {
-    "torch_dtype",
-    # Of an EMAModel, which is saved with the options of its network.
-    "decay",
-    "min_decay",
-    "optimization_step",
-    "update_after_step",
-    "use_ema_warmup",
-    "inv_gamma",
-    "power",
-}
+EMA_KEYS = frozenset(
+    {"decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power"}
+)
+"""What diffusers' EMAModel adds to a network's config: how the average was taken."""
+WITHOUT_EFFECT = {"torch_dtype", *EMA_KEYS}
 """Other keys that no output depends on."""
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(height, width) of `64x128`, or of `32`, which is square. Raises ValueError for anything else."""
+    height, _, width = text.partition("x")
+    size = int(height), int(width or height)
+    if min(size) < 1:
+        raise ValueError(f"{text}: a size is a number, or HEIGHTxWIDTH")
+    return size
 
 
 class ConfigError(ValueError):

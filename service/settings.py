@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from model.unet_config import parse_size
 from service.engine.messages import EngineConfig
 
 
@@ -82,8 +83,7 @@ class Settings(BaseSettings):
     def engine_configs(self) -> list[EngineConfig]:
         """One for each device that is named."""
         values = {name: getattr(self, name) for name in SHARED}
-        height, _, width = self.sample_size.partition("x")
-        size = (int(height), int(width or height)) if height else None
+        size = parse_size(self.sample_size) if self.sample_size else None
         return [
             EngineConfig(model=self.model, sample_size=size, device=device, slots=self.max_queue, **values)
             for device in self.device.split(",")

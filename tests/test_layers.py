@@ -41,7 +41,7 @@ SERVICE = {
         " starlette"
     ),
     "service.heap": "",
-    "service.settings": "service.engine.messages pydantic pydantic_settings",
+    "service.settings": "service.engine.messages model.unet_config pydantic pydantic_settings",
     # HTTP: no tensors.
     "service.http": "",
     "service.http.*": (
@@ -127,16 +127,16 @@ MODEL = {
     "model.folder": "",
     "model.pipeline": "model.denoising_diffusion model.folder",
     "model.weights": "model.files model.folder torch safetensors",
-    "model.layout": "model.folder model.pipeline model.weights",
+    "model.layout": "model.folder model.pipeline model.unet_config model.weights",
     "model.hub": "model.folder model.layout model.pipeline huggingface_hub",
     "model.inspect": (
         "model.checkpoint model.class_names model.hub model.layout model.schedule model.scheduler_config"
-        " numpy torch"
+        " model.unet_config numpy torch"
     ),
     "model.checkpoint": (
         "model.condition model.denoising_diffusion model.encoder model.files model.folder model.layout"
         " model.network model.pipeline model.schedule model.scheduler_config model.typicality model.unet"
-        " model.weights"
+        " model.unet_config model.weights"
     ),
     "model.runtimes": (
         "model.runtimes.base model.runtimes.load model.runtimes.openvino model.runtimes.queues"
@@ -172,7 +172,7 @@ MODEL = {
     "model.training": "",
     "model.training.*": (
         "model.checkpoint model.diffusion model.encoder model.files model.schedule model.training.*"
-        " model.unet model.evaluation.plots numpy torch safetensors PIL tqdm"
+        " model.unet model.unet_config model.evaluation.plots numpy torch safetensors PIL tqdm"
     ),
     "model.evaluation": "",
     "model.evaluation.*": (

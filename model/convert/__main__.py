@@ -6,7 +6,6 @@ Prints what it is, which weights were taken, what the file does not say and was 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from model.convert import source, unet2d
 from model.convert.conversion import Choices, ClassifierConversion, Conversion, ConversionError
 from model.convert.families import recognise
 from model.convert.write import write, write_classifier
+from model.unet_config import parse_size
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -29,7 +29,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--weights", help="the prefix of the weights to take, where there are several sets in the file")
     network = parser.add_argument_group("the network").add_argument
     network("--config", type=Path, help="config.json of a UNet2DModel whose state dict SOURCE is")
-    network("--sample-size", type=_size, help="image size: 64, or HEIGHTxWIDTH")
+    network("--sample-size", type=parse_size, help="image size: 64, or HEIGHTxWIDTH")
     network("--num-head-channels", type=_positive, help="channels per attention head")
     network(
         "--num-heads",
@@ -116,13 +116,6 @@ def convert(
         f"; averaged (EMA) weights, which give better samples, lie beside it: {beside[-1]}" if beside else ""
     )
     return conversion, f"{place or 'all of it'}; no averaged (EMA) weights are in the file{note}"
-
-
-def _size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
-    if match is None or not int(match[1]):
-        raise argparse.ArgumentTypeError(f"{text}: a size is a number, or HEIGHTxWIDTH")
-    return int(match[1]), int(match[2] or match[1])
 
 
 def _positive(text: str) -> int:

@@ -17,7 +17,8 @@ from model.convert.conversion import (
     scheduler_config,
 )
 from model.folder import CheckpointError, read_json
-from model.layout import CONFIG, EMA_KEYS, INDEX, SCHEDULER_CONFIG
+from model.layout import CONFIG, INDEX, SCHEDULER_CONFIG
+from model.unet_config import EMA_KEYS
 from model.weights import PICKLES
 
 FAMILY = "diffusers' UNet2DModel"

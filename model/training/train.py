@@ -37,6 +37,7 @@ from model.schedule import PREDICTION_TYPES, NoiseSchedule
 from model.training import data, loop
 from model.training.loop import ResumableTrainer, attended, batch_indices, learning_rate
 from model.unet import ConfigError, UNet, UNetConfig
+from model.unet_config import parse_size
 
 LOG = "log.jsonl"
 
@@ -242,11 +243,6 @@ def new_model(name: str, dataset: data.Dataset, args: argparse.Namespace) -> Che
     )
 
 
-def _size(text: str) -> tuple[int, int]:
-    height, _, width = text.partition("x")
-    return int(height), int(width or height)
-
-
 def _integers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
@@ -261,7 +257,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, required=True, help="model folder to write, or to resume")
     add("--init", type=Path, help="start from the weights of this model folder instead of from noise")
     add("--held-out", default="t10k", help="split to report a validation loss on; empty for none")
-    add("--size", type=_size, default=(32, 32), help="in pixels, as 32 or 64x128 (height x width)")
+    add("--size", type=parse_size, default=(32, 32), help="in pixels, as 32 or 64x128 (height x width)")
     add("--image-channels", type=int, default=1, choices=tuple(data.MODES))
     add("--channels", default="32,64,128", help="widths per level, highest resolution first")
     add("--layers", type=int, default=1, help="residual blocks per level")
@@ -293,6 +289,11 @@ def main(argv: list[str] | None = None) -> int:
             model = checkpoint.load(args.init)
         else:
             model = new_model(args.out.resolve().name, dataset, args)
+        if model.condition != (("image",) if config.low_resolution else ()):
+            raise ConfigError(
+                f"--low-resolution {config.low_resolution} does not go with a network that takes"
+                f" {' and '.join(model.condition) or 'nothing'} beside x"
+            )
         trainer = Trainer(model, dataset, config)
         if trainer.resume(args.out):
             print(f"resumed at step {trainer.step_number}")

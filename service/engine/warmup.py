@@ -164,8 +164,8 @@ def cpu_batch_sizes() -> tuple[int, ...]:
 
 
 def _recorded(runtime: Runtime, sizes: Sequence[int]) -> tuple[int, ...]:
-    """The batch sizes whose steps are recorded: all on CUDA, where eager steps wait for the host."""
-    return tuple(sizes) if runtime.device.type == "cuda" else ()
+    """The batch sizes whose steps are recorded: all, where the runtime records any."""
+    return tuple(sizes) if runtime.recorder is not None else ()
 
 
 def _shapes(

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from model.convert import unet2d
 from model.convert.conversion import Choices, ConversionError
-from model.layout import EMA_KEYS
+from model.unet_config import EMA_KEYS
 from tests.model.conftest import TINY, randomise
 
 
