@@ -91,3 +91,14 @@ def test_the_signal_to_noise_ratio() -> None:
     real = np.full((2, 1, 4, 4), 100, np.uint8)
     assert psnr(real + 10, real) == pytest.approx(10 * np.log10(255**2 / 100))
     assert psnr(real, real) > 70
+
+
+def test_low_resolution_goes_with_a_network_that_takes_a_picture(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without it a network that does would be given pictures of a single pixel."""
+    shape = ["--data", str(folder), "--size", "8", "--channels", "8,8", "--groups", "4", "--attention", "0"]
+    start = ["--steps", "1", "--batch-size", "4", "--out"]
+    assert train.main([*shape, "--low-resolution", "4", *start, str(tmp_path / "sr")]) == 0
+    assert train.main([*shape, "--init", str(tmp_path / "sr"), *start, str(tmp_path / "other")]) == 3
+    assert "takes image beside x" in capsys.readouterr().err
