@@ -230,7 +230,7 @@ def test_a_batch_that_does_not_fit_is_not_offered(monkeypatch: pytest.MonkeyPatc
     [("torch", True, (8,)), ("torch", False, (1, 2, 4, 8)), ("torch-compile", False, (8,))],
 )
 def test_the_shapes_of_a_gpu(name: str, invariant: bool, expected: tuple[int, ...]) -> None:
-    gpu: Any = SimpleNamespace(name=name, device=torch.device("cuda"))
+    gpu: Any = SimpleNamespace(name=name, device=torch.device("cuda"), recorder=object())
     assert warmup._shapes(gpu, (1, 2, 4, 8, 16, 32), 8, invariant=invariant) == expected
     assert warmup._recorded(gpu, (1, 2, 4)) == (1, 2, 4), "timed as they will be served"
 
