@@ -15,7 +15,7 @@ from service.engine.client import EngineClient
 from service.engine.messages import EngineConfig
 from service.engine.streams import Streams
 from service.engine.worker import Connection, ProcessConnection
-from service.http.answers import EventPresenter
+from service.http.answers import StreamPresenter
 from service.http.middleware import Authorise, Observe
 from service.http.problems import ErrorFormats, register_handlers
 from service.http.routes import edit, generate, interpolate, operations, pages, score
@@ -53,7 +53,7 @@ def create_app(
 ) -> FastAPI:
     """The application. `start` starts an engine, whenever one is needed."""
     telemetry = Telemetry()
-    streams: Streams[EventPresenter | None] = Streams(abandon=lambda job_id: engine.cancel(job_id))
+    streams: Streams[StreamPresenter | None] = Streams(abandon=lambda job_id: engine.cancel(job_id))
     engine = EngineClient(
         start,
         settings.engine_configs(),

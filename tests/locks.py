@@ -18,8 +18,8 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
 FILES: dict[str, tuple[str, ...]] = {
-    "requirements.txt": ("openvino", "hub", "train", "dev"),
-    "requirements-serve.txt": ("openvino",),
+    "requirements.txt": ("openvino", "hub", "otel", "train", "dev"),
+    "requirements-serve.txt": ("openvino", "hub", "otel"),
 }
 PEERS: dict[str, tuple[str, ...]] = {"requirements-bench.txt": ("openvino", "train", "bench")}
 # torch's CUDA build pins these itself, each at one version; its other builds don't want them.

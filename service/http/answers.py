@@ -34,6 +34,17 @@ class Presenter(Protocol):
         """The answer."""
 
 
+class StreamPresenter(Protocol):
+    """Turns a job's events into a stream of bytes, also for a client that comes back to it."""
+
+    @property
+    def prepared(self) -> PreparedRequest:
+        """The request whose job it is."""
+
+    async def chunk(self, item: SequencedEvent) -> bytes:
+        """One event as it is sent."""
+
+
 class JsonPresenter:
     """Everything about the results as one JSON object, pictures in base64."""
 

@@ -22,6 +22,7 @@ from service.http.answers import (
     JsonPresenter,
     PicturePresenter,
     Presenter,
+    StreamPresenter,
 )
 from service.http.problems import Problem
 from service.http.state import AppState, app_state
@@ -52,11 +53,19 @@ async def answer(media_type: str, prepared: PreparedRequest, request: Request) -
         if media_type == JSON
         else PicturePresenter(prepared, model, media_type)
     )
-    spec = replace(prepared.spec, preview="none")
+    return await presenter.respond(await result_of(prepared, request))
+
+
+async def result_of(prepared: PreparedRequest, request: Request) -> Finished:
+    """Run a job to its end, without previews. Raises the error of one that does not finish.
+
+    A client that disconnects cancels it.
+    """
+    state, spec = app_state(request), replace(prepared.spec, preview="none")
     async with state.streams.subscribe(spec.id, None) as events, while_connected(request.receive):
         state.engine.submit(spec)
         last = await events.last()
-    return await presenter.respond(finished(last))
+    return finished(last)
 
 
 class EventStream(Response):
@@ -68,7 +77,7 @@ class EventStream(Response):
 
     media_type = EVENTS
 
-    def __init__(self, presenter: EventPresenter, state: AppState, spec: JobSpec | None = None) -> None:
+    def __init__(self, presenter: StreamPresenter, state: AppState, spec: JobSpec | None = None) -> None:
         """spec: a job to submit; None continues the one that the presenter is of."""
         self.status_code, self.background = 200, None
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no", "Vary": "Accept"})
@@ -90,7 +99,7 @@ class EventStream(Response):
                 if not begun:  # later the client may come back
                     raise
 
-    async def _submit(self, events: Subscription[EventPresenter | None]) -> list[SequencedEvent]:
+    async def _submit(self, events: Subscription[StreamPresenter | None]) -> list[SequencedEvent]:
         if self._spec is None:
             return []
         self._state.engine.submit(self._spec)
@@ -100,7 +109,7 @@ class EventStream(Response):
         return [first]
 
     async def _send(
-        self, events: Subscription[EventPresenter | None], first: list[SequencedEvent], send: Send
+        self, events: Subscription[StreamPresenter | None], first: list[SequencedEvent], send: Send
     ) -> None:
         """The events as they come, those that have come together at once; a ping where there are none."""
         started, previewed = time.monotonic(), False

@@ -11,7 +11,7 @@ from service.engine.client import EngineClient
 from service.engine.messages import ModelInfo
 from service.engine.streams import Streams
 from service.errors import LoadingError
-from service.http.answers import EventPresenter
+from service.http.answers import StreamPresenter
 from service.settings import Settings
 from service.tasks.sampling import ModelCapabilities
 from service.telemetry import Telemetry
@@ -26,7 +26,7 @@ class AppState:
     """
 
     engine: EngineClient
-    streams: Streams[EventPresenter | None]
+    streams: Streams[StreamPresenter | None]
     telemetry: Telemetry
     settings: Settings
     _capabilities: ModelCapabilities | None = None

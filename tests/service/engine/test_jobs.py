@@ -19,7 +19,7 @@ LEGAL = {
 }
 
 
-@pytest.mark.parametrize(("before", "after"), LEGAL, ids=str)
+@pytest.mark.parametrize(("before", "after"), sorted(LEGAL, key=str), ids=str)
 def test_a_legal_change_happens(before: State, after: State) -> None:
     job = Job(counting_job("a"))
     job.state = before
