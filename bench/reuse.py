@@ -38,7 +38,7 @@ class Whole(torch.nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See the class."""
-        unet, emb = self.unet, self.unet.embed(t, y, x.dtype)
+        unet, emb = self.unet, self.unet.embed(self.unet.features(t, y), x.dtype)
         h = unet.conv_in(x)
         skips = [h]
         for level in unet.down_blocks:
@@ -60,7 +60,7 @@ class Shallow(Whole):
     def forward(self, x: Tensor, t: Tensor, *more: Tensor) -> Tensor:  # type: ignore[override]
         """See the class."""
         unet, (*labels, kept) = self.unet, more
-        emb = unet.embed(t, labels[0] if labels else None, x.dtype)
+        emb = unet.embed(unet.features(t, labels[0] if labels else None), x.dtype)
         h = unet.conv_in(x)
         skips = [h]
         first, last = _level(unet.down_blocks[0]), _level(unet.up_blocks[-1])

@@ -120,7 +120,7 @@ class Table(OpenVinoRuntime):
         y = torch.arange(classes).repeat(times) if unet.config.conditional else None
         self.classes = classes
         with torch.no_grad():
-            self.table = unet.embed(t, y, torch.float32)
+            self.table = unet.embed(unet.features(t, y), torch.float32)
             if self.projected:
                 columns, start = [], 0
                 for block in [module for module in unet.modules() if isinstance(module, ResBlock)]:
@@ -152,7 +152,10 @@ class Int8(OpenVinoRuntime):
         import nncf  # in no lock file
 
         super().__init__(model, dtype)
-        rows = [[values.numpy() for values in row] for row in calibration(model)]
+        rows = [
+            [values.numpy() for values in (x, *self._features(t, y[0] if y else None))]
+            for x, t, *y in calibration(model)
+        ]
         options = {}
         if self.careful:
             options = {

@@ -11,12 +11,13 @@ The package is an optional extra. It imports all that its training needs, torchv
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
 from typing import Any, cast
 
 from torch import Tensor, nn
 
-from model.network import Network
+from model.network import Network, Split
 from model.unet_config import ConfigError
 
 PACKAGE = "denoising-diffusion-pytorch"
@@ -158,6 +159,17 @@ class DenoisingDiffusionUnet(Network):
             raise ValueError("class labels must be given exactly when the network is class-conditional")
         out: Tensor = self.model(x, t) if y is None else self.model(x, t, y, cond_drop_prob=0.0)
         return out
+
+    def split(self) -> Split:
+        """See `Network.split`."""
+        body = deepcopy(self)
+        layers = cast("nn.Sequential", body.model.time_mlp)
+        first, layers[0] = layers[0], nn.Identity()
+        return Split(
+            lambda t, y: (first(t),) if y is None else (first(t), y),
+            body,
+            lambda out, _: out,
+        )
 
 
 def _as_weights(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

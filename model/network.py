@@ -6,7 +6,8 @@ Two families are such networks: diffusers' `UNet2DModel` (model/unet.py) and den
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -53,6 +54,18 @@ class NetworkConfig(Protocol):
         """The same as a `unet/config.json`."""
 
 
+class Split(NamedTuple):
+    """A network in parts, for what runs it in one dtype throughout: a timestep does not survive bfloat16.
+
+    features: (t, y) → float32 features of the timestep, then of the label or the label, each [B, …].
+    body: (x, *features) → output, a copy of the network behind them. scaled: (output, t) → the prediction.
+    """
+
+    features: Callable[[Tensor, Tensor | None], tuple[Tensor, ...]]
+    body: nn.Module
+    scaled: Callable[[Tensor, Tensor], Tensor]
+
+
 class Network(nn.Module):
     """A network of any family. A module of torch, since runtimes copy, cast, compile and trace it.
 
@@ -69,4 +82,8 @@ class Network(nn.Module):
         exactly when the network is class-conditional. Returns [B, C_out, H, W]. Raises ValueError for labels
         that are missing or not wanted.
         """
+        raise NotImplementedError
+
+    def split(self) -> Split:
+        """The same in parts: `scaled(body(x, *features(t, y)), t)` is `forward(x, t, y)`."""
         raise NotImplementedError

@@ -7,7 +7,9 @@ chosen resolutions, and an optional class embedding (Ho et al. 2020, appendix B)
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
+from functools import partial
 from typing import cast
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.blocks import ACTIVATIONS, Level, MidBlock, TimeMLP, time_features, time_projection
-from model.network import Network
+from model.network import Network, Split
 from model.unet_config import ConfigError, UNetConfig
 
 __all__ = ["ConfigError", "UNet", "UNetConfig"]
@@ -65,13 +67,16 @@ class UNet(Network):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
 
-    def embed(self, t: Tensor, y: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """The embedding of timestep and class that the blocks take: [B], [B] → [B, emb], activated."""
-        emb: Tensor = self.time_embedding(self.time_proj(t).to(dtype))
-        if y is not None:
-            if self.config.class_embed_type == "timestep":
-                y = self.time_proj(y).to(dtype)
-            emb = emb + self.class_embedding(y)
+    def features(self, t: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:
+        """What `embed` takes, of timesteps and labels, [B] each; see `features_of`."""
+        return features_of(self.time_proj, self.config, t, y)
+
+    def embed(self, features: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """The embedding of timestep and class that the blocks take: `features` → [B, emb], activated."""
+        emb: Tensor = self.time_embedding(features[0].to(dtype))
+        for label in features[1:]:
+            numbers = self.config.class_embed_type == "timestep"
+            emb = emb + self.class_embedding(label.to(dtype) if numbers else label)
         return self.act(emb)  # each block starts with it; once is enough
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
@@ -84,8 +89,15 @@ class UNet(Network):
         """
         if (y is None) == self.config.conditional:
             raise ValueError("class labels must be given exactly when the network is class-conditional")
-        out = self.after(x, self.embed(t, y, x.dtype))
-        return out / t.view(-1, 1, 1, 1) if self.config.time_embedding_type == "fourier" else out
+        return scaled(self.config, self.after(x, self.embed(self.features(t, y), x.dtype)), t)
+
+    def split(self) -> Split:
+        """See `Network.split`."""
+        return Split(
+            partial(features_of, deepcopy(self.time_proj), self.config),
+            _Body(self),
+            partial(scaled, self.config),
+        )
 
     def after(self, x: Tensor, emb: Tensor) -> Tensor:
         """The network after its embedding. x: [B, C, H, W]; emb: [B, emb]. Returns [B, C_out, H, W]."""
@@ -101,3 +113,27 @@ class UNet(Network):
             x = level.up(x, emb, skips)
         out: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))  # SiLU whatever act_fn says, as diffusers
         return out
+
+
+def features_of(time_proj: nn.Module, config: UNetConfig, t: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:
+    """What the network embeds of t and y, [B] each: features [B, …] in float32; of y perhaps its index."""
+    if y is None:
+        return (time_proj(t),)
+    return time_proj(t), time_proj(y) if config.class_embed_type == "timestep" else y
+
+
+def scaled(config: UNetConfig, out: Tensor, t: Tensor) -> Tensor:
+    """The prediction, of what the last layer gives."""
+    return out / t.view(-1, 1, 1, 1) if config.time_embedding_type == "fourier" else out
+
+
+class _Body(nn.Module):
+    """The network behind the features: (x, *features) → output."""
+
+    def __init__(self, unet: UNet) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x: Tensor, *features: Tensor) -> Tensor:
+        """See the class."""
+        return self.unet.after(x, self.unet.embed(features, x.dtype))

@@ -52,16 +52,15 @@ class OpenVinoRuntime:
         self.batch_sizes: tuple[int, ...] = ()
         self.recorder = None
         self.queue = ThreadQueue()
-        config = model.unet.config
-        image = config.shape
-        self._row_shapes = [image, (), ()] if config.conditional else [image, ()]
-        # Of float32, so that timesteps between whole ones are not cut off where they are copied in.
-        example = [torch.zeros(2, *image), torch.zeros(2)]
-        if config.conditional:
-            example.append(torch.zeros(2, dtype=torch.int64))
         # The rewrites are of our own layers; others are as OpenVINO's converter has them.
         network = lowered(model.unet, self.rewrites) if isinstance(model.unet, UNet) else model.unet
-        self._graph = to_graph(network, example)
+        # In bfloat16 OpenVINO would round timesteps to eight bits before it takes their sines.
+        self._features, body, self._scaled = network.split()
+        config = model.unet.config
+        y = torch.zeros(2, dtype=torch.int64) if config.conditional else None
+        example = [torch.zeros(2, *config.shape), *self._features(torch.ones(2), y)]
+        self._row_shapes = [tuple(values.shape[1:]) for values in example]
+        self._graph = to_graph(body, example)
         self._options = {
             "INFERENCE_PRECISION_HINT": "bf16" if self.dtype == "bfloat16" else "f32",
             "NUM_STREAMS": str(self.streams),
@@ -72,7 +71,8 @@ class OpenVinoRuntime:
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """Run one batch of any size. A new size compiles its shapes first, within seconds."""
-        return self._run([x, t] if y is None else [x, t, y])
+        with torch.inference_mode():
+            return self._scaled(self._run([x, *self._features(t, y)]), t)
 
     def prepare(self, batch_sizes: Iterable[int]) -> None:
         """Compile the shapes of these batches side by side."""

@@ -104,6 +104,16 @@ def test_openvino_agrees_with_the_package(both: Any) -> None:
 
 
 @torch.inference_mode()
+def test_the_parts_are_the_whole(both: Any) -> None:
+    theirs, (x, t, y) = both
+    net = checkpoint_of(theirs).unet
+    before = {name: id(module) for name, module in net.named_modules()}
+    features, body, scaled = net.split()
+    assert features(t, y)[0].ndim == 2
+    assert torch.equal(scaled(body(x, *features(t, y)), t), net(x, t, y))
+    assert {name: id(module) for name, module in net.named_modules()} == before, "what was split is whole"
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_it_runs_in_half_precision(both: Any, dtype: DtypeName) -> None:
     theirs, given = both

@@ -322,6 +322,26 @@ def test_fourier_frequencies_stay_float32() -> None:
     assert errors.max() < 0.05
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_class_embeds": None},
+        {"time_embedding_type": "fourier"},
+        {"num_class_embeds": None, "class_embed_type": "timestep"},
+    ],
+    ids=str,
+)
+def test_the_parts_are_the_whole(options: dict[str, Any]) -> None:
+    net = UNet(UNetConfig.from_diffusers(TINY | options)).eval()
+    x = torch.randn(3, *net.config.shape, generator=torch.Generator().manual_seed(0))
+    t, y = torch.tensor([1, 9, 999]), torch.tensor([0, 2, 1]) if net.config.conditional else None
+    features, body, scaled = net.split()
+    found = features(t, y)
+    assert found[0].ndim == 2
+    assert torch.equal(scaled(body(x, *found), t), net(x, t, y))
+
+
 def test_a_missing_sample_size_is_not_guessed() -> None:
     config = UNetConfig.from_diffusers({name: SMALL[name] for name in SMALL.keys() - {"sample_size"}})
     assert config.sample_size is None
