@@ -43,8 +43,8 @@ $(STAMP): requirements.txt
 serve: install ## run the service on http://127.0.0.1:8000 (flags in ARGS)
 	$(RUN) -m service $(ARGS)
 
-test: install ## run the tests
-	$(RUN) -m pytest $(ARGS)
+test: install ## run the tests, in as many processes as there are cores
+	$(RUN) -m pytest --numprocesses auto $(ARGS)
 
 check: install ## formatting, lint, types, container and alert files
 	$(RUN) -m ruff format --check .

@@ -24,7 +24,8 @@ def test_what_denoising_diffusion_pytorch_saves_is_served_with_its_own_pixels(
     theirs = package.diffusion(package.network())
     torch.save(theirs.state_dict(), tmp_path / "model.pt")
     assert main([str(tmp_path / "model.pt"), str(tmp_path / "model"), "--sample-size", "16"]) == 0
-    process = Process(["--model", str(tmp_path / "model"), "--max-batch", "2"], package.ENVIRONMENT)
+    flags = ["--model", str(tmp_path / "model"), "--max-batch", "2", "--dtype", "float32"]
+    process = Process(flags, package.ENVIRONMENT)
     try:
         with closing(process.connect()) as client:
             info = client.get("/info").json()

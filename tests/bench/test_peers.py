@@ -84,12 +84,12 @@ def test_the_pipelines_follow_the_request(pipeline):
 
 @pytest.fixture(scope="module")
 def ours(tiny_folder):
-    return Ours(tiny_folder)
+    return Ours(tiny_folder, dtype="float32")  # what is compared, whatever this processor runs best
 
 
 def test_with_our_runtime_a_peer_gives_what_the_denoiser_gives(tiny_folder, ours):
     model = checkpoint.load(tiny_folder)
-    denoiser = Denoiser.of(model, load_runtime(model, device="cpu"))
+    denoiser = Denoiser.of(model, load_runtime(model, device="cpu", dtype="float32"))
     plan = build_plan(model.schedule, "ddim", BOOT.steps, guidance=Guidance(2.0))
     expected = to_pixels(generate(denoiser, [Chain(plan, 70 + i, BOOT.label) for i in range(3)]))
     found = pixels(ours(Wanted(**body_of(BOOT)).each()))
