@@ -17,8 +17,9 @@ from service.engine.streams import Streams
 from service.engine.worker import Connection, ProcessConnection
 from service.http.answers import StreamPresenter
 from service.http.middleware import Authorise, Observe
+from service.http.openai import openai_error
 from service.http.problems import ErrorFormats, register_handlers
-from service.http.routes import edit, generate, interpolate, operations, pages, score
+from service.http.routes import edit, generate, interpolate, openai, operations, pages, score
 from service.http.state import AppState
 from service.settings import Settings
 from service.telemetry import Telemetry
@@ -29,6 +30,9 @@ ROUTERS = (
     edit.router,
     interpolate.router,
     score.router,
+    openai.generations,
+    openai.edits,
+    openai.router,
     operations.router,
     pages.router,
 )
@@ -81,6 +85,7 @@ def create_app(
     )
     app.state.ddpm = AppState(engine, streams, telemetry, settings)
     app.state.error_formats = ErrorFormats()
+    app.state.error_formats.register("/v1", openai_error)
     for router in ROUTERS:
         app.include_router(router)
     app.mount("/web", pages.web_files)

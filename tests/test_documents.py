@@ -179,6 +179,8 @@ REQUESTS = {
     "/edit": "Edit",
     "/interpolate": "Interpolate",
     "/score": "Score",
+    "/v1/images/generations": "OpenAI's Images API",
+    "/v1/images/edits": "OpenAI's Images API",
 }
 """The section of docs/api.md that has a route's fields."""
 

@@ -60,6 +60,8 @@ class Problem(BaseModel):
     errors: list[dict[str, Any]] | None = None
 
 
+MAX_RETRY_AFTER_S = 120
+"""Clients that are told to wait for longer give up instead."""
 ErrorFormat = Callable[[Problem, Mapping[str, str]], Response]
 """(problem, headers) → the answer."""
 
@@ -112,7 +114,7 @@ async def on_service_error(request: Request, error: ServiceError) -> Response:
     """Answer one of our own errors."""
     headers = {}
     if isinstance(error, RefusedError):
-        headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+        headers["Retry-After"] = str(min(math.ceil(error.retry_after_s), MAX_RETRY_AFTER_S))
     if isinstance(error, UnauthorizedError):
         headers["WWW-Authenticate"] = "Bearer"
     return _answer(request, to_problem(error), headers)

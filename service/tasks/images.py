@@ -57,13 +57,15 @@ def encode(
     parameters: Mapping[str, Any] | None = None,
     scale: int = 1,
     *,
+    quality: int | None = None,
     passing: bool = False,
 ) -> bytes:
     """[H, W, C] uint8 → a file in one of `formats_of(C)`. The same input gives the same bytes.
 
     parameters: written as JSON into a PNG's `parameters` text chunk (the field's habit) or, in JPEG and WebP,
     into the EXIF user comment; an array has no room for them. scale: pixels of the file per pixel and side.
-    passing: nobody keeps it, so a PNG of few pixels is not compressed.
+    quality: from 0 to 100, of a JPEG (absent: 95) or a WebP (absent: lossless). passing: nobody keeps it, so
+    a PNG of few pixels is not compressed.
     """
     if image_format == "npy":
         return encode_arrays([pixels], scale)
@@ -75,19 +77,25 @@ def encode(
         texts = None if text is None else {"parameters": text}
         compressed = not passing or pixels.size > SMALL_BYTES
         return encode_png(pixels, texts, enlarged=scale > 1, compressed=compressed)
-    options: dict[str, Any] = {"quality": 95}
+    options: dict[str, Any] = {"quality": 95 if quality is None else quality}
     if text is not None:
         exif = Image.Exif()
         exif.get_ifd(0x8769)[0x9286] = b"ASCII\0\0\0" + text.encode("ascii")  # Exif IFD, UserComment
         options["exif"] = exif
     if image_format == "webp":
-        options["lossless"] = True
+        options["lossless"] = quality is None
         if pixels.shape[-1] == 4:
             options["exact"] = True  # colours too where nothing of them is to be seen
     buffer = BytesIO()
     picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
     picture.save(buffer, image_format, **options)
     return buffer.getvalue()
+
+
+def on_white(pixels: Pixels) -> Pixels:
+    """RGB and alpha [H, W, 4] over white: [H, W, 3]."""
+    picture = Image.fromarray(pixels)
+    return np.asarray(Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture))[..., :3]
 
 
 def encode_arrays(pictures: Sequence[Pixels], scale: int = 1) -> bytes:

@@ -26,6 +26,7 @@ DEFAULT_SIGMAS = 0.3, 5.0
 """The noise levels of guidance: better images at three quarters of the evaluations, see the model cards."""
 MAX_NUMBER = 2**31 - 1
 """As a label, of a model that embeds numbers."""
+MAX_SCALE = 64
 MAX_ENLARGED_PIXELS = 2**24
 """Of all pictures of an answer together, where they are enlarged."""
 Sampler = Literal["ddpm", "ddim", "dpmpp_2m", "sde_dpmpp_2m"]
@@ -77,7 +78,7 @@ class SamplingRequest(JobRequest):
         0.0, ge=0, le=100, description="guidance by the gradient of a classifier, where the model has one"
     )
     timestep_spacing: Spacing | None = Field(None, description="which timesteps; absent: the model's own")
-    scale: int = Field(1, ge=1, le=16, description="enlarge pictures so many times, without smoothing")
+    scale: int = Field(1, ge=1, le=MAX_SCALE, description="enlarge pictures so many times, without smoothing")
 
 
 class ModelCapabilities(ModelInfo, frozen=True, eq=False, kw_only=True):

@@ -27,6 +27,7 @@ from service.tasks.arrays import decode_npy, is_npy
 from service.tasks.containers import PixelData, pixel_data
 from service.tasks.images import MODES
 from service.tasks.masks import to_regenerate
+from service.tasks.png import encode_png
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 1 << 24
@@ -129,6 +130,20 @@ def decode_masked(image: bytes, mask: bytes, shape: tuple[int, int, int]) -> tup
     if kept.all():
         raise InvalidRequestError("mask", "It has no white, so there is nothing to regenerate.")
     return pixels, kept[None]
+
+
+def mask_of_alpha(data: bytes) -> bytes:
+    """A mask by alpha, transparent where pixels are regenerated, as a PNG that is white there.
+
+    Raises InvalidRequestError for a file that is not an accepted picture, has no alpha channel, or is opaque.
+    """
+    mask = upright(*_opened(data, "mask"))
+    if mask.mode != "RGBA":
+        raise InvalidRequestError("mask", "It has no alpha channel: transparent is edited, opaque is kept.")
+    clear = 255 - np.asarray(mask.getchannel("A"))
+    if clear.max() < 128:
+        raise InvalidRequestError("mask", "It is opaque everywhere, so there is nothing to edit.")
+    return encode_png(clear[..., None])
 
 
 def upright(image: Image.Image, orientation: int) -> Image.Image:

@@ -134,4 +134,4 @@ def test_every_route_that_takes_a_body_has_a_limit(serve: Serve) -> None:
     for path in taking:
         large = b'{"image": "' + b"x" * MAX_UPLOAD_BYTES + b'"}'
         response = client.post(path, content=large, headers={"content-type": "application/json"})
-        problem(response, 413, "content_too_large")
+        assert response.status_code == 413, path  # in whichever form its errors have

@@ -102,7 +102,7 @@ def test_an_enlarged_sheet_counts_all_its_channels() -> None:
         ("deadline_s", float("nan")),
         ("output_format", "gif"),
         ("scale", 0),
-        ("scale", 17),
+        ("scale", 65),
         ("scale", 2.0),
         ("preview", "all"),
         ("preview_every", 0),
