@@ -119,32 +119,42 @@ class ImagesEventPresenter:
         self._partials: Counter[int] = Counter()  # sent so far, by image
 
     async def chunk(self, item: SequencedEvent) -> bytes:
-        """What is sent for one event of the job, which may be nothing."""
+        """What is sent for one event of the job, which may be nothing.
+
+        Its id, `<job>:<number>`, comes with the last of it: a client that has lost some of it gets all again.
+        """
         event, job = item.event, self.prepared
         pictures = event.pictures if isinstance(event, Preview | Finished) else ()
-        return await encoded(lambda: self._chunk(event), pictures, job.output_format, job.scale)
 
-    def _chunk(self, event: Event) -> bytes:
+        def chunk() -> bytes:
+            events = list(map(_sse, self._events(event)))
+            if events:
+                events[-1] += f"id: {job.spec.id}:{item.number}\n".encode()
+            ending = DONE if isinstance(event, Finished) else b""
+            return b"".join([each + b"\n" for each in events]) + ending
+
+        return await encoded(chunk, pictures, job.output_format, job.scale)
+
+    def _events(self, event: Event) -> list[dict[str, Any]]:
         match event:
             case Queued():
-                return b""
+                return []
             case Preview():
-                shown = event.pictures if event.step in self._shown else ()
-                return b"".join(map(self._partial, shown))
+                return list(map(self._partial, event.pictures)) if event.step in self._shown else []
             case Finished():
-                return b"".join([*map(self._completed, event.pictures), DONE])
+                return list(map(self._completed, event.pictures))
             case Failed(_, error):
-                return _sse("error", _error(to_problem(error)))
+                return [_error(to_problem(error))]
             case Cancelled():
-                return _sse("error", _error(to_problem(CancelledError("The job was cancelled."))))
+                return [_error(to_problem(CancelledError("The job was cancelled.")))]
 
-    def _partial(self, picture: Picture) -> bytes:
+    def _partial(self, picture: Picture) -> dict[str, Any]:
         number = self._partials[picture.index]
         self._partials[picture.index] += 1
         own = {"b64_json": self.images.partial(picture), "partial_image_index": number}
         return self._event("partial_image", picture, own)
 
-    def _completed(self, picture: Picture) -> bytes:
+    def _completed(self, picture: Picture) -> dict[str, Any]:
         own = {
             "b64_json": self.images.final(picture),
             "usage": USAGE,
@@ -153,10 +163,9 @@ class ImagesEventPresenter:
         }
         return self._event("completed", picture, own)
 
-    def _event(self, kind: str, picture: Picture, own: Mapping[str, Any]) -> bytes:
-        name = f"{self._name}.{kind}"
+    def _event(self, kind: str, picture: Picture, own: Mapping[str, Any]) -> dict[str, Any]:
         shared = {"created_at": int(time.time()), **self.images.described, "index": picture.index}
-        return _sse(name, {"type": name, **shared, **own})
+        return {"type": f"{self._name}.{kind}", **shared, **own}
 
 
 class _Images:
@@ -202,6 +211,6 @@ class _Images:
         return base64.b64encode(data).decode()
 
 
-def _sse(name: str, data: Mapping[str, Any]) -> bytes:
-    # JSON has no line breaks, so it is one `data` field.
-    return b"event: %b\ndata: %b\n\n" % (name.encode(), msgspec.json.encode(data))
+def _sse(data: Mapping[str, Any]) -> bytes:
+    """One event, but for the empty line that ends it. JSON has no line breaks, so it is one `data` field."""
+    return b"event: %b\ndata: %b\n" % (data.get("type", "error").encode(), msgspec.json.encode(data))

@@ -324,7 +324,7 @@ def refused() -> Iterator[Ask]:
         "no steps": {"num_inference_steps": 0},
         "no images": {"n": 0},
         "too many images": {"n": 65},
-        "too large a scale": {"scale": 17},
+        "too large a scale": {"scale": 65},
         "a negative seed": {"seed": -1},
         "a seed beyond the last": {"seed": 2**53},
         "seeds beyond the last": {"seed": 2**53 - 1, "n": 2},

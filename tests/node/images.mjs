@@ -13,7 +13,7 @@ const found = {};
 found.models = (await client.models.list()).data.map((model) => model.id);
 found.model = (await client.models.retrieve(found.models[0])).id;
 
-const { data, _request_id } = await client.images.generate({ prompt: "two dogs", n: 2, size: "16x16", ...few });
+const { data, _request_id } = await client.images.generate({ prompt: "two dogs", n: 2, size: "64x64", ...few });
 found.generated = data;
 found.requestId = _request_id;
 

@@ -64,9 +64,9 @@ def events(prepared: PreparedImages, *published: Event) -> list[tuple[str, Any]]
 
     found = []
     for block in asyncio.run(sent()).decode().split("\n\n")[:-1]:
-        name, data = block.split("\n") if block.startswith("event: ") else ("event: ", block)
-        text = data.removeprefix("data: ")
-        found.append((name.removeprefix("event: "), text if text == "[DONE]" else json.loads(text)))
+        fields = dict(line.split(": ", 1) for line in block.split("\n"))
+        data = fields["data"] if fields["data"] == "[DONE]" else json.loads(fields["data"])
+        found.append((fields.get("event", ""), data))
     return found
 
 
@@ -170,6 +170,16 @@ def test_several_images_are_numbered() -> None:
         ("completed", 1),
     ]
     assert [data["partial_image_index"] for _, data in found[:2]] == [0, 0]
+
+
+def test_only_the_last_of_what_is_sent_at_once_has_an_id() -> None:
+    prepared = generation(n=2, stream=True)
+    presenter = ImagesEventPresenter(prepared, "tiny")
+    sent = asyncio.run(presenter.chunk(SequencedEvent(5, Finished("f00", pictures(2), 0.0, 0.1)))).decode()
+    first, second, done = sent.split("\n\n")[:-1]
+    assert "\nid: " not in first
+    assert second.endswith(f"\nid: {prepared.job.spec.id}:5")
+    assert done == "data: [DONE]"
 
 
 def test_an_edit_has_events_of_its_own() -> None:

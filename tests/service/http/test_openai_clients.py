@@ -212,7 +212,7 @@ def test_the_node_client(server: Threaded, tmp_path: Path) -> None:
     assert found["models"] == ["tiny"]
     assert found["model"] == "tiny"
     assert [image["revised_prompt"] for image in found["generated"]] == ["dog", "dog"]
-    assert pixels(found["generated"][0]["b64_json"]).shape == (16, 16)
+    assert pixels(found["generated"][0]["b64_json"]).shape == (64, 64)
     assert found["requestId"]
     assert pixels(found["edited"]).shape == (SIZE, SIZE)
     assert found["events"][-1]["type"] == "image_generation.completed"

@@ -10,6 +10,7 @@ import pytest
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from service.errors import QueueFullError
 from service.http.forms import read_body
 from service.http.middleware import MAX_BODY_BYTES, LimitedRoute
 from service.http.problems import ErrorFormats, Problem, problem_json
@@ -100,6 +101,16 @@ def test_an_unhandled_bug_is_a_500_with_the_requests_id(
     assert response.headers["x-request-id"] == "abc"
     assert MARK in caplog.text
     assert server.metric("ddpm_requests_total", route="/broken", outcome="5xx") == 1
+
+
+def test_nobody_is_told_to_wait_for_more_than_two_minutes(serve: Serve) -> None:
+    server = serve()
+
+    async def busy() -> None:
+        raise QueueFullError("Busy.", 1000.0)
+
+    server.app.add_api_route("/busy", busy)
+    assert server.client.get("/busy").headers["retry-after"] == "120"
 
 
 @pytest.mark.parametrize("framing", ["length", "chunks"])

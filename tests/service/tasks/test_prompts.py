@@ -80,6 +80,15 @@ def test_each_part_of_a_list_is_a_name(prompt: str, label: int) -> None:
     assert understand(prompt, knowing(LISTS)).label == label
 
 
+def test_a_whole_name_goes_before_the_plural_of_another() -> None:
+    for label, prompt in enumerate(("some glass", "some glasses")):
+        assert understand(prompt, knowing(("glass", "glasses"))).label == label
+
+
+def test_a_short_word_is_no_plural() -> None:
+    assert "no class" in refusal("the letter a", ("As", "B"))
+
+
 @pytest.mark.parametrize("prompt", ["a zebra", "boots", "ankle", "shirtless", "as", "?", "99"])
 def test_a_prompt_without_a_class_lists_the_classes(prompt: str) -> None:
     assert refusal(prompt, CLOTHES).endswith(

@@ -127,6 +127,22 @@ def test_a_stream_of_several_images_completes_each(real: Threaded) -> None:
     ]
 
 
+def test_a_stream_is_resumed_in_its_own_form(serve: Serve) -> None:
+    server = serve()
+    server.gate.shut()
+    asked = {"prompt": "a dog", "stream": True, "partial_images": 1, **FEW}
+    with server.client.stream("POST", GENERATIONS, json=asked) as response:
+        server.gate.allow(2)  # of three: one is shown
+        last = next(line for line in response.iter_lines() if line.startswith("id: "))
+    server.gate.open()
+    with server.client.stream(
+        "GET", "/stream", headers={"last-event-id": last.removeprefix("id: ")}
+    ) as response:
+        (completed,) = sent(response)
+    assert completed["type"] == "image_generation.completed"
+    assert len(server.denoiser.starts) == 1
+
+
 def test_a_stream_can_be_asked_for_in_a_form(real: Threaded) -> None:
     data = {"prompt": "a cat", "stream": "true", "partial_images": "0", "n": "1", **FEW}
     with real.client.stream("POST", EDITS, data=data, files={"image": IMAGE}) as response:
