@@ -19,7 +19,16 @@ from service.http.answers import StreamPresenter
 from service.http.middleware import Authorise, Observe
 from service.http.openai import openai_error
 from service.http.problems import ErrorFormats, register_handlers
-from service.http.routes import edit, generate, interpolate, openai, operations, pages, score
+from service.http.routes import (
+    automatic1111,
+    edit,
+    generate,
+    interpolate,
+    openai,
+    operations,
+    pages,
+    score,
+)
 from service.http.state import AppState
 from service.settings import Settings
 from service.telemetry import Telemetry
@@ -88,6 +97,8 @@ def create_app(
     app.state.error_formats.register("/v1", openai_error)
     for router in ROUTERS:
         app.include_router(router)
+    if settings.a1111:
+        automatic1111.install(app)
     app.mount("/web", pages.web_files)
     register_handlers(app)
     # The last one added is the outermost: a refusal is counted too, and pages of other origins may read it.

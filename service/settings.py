@@ -67,6 +67,7 @@ class Settings(BaseSettings):
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="origins whose pages may call, comma-separated"
     )
+    a1111: bool = Field(False, description="serve AUTOMATIC1111's API too, below /sdapi/v1")
     log_format: Literal["text", "json"] = Field("text", description="how log lines look")
     batch_invariant: bool = Field(
         True,

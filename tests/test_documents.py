@@ -151,7 +151,7 @@ def openapi() -> dict[str, Any]:
     from service.app import create_app
     from service.settings import Settings
 
-    document: dict[str, Any] = create_app(Settings(_env_file=None)).openapi()
+    document: dict[str, Any] = create_app(Settings(_env_file=None, a1111=True)).openapi()
     return document
 
 
@@ -181,6 +181,10 @@ REQUESTS = {
     "/score": "Score",
     "/v1/images/generations": "OpenAI's Images API",
     "/v1/images/edits": "OpenAI's Images API",
+    "/sdapi/v1/txt2img": "AUTOMATIC1111's API",
+    "/sdapi/v1/img2img": "AUTOMATIC1111's API",
+    "/sdapi/v1/progress": "AUTOMATIC1111's API",
+    "/sdapi/v1/options": "AUTOMATIC1111's API",
 }
 """The section of docs/api.md that has a route's fields."""
 

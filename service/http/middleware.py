@@ -8,6 +8,7 @@ from __future__ import annotations
 import hmac
 import secrets
 import time
+from base64 import b64decode
 from collections.abc import Callable, Sequence
 from inspect import iscoroutinefunction, signature
 from typing import Any, ClassVar
@@ -26,6 +27,8 @@ from service.telemetry import Telemetry, request_id
 MAX_BODY_BYTES = 1 << 20
 MAX_UPLOAD_BYTES = 8 << 20
 """Of a body that may carry pictures: a photograph or two, in base64."""
+BASIC = "/sdapi/"
+"""Below it a key may come as the password of HTTP basic credentials."""
 
 
 class LimitedRoute(APIRoute):
@@ -70,6 +73,7 @@ class UploadRoute(LimitedRoute):
 class Authorise:
     """Deny by default: where keys are set, every path that is not open needs one as a bearer token.
 
+    Below BASIC it may be the password of any user instead: the clients there cannot send a bearer token.
     A middleware, so that nothing of a request is read first, not even its body.
     """
 
@@ -78,17 +82,27 @@ class Authorise:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run one request, or answer it by 401."""
-        if scope["type"] != "http" or self.is_open(scope["path"]) or self._knows(Headers(scope=scope)):
+        if scope["type"] != "http" or self.is_open(scope["path"]) or self._knows(scope):
             await self.app(scope, receive, send)
             return
         error = UnauthorizedError("This route needs a key: Authorization: Bearer …")
         await (await on_service_error(Request(scope), error))(scope, receive, send)
 
-    def _knows(self, headers: Headers) -> bool:
-        scheme, _, given = headers.get("authorization", "").partition(" ")
+    def _knows(self, scope: Scope) -> bool:
+        scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
+        if scheme.lower() == "basic" and scope["path"].startswith(BASIC):
+            scheme, given = "bearer", _password(given)
         # Every key is compared, so that the time taken does not show which one was close.
         matches = [hmac.compare_digest(given.encode(), key.get_secret_value().encode()) for key in self.keys]
         return scheme.lower() == "bearer" and any(matches)
+
+
+def _password(credentials: str) -> str:
+    """The password of HTTP basic credentials (RFC 7617); empty where they are none."""
+    try:
+        return b64decode(credentials, validate=True).decode().partition(":")[2]
+    except ValueError:
+        return ""
 
 
 class Observe:

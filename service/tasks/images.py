@@ -54,7 +54,7 @@ SMALL_BYTES = 4096
 def encode(
     pixels: Pixels,
     image_format: ImageFormat,
-    parameters: Mapping[str, Any] | None = None,
+    parameters: Mapping[str, Any] | str | None = None,
     scale: int = 1,
     *,
     quality: int | None = None,
@@ -62,17 +62,19 @@ def encode(
 ) -> bytes:
     """[H, W, C] uint8 → a file in one of `formats_of(C)`. The same input gives the same bytes.
 
-    parameters: written as JSON into a PNG's `parameters` text chunk (the field's habit) or, in JPEG and WebP,
-    into the EXIF user comment; an array has no room for them. scale: pixels of the file per pixel and side.
-    quality: from 0 to 100, of a JPEG (absent: 95) or a WebP (absent: lossless). passing: nobody keeps it, so
-    a PNG of few pixels is not compressed.
+    parameters: written as JSON, or as the text they are, into a PNG's `parameters` text chunk (the field's
+    habit) or, in JPEG and WebP, into the EXIF user comment; an array has no room for them. scale: pixels of
+    the file per pixel and side. quality: from 0 to 100, of a JPEG (absent: 95) or a WebP (absent: lossless).
+    passing: nobody keeps it, so a PNG of few pixels is not compressed.
     """
     if image_format == "npy":
         return encode_arrays([pixels], scale)
     if pixels.shape[-1] not in MODES:
         pixels = channel_sheet(pixels)
     pixels = enlarge(pixels, scale)
-    text = json.dumps(parameters, sort_keys=True) if parameters is not None else None
+    text = parameters
+    if text is not None and not isinstance(text, str):
+        text = json.dumps(text, sort_keys=True)
     if image_format == "png":
         texts = None if text is None else {"parameters": text}
         compressed = not passing or pixels.size > SMALL_BYTES
@@ -80,7 +82,9 @@ def encode(
     options: dict[str, Any] = {"quality": 95 if quality is None else quality}
     if text is not None:
         exif = Image.Exif()
-        exif.get_ifd(0x8769)[0x9286] = b"ASCII\0\0\0" + text.encode("ascii")  # Exif IFD, UserComment
+        exif.get_ifd(0x8769)[0x9286] = b"ASCII\0\0\0" + text.encode(
+            "ascii", "backslashreplace"
+        )  # Exif IFD, UserComment
         options["exif"] = exif
     if image_format == "webp":
         options["lossless"] = quality is None

@@ -132,12 +132,17 @@ def decode_masked(image: bytes, mask: bytes, shape: tuple[int, int, int]) -> tup
     return pixels, kept[None]
 
 
+def opened(data: bytes, field: str = "image") -> Image.Image:
+    """A picture decoded and upright, but not fitted: "L", "RGB" or "RGBA". Raises as `decode`."""
+    return upright(*_opened(data, field))
+
+
 def mask_of_alpha(data: bytes) -> bytes:
     """A mask by alpha, transparent where pixels are regenerated, as a PNG that is white there.
 
     Raises InvalidRequestError for a file that is not an accepted picture, has no alpha channel, or is opaque.
     """
-    mask = upright(*_opened(data, "mask"))
+    mask = opened(data, "mask")
     if mask.mode != "RGBA":
         raise InvalidRequestError("mask", "It has no alpha channel: transparent is edited, opaque is kept.")
     clear = 255 - np.asarray(mask.getchannel("A"))

@@ -101,6 +101,11 @@ def test_a_png_tells_its_parameters() -> None:
     assert json.loads(image.info["parameters"]) == PARAMETERS
 
 
+def test_a_text_is_told_as_it_is() -> None:
+    image, _ = read(encode(picture(1), "png", "Steps: 20, Größe: 8×8"))
+    assert image.info["parameters"] == "Steps: 20, Größe: 8×8"
+
+
 @pytest.mark.parametrize("image_format", ["jpeg", "webp"])
 def test_the_others_tell_them_in_their_exif(image_format: ImageFormat) -> None:
     image, _ = read(encode(picture(3), image_format, PARAMETERS))
