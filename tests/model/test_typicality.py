@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from model import typicality
 from model.likelihood import choose_timesteps
@@ -125,6 +126,16 @@ def test_the_area_is_the_chance_of_the_right_order() -> None:
     assert roc_auc(high, low)[0] == pytest.approx(1 - chance)
     assert 0 < error < 0.1
     assert roc_auc([1.0, 2.0], [3.0, 4.0]) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("values", [2, 5, 50, 10**9], ids=lambda values: f"{values} values")
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 40), (30, 30), (500, 90)])
+def test_the_area_is_that_of_scikit_learn(n: int, m: int, values: int) -> None:
+    """Of few values most are ties."""
+    random = np.random.default_rng(n + m)
+    low, high = random.integers(0, values, n), random.integers(0, values, m) + values // 10
+    outlier = np.repeat([0, 1], [n, m])
+    assert roc_auc(low, high)[0] == pytest.approx(roc_auc_score(outlier, np.concatenate([low, high])))
 
 
 def test_its_error_is_its_spread() -> None:

@@ -1,5 +1,10 @@
 import numpy as np
 import pytest
+import torch
+from prdc import compute_prdc
+from scipy.stats import binomtest
+from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 from model.evaluation.fidelity import frechet_distance, precision_recall, wilson_interval
 
@@ -39,6 +44,43 @@ def test_frechet_distance_survives_singular_covariances():
     flat = np.random.default_rng(0).standard_normal((10, 64))  # fewer points than dimensions
     assert frechet_distance(flat, flat) == pytest.approx(0, abs=1e-6)
     assert frechet_distance(flat, np.zeros((10, 64))) > 0
+
+
+class Flattened(nn.Module):
+    """Stands where others put Inception: an image's features are its pixels. [N, C, 1, D] → [N, C·D]."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.num_features = features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1)
+
+
+SHAPES = [(200, 200, 1), (64, 64, 8), (300, 180, 8), (90, 400, 32), (20, 30, 48)]
+"""(images, other images, features); in the last the covariances are singular."""
+
+
+def sets(n, m, features, seed=0):
+    """Two sets of features with other means and covariances."""
+    rng = np.random.default_rng(seed)
+    mixing = rng.standard_normal((2, features, features)) / np.sqrt(features)
+    shift = rng.standard_normal(features)
+    return rng.standard_normal((n, features)) @ mixing[0], rng.standard_normal((m, features)) @ mixing[
+        1
+    ] + shift
+
+
+@pytest.mark.parametrize(("n", "m", "features"), SHAPES)
+def test_frechet_distance_is_that_of_torchmetrics(n, m, features):
+    real, fake = sets(n, m, features)
+    metric = FrechetInceptionDistance(Flattened(features)).set_dtype(torch.float64)
+    metric.update(torch.from_numpy(real)[:, None, None], real=True)
+    metric.update(torch.from_numpy(fake)[:, None, None], real=False)
+    found = frechet_distance(real, fake)
+    # The root of a singular product of covariances keeps half the digits, and theirs leaves it as it is.
+    rel = 1e-6 if min(n, m) > features else 1e-3
+    assert found == pytest.approx(metric.compute().item(), rel=rel)
 
 
 def test_frechet_distance_falls_with_the_size_of_the_sets():
@@ -84,9 +126,27 @@ def test_the_radius_reaches_to_the_kth_other_point():
     assert precision == 0.5
 
 
+@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize(("n", "features"), [(30, 1), (100, 4), (650, 16)])
+def test_precision_and_recall_are_those_of_prdc(n, features, k):
+    """It counts a point within the radius, and we one on it, as eq. 2 says; random points are never on it."""
+    rng = np.random.default_rng(n)
+    real, fake = rng.standard_normal((n, features)), 0.7 * rng.standard_normal((n, features)) + 0.9
+    theirs = compute_prdc(real, fake, k)
+    assert precision_recall(real, fake, k) == pytest.approx((theirs["precision"], theirs["recall"]))
+    assert 0 < theirs["precision"] * theirs["recall"] < 1
+
+
 def test_precision_and_recall_refuse_sets_of_different_sizes():
     with pytest.raises(ValueError, match="one size"):
         precision_recall(np.zeros((10, 2)), np.zeros((11, 2)))
+
+
+@pytest.mark.parametrize(("hits", "trials"), [(0, 1), (0, 10), (3, 7), (81, 263), (999, 1000), (50, 50)])
+def test_wilson_interval_is_that_of_scipy(hits, trials):
+    z95 = 1.959963984540054
+    theirs = binomtest(hits, trials).proportion_ci(0.95, method="wilson")
+    assert wilson_interval(hits, trials, z95) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
 
 
 def test_wilson_interval_as_published():

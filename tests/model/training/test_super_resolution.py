@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from model import checkpoint
 from model.evaluation import super_resolution
@@ -91,6 +92,17 @@ def test_the_signal_to_noise_ratio() -> None:
     real = np.full((2, 1, 4, 4), 100, np.uint8)
     assert psnr(real + 10, real) == pytest.approx(10 * np.log10(255**2 / 100))
     assert psnr(real, real) > 70
+
+
+def test_the_signal_to_noise_ratio_is_that_of_torchmetrics() -> None:
+    rng = np.random.default_rng(0)
+    real = rng.integers(0, 256, (5, 3, 8, 6), np.uint8)
+    noise = rng.normal(0, np.arange(1, 6)[:, None, None, None] * 10, real.shape)
+    images = np.clip(real + noise, 0, 255).astype(np.uint8)
+    theirs = peak_signal_noise_ratio(
+        torch.from_numpy(images).double(), torch.from_numpy(real).double(), data_range=255.0, dim=(1, 2, 3)
+    )
+    assert psnr(images, real) == pytest.approx(theirs.item())
 
 
 def test_low_resolution_goes_with_a_network_that_takes_a_picture(
