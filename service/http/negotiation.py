@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from functools import lru_cache
 
 from fastapi import Request
@@ -13,6 +15,12 @@ from service.tasks.images import MEDIA_TYPES, NO_ALPHA, formats_of
 
 MEDIA = (JSON, *MEDIA_TYPES.values(), EVENTS)
 """What answers come as, in our order of preference."""
+PIECES = {mark: re.compile(rf'(?:[^{mark}"]|"(?:[^"\\]|\\.)*"?)+') for mark in ",;"}
+"""What stands between such marks, but for those inside quotes."""
+WEIGHT = re.compile(r"\d+\.?\d*|\.\d+", re.ASCII)
+"""Of a media range. By the grammar a digit comes first; Java's client writes `.2`."""
+NONE = 0, 0.0
+"""The specificity and quality of no range."""
 
 
 def negotiate(request: Request) -> str:
@@ -35,7 +43,7 @@ def choose_media_type(accept: str, channels: int = 3) -> str:
     unfit = {MEDIA_TYPES[name] for name in MEDIA_TYPES.keys() - set(formats_of(channels))}
     media = [offered for offered in MEDIA if offered not in unfit]
     for offered in media:
-        found = max(_quality(part, offered) for part in (accept or "*/*").split(","))
+        found = max((_quality(part, offered) for part in PIECES[","].findall(accept or "*/*")), default=NONE)
         if found[1] > quality:
             best, quality = offered, found[1]
     if not best:
@@ -45,15 +53,18 @@ def choose_media_type(accept: str, channels: int = 3) -> str:
 
 
 def _quality(part: str, offered: str) -> tuple[int, float]:
-    """(specificity, quality) that one part of an Accept header gives a media type; specific parts win."""
-    pattern, *options = (piece.strip().lower() for piece in part.split(";"))
+    """(specificity, quality) that one part of an Accept header gives a media type; specific parts win.
+
+    Our types have no parameters, and a range with some is taken for one without: clients write
+    `application/json; charset=utf-8`. But one that has none is more specific. A range with a malformed weight
+    is left out.
+    """
+    pattern, *options = (piece.strip().lower() for piece in PIECES[";"].findall(part) or [""])
+    weights = [option[2:] for option in options if option.startswith("q=")]
     specificity = {"*/*": 1, f"{offered.split('/')[0]}/*": 2, offered: 3}.get(pattern, 0)
-    if not specificity:
-        return 0, 0.0
-    for option in options:
-        if option.startswith("q="):
-            try:
-                return specificity, min(1.0, max(0.0, float(option[2:])))
-            except ValueError:
-                return specificity, 0.0
-    return specificity, 1.0
+    quality = 1.0
+    if weights:
+        quality = float(weights[0]) if WEIGHT.fullmatch(weights[0]) else math.inf
+    if not specificity or quality > 1:
+        return NONE
+    return 2 * specificity - (len(options) > len(weights)), quality
