@@ -85,12 +85,21 @@ class Authorise:
         if scope["type"] != "http" or self.is_open(scope["path"]) or self._knows(scope):
             await self.app(scope, receive, send)
             return
-        error = UnauthorizedError("This route needs a key: Authorization: Bearer …")
+        how = (
+            "the password of HTTP basic credentials"
+            if self._takes_basic(scope)
+            else "Authorization: Bearer …"
+        )
+        error = UnauthorizedError(f"This route needs a key: {how}")
         await (await on_service_error(Request(scope), error))(scope, receive, send)
+
+    def _takes_basic(self, scope: Scope) -> bool:
+        path: str = scope["path"]
+        return path.startswith(BASIC)
 
     def _knows(self, scope: Scope) -> bool:
         scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
-        if scheme.lower() == "basic" and scope["path"].startswith(BASIC):
+        if scheme.lower() == "basic" and self._takes_basic(scope):
             scheme, given = "bearer", _password(given)
         # Every key is compared, so that the time taken does not show which one was close.
         matches = [hmac.compare_digest(given.encode(), key.get_secret_value().encode()) for key in self.keys]

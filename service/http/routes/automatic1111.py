@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ from service.tasks.sampling import PreparedRequest
 
 PREFIX = "/sdapi"
 router = APIRouter(prefix=f"{PREFIX}/v1", tags=["automatic1111"], route_class=UploadRoute)
-look_router = APIRouter(prefix=f"{PREFIX}/v1", tags=["automatic1111"])
+get_router = APIRouter(prefix=f"{PREFIX}/v1", tags=["automatic1111"])
 
 
 class Options(BaseModel):
@@ -51,7 +52,7 @@ def install(app: FastAPI) -> None:
     formats.register(PREFIX, error_format)
     app.state.runs = Runs()
     app.include_router(router)
-    app.include_router(look_router)
+    app.include_router(get_router)
 
 
 def error_format(problem: Problem, headers: Mapping[str, str]) -> Response:
@@ -125,7 +126,7 @@ def _base64(picture: Picture, text: str, scale: int) -> str:
 # ── While they are made ────────────────────────────────────────────────────────────────────────
 
 
-@look_router.get("/progress")
+@get_router.get("/progress")
 async def progress(request: Request, skip_current_image: bool = False) -> dict[str, Any]:
     """How far the client's jobs are, and the x₀ predictions of the one that came first."""
     runs = _runs(request).of(owner_of(request))
@@ -156,7 +157,8 @@ async def _current_image(run: Run) -> str | None:
     pictures = [run.pictures[index] for index in sorted(run.pictures)]
     if not pictures:
         return None
-    scale = run.prepared.scale
+    # Of several pictures the sheet is about as large as one will be: clients ask for it again and again.
+    scale = max(1, run.prepared.scale // math.ceil(math.sqrt(len(pictures))))
 
     def sheet() -> bytes:
         pixels = contact_sheet([picture.pixels for picture in pictures])
@@ -180,7 +182,7 @@ def _runs(request: Request) -> Runs:
 # ── What there is ──────────────────────────────────────────────────────────────────────────────
 
 
-@look_router.get("/options")
+@get_router.get("/options")
 async def options(request: Request) -> dict[str, Any]:
     """The settings that clients read at their start."""
     return {"sd_model_checkpoint": app_state(request).capabilities.name, "samples_format": "png"}
@@ -195,7 +197,7 @@ async def set_options(request: Request) -> Response:
     return JSONResponse(None)
 
 
-@look_router.get("/sd-models")
+@get_router.get("/sd-models")
 async def sd_models(request: Request) -> list[dict[str, str | None]]:
     """The model, the only one."""
     name = app_state(request).capabilities.name
@@ -203,13 +205,13 @@ async def sd_models(request: Request) -> list[dict[str, str | None]]:
     return [{"title": name, "model_name": name, **files}]
 
 
-@look_router.get("/samplers")
+@get_router.get("/samplers")
 async def samplers() -> list[dict[str, Any]]:
     """The samplers, under the names that clients know them by."""
     return [{"name": each.name, "aliases": each.aliases, "options": {}} for each in SAMPLERS]
 
 
-@look_router.get("/schedulers")
+@get_router.get("/schedulers")
 async def schedulers() -> list[dict[str, Any]]:
     """The spacings of timesteps, under the names that clients know them by."""
     return [
@@ -218,21 +220,21 @@ async def schedulers() -> list[dict[str, Any]]:
     ]
 
 
-@look_router.get("/upscalers")
+@get_router.get("/upscalers")
 async def upscalers() -> list[dict[str, Any]]:
     """None, by that name: it has to be the first of the list."""
     files = {"model_name": None, "model_path": None, "model_url": None}
     return [{"name": "None", **files, "scale": 1.0}]
 
 
-@look_router.get("/latent-upscale-modes")
-@look_router.get("/sd-vae")
+@get_router.get("/latent-upscale-modes")
+@get_router.get("/sd-vae")
 async def nothing() -> list[dict[str, Any]]:
     """What a model of pixels has none of."""
     return []
 
 
-@look_router.get("/scripts")
+@get_router.get("/scripts")
 async def scripts() -> dict[str, list[str]]:
     """Extensions: none."""
     return {"txt2img": [], "img2img": []}
