@@ -11,7 +11,7 @@ import json
 import math
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +25,17 @@ from service.errors import InvalidRequestError
 from service.tasks.edit import EditRequest, prepare_edit
 from service.tasks.generate import GenerateRequest, prepare_generate
 from service.tasks.images import encode, picture_size
-from service.tasks.sampling import MAX_ENLARGED_PIXELS, MAX_SEED, ModelCapabilities, PreparedRequest, Sampler
+from service.tasks.prompts import named_in
+from service.tasks.sampling import (
+    MAX_ENLARGED_PIXELS,
+    MAX_SCALE,
+    MAX_SEED,
+    ModelCapabilities,
+    PreparedRequest,
+    Sampler,
+)
 from service.tasks.uploads import Upload, opened, unpack
 
-LARGEST_SCALE = 16
 LARGEST_SIDE = 1 << 14
 LONGEST_PROMPT = 10_000
 LEAST_STRENGTH = 1e-6
@@ -127,34 +134,20 @@ def sampler_of(body: TextToImage) -> NamedSampler | None:
 
 
 def class_of_prompt(prompt: str, capabilities: ModelCapabilities) -> int | None:
-    """The class that a prompt means or names, by the longest name, then the first; None if there is none.
+    """The class that a prompt means, or the first that it names; None if there is none.
 
-    A name counts as a whole word, in any case, in the plural too.
+    Prompts written for other models are full of words that mean nothing here, and no reason to refuse one.
     """
-    exact = meant_by(prompt, capabilities.class_names)
-    if len(exact) == 1:
-        return exact[0]
-    folded = prompt.casefold()
-    found = []
-    for label, name in _names(capabilities.class_names):
-        # A search for a plain text first: there may be thousands of names, of which a prompt has one.
-        if name in folded and (match := re.search(rf"(?<![\w-]){re.escape(name)}(e?s)?(?![\w-])", folded)):
-            found.append((-len(name), match.start(), label))
-    return min(found)[2] if found else None
-
-
-def _names(names: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """(label, name) of all classes: ImageNet's have several ("tench, Tinca tinca"), "T-shirt/top" two."""
-    for label, name in enumerate(names):
-        for part in {name, *re.split(r"[,/]", re.sub(r" \(\d+\)$", "", name))}:
-            if part.strip():
-                yield label, part.strip().casefold()
+    names = capabilities.class_names
+    exact = meant_by(prompt, names)
+    found = exact if len(exact) == 1 else named_in(prompt, names)
+    return found[0] if found else None
 
 
 def scale_for(width: int, height: int, images: int, capabilities: ModelCapabilities) -> int:
     """By how much to enlarge pictures: to the nearest area that an answer may have. Proportions stay."""
     area = math.prod(picture_size(capabilities.shape))
-    scales = range(1, LARGEST_SCALE + 1)
+    scales = range(1, MAX_SCALE + 1)
     fitting = [scale for scale in scales if images * area * scale**2 <= MAX_ENLARGED_PIXELS] or [1]
     return min(fitting, key=lambda scale: abs(area * scale**2 - width * height))
 

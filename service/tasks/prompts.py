@@ -55,7 +55,7 @@ def understand(prompt: str, capabilities: ModelCapabilities) -> Understood:
         numbers = re.findall(r"\d+", prompt, re.ASCII)
         label = capabilities.label(numbers[0] if len(numbers) == 1 else "")
         return Understood(label, str(label))
-    found = meant_by(prompt, names) or sorted(_named(prompt, names))
+    found = meant_by(prompt, names) or sorted(set(named_in(prompt, names)))
     if len(found) == 1:
         return Understood(found[0], names[found[0]])
     if found:
@@ -67,18 +67,18 @@ def understand(prompt: str, capabilities: ModelCapabilities) -> Understood:
     raise InvalidRequestError("prompt", reason)
 
 
-def _named(prompt: str, names: tuple[str, ...]) -> set[int]:
-    """The classes whose names occur in a text, but for names within longer ones that do."""
+def named_in(prompt: str, names: tuple[str, ...]) -> list[int]:
+    """The classes whose names occur in a text, as they occur, but for names within longer ones that do."""
     index, reach = _vocabulary(names)
     words = tuple(word for word in _words(prompt) if word not in FILLERS)
-    found: set[int] = set()
+    found: list[int] = []
     end = 0  # of the names so far, in words
     for start, word in enumerate(words):
         for stop in range(min(len(words), start + reach.get(word, 0)), max(start, end), -1):
             classes = index.get(words[start:stop])
             leads = stop == start + 1 < len(words) and word in LEADING
             if classes and not leads:
-                found |= classes
+                found += sorted(classes)
                 end = stop
                 break
     return found

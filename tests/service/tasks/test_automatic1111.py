@@ -165,7 +165,7 @@ def test_a_sampler_of_another_name(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("width", "height", "scale"),
-    [(8, 8, 1), (1, 1, 1), (64, 64, 8), (70, 60, 8), (512, 512, 16), (48, 12, 3)],
+    [(8, 8, 1), (1, 1, 1), (64, 64, 8), (70, 60, 8), (512, 512, 64), (999, 999, 64), (48, 12, 3)],
 )
 def test_a_size_is_the_nearest_that_there_is(width: int, height: int, scale: int) -> None:
     assert prepare(width=width, height=height).scale == scale
@@ -229,7 +229,14 @@ def test_a_model_that_fills_holes_is_given_no_strength() -> None:
 
 def test_the_text_that_makes_a_picture() -> None:
     body = TextToImage(
-        prompt="a dog, outside", negative_prompt="blur", seed=5, steps=7, cfg_scale=3, sampler_name="Euler a"
+        prompt="a dog, outside",
+        negative_prompt="blur",
+        seed=5,
+        steps=7,
+        cfg_scale=3,
+        sampler_name="Euler a",
+        width=130,
+        height=130,
     )
     known = capabilities()
     lines = infotext(body, prepare_text_to_image(body, known), 6, known).splitlines()
@@ -237,7 +244,7 @@ def test_the_text_that_makes_a_picture() -> None:
         "a dog, outside",
         "Negative prompt: blur",
         "Steps: 7, Sampler: Euler a, Schedule type: Automatic, CFG scale: 3.0, Seed: 6, Size: 128x128,"
-        " Model: tiny, Class: dog, Eta: 1.0, Enlarged: 16x, Requested size: 512x512",
+        " Model: tiny, Class: dog, Eta: 1.0, Enlarged: 16x, Requested size: 130x130",
     ]
 
 

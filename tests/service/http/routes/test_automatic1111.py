@@ -97,7 +97,7 @@ def test_images_are_those_of_our_own_route(server: Threaded, api: webuiapi.WebUI
 def test_what_the_client_sends_by_itself_is_understood(server: Threaded, api: webuiapi.WebUIApi) -> None:
     """Euler a, 512 × 512, η 1, guidance 7, and a dozen fields that mean nothing here."""
     found = api.txt2img(prompt="cat", seed=3)
-    assert found.image.size == (found.info["width"], found.info["height"]) == (16 * SIZE, 16 * SIZE)
+    assert found.image.size == (found.info["width"], found.info["height"]) == (64 * SIZE, 64 * SIZE)
     wanted = ours(
         server,
         class_label="cat",
@@ -106,7 +106,7 @@ def test_what_the_client_sends_by_itself_is_understood(server: Threaded, api: we
         eta=1.0,
         num_inference_steps=20,
         guidance_scale=7.0,
-        scale=16,
+        scale=64,
     )
     np.testing.assert_array_equal(pixels(found.image), wanted[0])
     assert found.info["sampler_name"] == "Euler a"
