@@ -11,7 +11,6 @@
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 
 FROM ${BASE_IMAGE} AS packages
-ARG TORCH_VARIANT=any
 ARG TORCH_INDEX_URL=
 WORKDIR /build
 RUN python -m venv /opt/venv
@@ -23,19 +22,17 @@ RUN --mount=type=cache,target=/root/.cache/pip \
         pip install --no-deps --index-url "$TORCH_INDEX_URL" "$(grep '^torch==' requirements-serve.txt)"; \
     fi \
     && pip install --requirement requirements-serve.txt
+ARG TORCH_VARIANT=any
 RUN python -c "import sys, torch; got = 'cuda' if torch.version.cuda else 'cpu'; \
     sys.exit(None if '$TORCH_VARIANT' in ('any', got) else f'TORCH_VARIANT=$TORCH_VARIANT, but this torch is {got}')"
 
 FROM ${BASE_IMAGE}
-LABEL org.opencontainers.image.title="ddpm-service" \
-      org.opencontainers.image.description="Diffusion models over HTTP, with continuous batching of denoising steps" \
-      org.opencontainers.image.version="0.2.0" \
-      org.opencontainers.image.licenses="Apache-2.0"
-
-# OpenVINO's converter sends telemetry unless this file opts out.
+# OpenVINO's converter sends telemetry unless this file opts out. A volume mounted at /cache, for models of the Hub, takes
+# its owner from here.
 RUN useradd --uid 10001 --create-home --shell /usr/sbin/nologin ddpm \
     && mkdir /home/ddpm/intel \
-    && printf 0 > /home/ddpm/intel/openvino_telemetry
+    && printf 0 > /home/ddpm/intel/openvino_telemetry \
+    && install --directory --owner 10001 --group 10001 /cache
 
 COPY --from=packages /opt/venv /opt/venv
 WORKDIR /app
@@ -52,6 +49,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     XDG_CACHE_HOME=/tmp/cache \
     CUDA_CACHE_PATH=/tmp/cache/cuda \
+    HF_HOME=/cache/huggingface \
     DDPM_HOST=0.0.0.0 \
     DDPM_PORT=8000
 USER 10001:10001
@@ -60,3 +58,13 @@ STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 CMD ["python", "/app/healthcheck.py"]
 # The exec form: Python is process 1 and receives SIGTERM. Flags of the service may follow `docker run IMAGE`.
 ENTRYPOINT ["python", "-m", "service"]
+
+# Last, since a new revision leaves all layers above as they are.
+ARG BASE_IMAGE
+ARG REVISION=
+LABEL org.opencontainers.image.title="ddpm-service" \
+      org.opencontainers.image.description="Diffusion models over HTTP, with continuous batching of denoising steps" \
+      org.opencontainers.image.version="0.2.0" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.base.name="${BASE_IMAGE}" \
+      org.opencontainers.image.licenses="Apache-2.0"

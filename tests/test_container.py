@@ -52,6 +52,58 @@ def test_a_service_is_locked_down(name):
 
 
 @pytest.mark.parametrize("name", SERVICES)
+def test_a_service_can_write_to_volumes_only(name):
+    for mount in SERVICES[name]["volumes"]:
+        source, target, *mode = re.sub(r"^\$\{\w+:-([^}]+)\}", r"\1", mount).split(":")
+        assert target.startswith("/")
+        if source.startswith("."):  # a file or folder of the host
+            assert mode == ["ro"]
+        else:
+            assert source in COMPOSE["volumes"]
+
+
+@pytest.mark.parametrize("name", [name for name in SERVICES if "build" not in SERVICES[name]])
+def test_the_image_of_others_is_of_one_version_and_has_a_health_check(name):
+    assert re.search(r":v?\d+\.\d+\.\d+$", SERVICES[name]["image"])
+    check = SERVICES[name]["healthcheck"]["test"]
+    [port] = SERVICES[name]["ports"]
+    assert check[0] == "CMD"
+    assert f"http://127.0.0.1:{port.rpartition(':')[2]}/" in check[-1]
+
+
+def test_who_waits_for_whom():
+    waits = {name: service.get("depends_on", {}) for name, service in SERVICES.items()}
+    assert waits == {
+        "ddpm": {},
+        # It is to see the service load, or fail to.
+        "prometheus": {"ddpm": {"condition": "service_started"}},
+        "grafana": {"prometheus": {"condition": "service_healthy"}},
+    }
+
+
+def test_nobody_logs_in_to_grafana():
+    settings = SERVICES["grafana"]["environment"]
+    assert settings["GF_AUTH_ANONYMOUS_ORG_ROLE"] == "Viewer"
+    assert settings["GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION"] == "true"
+    assert settings["GF_AUTH_BASIC_ENABLED"] == "false"
+
+
+def test_grafana_shows_what_is_mounted():
+    mounts = dict(mount.split(":")[:2] for mount in SERVICES["grafana"]["volumes"])
+    home = SERVICES["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    assert home == f"{mounts['./docker/grafana/dashboards']}/ddpm.json"
+
+
+def test_models_of_the_hub_go_to_the_volume():
+    [home] = re.findall(r"\bHF_HOME=(\S+)", FINAL_STAGE)
+    assert home.startswith("/cache/")
+    assert "cache:/cache" in SERVICES["ddpm"]["volumes"]
+    # A new volume takes its owner from the image.
+    user = instruction("USER").partition(":")[0]
+    assert re.search(rf"install --directory --owner {user} --group {user} /cache\b", FINAL_STAGE)
+
+
+@pytest.mark.parametrize("name", SERVICES)
 def test_no_port_is_open_to_the_network_unless_asked_for(name):
     assert all(re.match(r"\$\{\w+:-127\.0\.0\.1:\d+\}:\d+$", port) for port in SERVICES[name]["ports"])
 
@@ -69,6 +121,34 @@ def test_every_setting_passes_through_compose():
     fixed_in_the_image = {"DDPM_HOST", "DDPM_PORT"}
     wanted = {f"DDPM_{name}".upper() for name in Settings.model_fields} - fixed_in_the_image
     assert set(SERVICES["ddpm"]["environment"]) == wanted
+
+
+BUILD_CHECK = ROOT / "docker" / "build-check"
+
+
+def test_the_build_check_runs_the_image_as_compose_does():
+    [run] = re.findall(r"^pod run .*?(?<!\\)$", BUILD_CHECK.read_text(), re.MULTILINE | re.DOTALL)
+    service = SERVICES["ddpm"]
+    [tmpfs] = service["tmpfs"]
+    for flag in ("--read-only", f"--tmpfs {tmpfs}", "--cap-drop ALL", "--security-opt no-new-privileges"):
+        assert f" {flag} " in run
+    assert not re.search(r"--(user|entrypoint|env|privileged|volume)\b", run)
+
+
+def test_the_build_check_says_what_it_can_do():
+    result = subprocess.run([BUILD_CHECK, "--help"], capture_output=True, text=True, check=False, timeout=60)
+    assert result.returncode == 0
+    assert result.stderr == ""
+    options = set(re.findall(r"^        (--[a-z-]+)\)", BUILD_CHECK.read_text(), re.MULTILINE)) - {"--help"}
+    assert len(options) == 7
+    assert all(option in result.stdout for option in options)
+
+
+def test_the_build_check_refuses_an_unknown_option():
+    result = subprocess.run(
+        [BUILD_CHECK, "--nothing"], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert result.returncode == 2
 
 
 def test_only_what_is_copied_goes_to_the_builder():
