@@ -1,6 +1,6 @@
 # Two commands matter: `make serve` and `make test`. Both work from a fresh clone with Python 3.11 or newer.
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check train evaluate simulate bench lock clean
+.PHONY: help install serve test check train evaluate simulate bench rules lock clean
 
 PYTHON ?=
 DATA   ?= /usr/share/datasets/fashion-mnist
@@ -46,7 +46,7 @@ serve: install ## run the service on http://127.0.0.1:8000 (flags in ARGS)
 test: install ## run the tests, in as many processes as there are cores
 	$(RUN) -m pytest --numprocesses auto $(ARGS)
 
-check: install ## formatting, lint, types, container and alert files
+check: install ## formatting, lint, types, container, Kubernetes and alert files
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
@@ -58,6 +58,17 @@ check: install ## formatting, lint, types, container and alert files
 		promtool test rules docker/alerts_test.yml; \
 	else \
 		echo "SKIPPED: promtool is not installed, so docker/prometheus.yml and the alerts are not checked"; \
+	fi
+	bash -n docker/build-check
+	@if command -v kubectl >/dev/null; then \
+		set -e; \
+		for overlay in docker/kubernetes/overlays/*; do \
+			echo "kubectl kustomize $$overlay | kubernetes-validate --strict"; \
+			manifests=$$(kubectl kustomize $$overlay); \
+			echo "$$manifests" | $(VENV)/bin/kubernetes-validate --strict --quiet /dev/stdin; \
+		done; \
+	else \
+		echo "SKIPPED: kubectl is not installed, so the overlays of docker/kubernetes are not built"; \
 	fi
 
 train: install ## train the default model; stops and resumes (DATA, OUT, ARGS)
@@ -80,6 +91,9 @@ $(PEERS_STAMP): requirements-bench.txt | install
 	$$pip --constraint requirements-bench.txt "$$(grep '^torch==' requirements-bench.txt)"; \
 	$$pip --no-deps --requirement requirements-bench.txt; \
 	cp requirements-bench.txt $@
+
+rules: install ## rewrite the PrometheusRule from docker/alerts.yml
+	$(RUN) -m tests.prometheus_rule
 
 lock: ## rewrite the lock files from pyproject.toml and what .venv and .venv-bench hold
 	$(RUN) -m tests.locks requirements.txt requirements-serve.txt
