@@ -27,14 +27,20 @@ RUN python -c "import sys, torch; got = 'cuda' if torch.version.cuda else 'cpu';
     sys.exit(None if '$TORCH_VARIANT' in ('any', got) else f'TORCH_VARIANT=$TORCH_VARIANT, but this torch is {got}')"
 
 FROM ${BASE_IMAGE}
-# OpenVINO's converter sends telemetry unless this file opts out. A volume mounted at /cache, for models of the Hub, takes
-# its owner from here.
+# OpenVINO's converter sends telemetry unless this file opts out. A volume mounted at /cache takes its owner from here.
 RUN useradd --uid 10001 --create-home --shell /usr/sbin/nologin ddpm \
     && mkdir /home/ddpm/intel \
     && printf 0 > /home/ddpm/intel/openvino_telemetry \
     && install --directory --owner 10001 --group 10001 /cache
 
 COPY --from=packages /opt/venv /opt/venv
+# On a GPU, noise is drawn by a Triton kernel, and Triton compiles a C file at run time to launch it.
+# hadolint ignore=DL3008
+RUN if /opt/venv/bin/python -c "import sys, torch; sys.exit(torch.version.cuda is None)"; then \
+        apt-get update \
+        && apt-get install --yes --no-install-recommends gcc libc6-dev \
+        && rm -rf /var/lib/apt/lists/*; \
+    fi
 WORKDIR /app
 COPY LICENSE docker/healthcheck.py ./
 COPY model model
@@ -44,11 +50,14 @@ COPY weights weights
 RUN /opt/venv/bin/python -m compileall -q model service \
     && chmod -R a+rX /app
 
+# /cache is for models of the Hub, and for what Triton compiles and then loads as a library, which a tmpfs forbids where it
+# is mounted with `noexec`, Docker's default.
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     XDG_CACHE_HOME=/tmp/cache \
     CUDA_CACHE_PATH=/tmp/cache/cuda \
+    TRITON_CACHE_DIR=/cache/triton \
     HF_HOME=/cache/huggingface \
     DDPM_HOST=0.0.0.0 \
     DDPM_PORT=8000

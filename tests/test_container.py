@@ -94,9 +94,11 @@ def test_grafana_shows_what_is_mounted():
     assert home == f"{mounts['./docker/grafana/dashboards']}/ddpm.json"
 
 
-def test_models_of_the_hub_go_to_the_volume():
-    [home] = re.findall(r"\bHF_HOME=(\S+)", FINAL_STAGE)
-    assert home.startswith("/cache/")
+@pytest.mark.parametrize("variable", ["HF_HOME", "TRITON_CACHE_DIR"])
+def test_what_is_large_or_executable_goes_to_the_volume(variable):
+    # A tmpfs is neither: its files take memory, and Docker mounts it with `noexec`.
+    [folder] = re.findall(rf"\b{variable}=(\S+)", FINAL_STAGE)
+    assert folder.startswith("/cache/")
     assert "cache:/cache" in SERVICES["ddpm"]["volumes"]
     # A new volume takes its owner from the image.
     user = instruction("USER").partition(":")[0]
