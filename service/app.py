@@ -16,7 +16,7 @@ from service.engine.messages import EngineConfig
 from service.engine.streams import Streams
 from service.engine.worker import Connection, ProcessConnection
 from service.http.answers import StreamPresenter
-from service.http.middleware import Authorise, Observe
+from service.http.middleware import Authorise, Observe, is_probe
 from service.http.openai import openai_error
 from service.http.problems import ErrorFormats, register_handlers
 from service.http.routes import (
@@ -91,6 +91,7 @@ def create_app(
         summary="A diffusion model behind an API: each network call advances every request by one step.",
         lifespan=lifespan,
         redoc_url=None,
+        telemetry={"exclude": is_probe},
     )
     app.state.ddpm = AppState(engine, streams, telemetry, settings)
     app.state.error_formats = ErrorFormats()
@@ -112,7 +113,7 @@ def create_app(
             allow_headers=["*"],
             expose_headers=["Retry-After", "X-Request-ID", "X-Job-ID"],
         )
-    app.add_middleware(Observe, telemetry=telemetry)
+    app.add_middleware(Observe, telemetry=telemetry, access_log=settings.access_log)
     return app
 
 

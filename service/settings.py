@@ -69,6 +69,7 @@ class Settings(BaseSettings):
     )
     a1111: bool = Field(False, description="serve AUTOMATIC1111's API too, below /sdapi/v1")
     log_format: Literal["text", "json"] = Field("text", description="how log lines look")
+    access_log: bool = Field(True, description="log each request, but for health and metrics")
     batch_invariant: bool = Field(
         True,
         description="pad torch's batches, so that batch neighbours change nothing; without it, TF32 too",

@@ -49,7 +49,7 @@ SERVICE = {
         "service service.http.* service.tasks.* service.engine.client service.engine.jobs"
         " service.engine.messages service.engine.streams service.engine.worker service.errors"
         " service.settings service.telemetry"
-        f" model.likelihood model.samplers model.sheets msgspec {HTTP}"
+        f" model.likelihood model.samplers model.sheets msgspec opentelemetry {HTTP}"
     ),
     # From a request to a job: no HTTP, and nothing of the engine but what a job is.
     "service.tasks": "",
@@ -62,9 +62,10 @@ SERVICE = {
     # The engine: no HTTP. The API's end of it first, which knows no tensors; then the engine's own process.
     "service.engine": "",
     "service.engine.client": (
-        "service service.engine.jobs service.engine.messages service.engine.worker service.errors"
-        " service.telemetry msgspec"
+        "service service.engine.jobs service.engine.messages service.engine.tracing service.engine.worker"
+        " service.errors service.telemetry msgspec"
     ),
+    "service.engine.tracing": "service.engine.jobs service.engine.messages opentelemetry",
     "service.engine.worker": (
         "service.engine.jobs service.engine.messages service.engine.wire service.errors msgspec"
     ),
@@ -96,7 +97,7 @@ SERVICE = {
     "service.engine.jobs": "model.chain",
     # Leaves.
     "service.errors": "",
-    "service.telemetry": "prometheus_client",
+    "service.telemetry": "prometheus_client pythonjsonlogger",
 }
 MODEL = {
     "model": "",

@@ -34,30 +34,40 @@ from service.engine.messages import (
     StepReport,
     Terminal,
 )
+from service.engine.tracing import JobSpan
 from service.engine.worker import Connection, Phase, Worker
 from service.errors import (
+    ComputeError,
+    DeadlineError,
     DrainingError,
     EngineDeadError,
+    EngineKilledError,
     LoadingError,
+    NonFiniteError,
     QueueFullError,
     RefusedError,
     ServiceError,
 )
-from service.telemetry import Telemetry
+from service.telemetry import Telemetry, submitted_job
 
 STOP_S = 5.0
 """How long engines get to end before they are killed."""
+REFUSALS = (QueueFullError, DeadlineError, LoadingError, DrainingError, EngineDeadError)
+FAILURES = (DeadlineError, NonFiniteError, ComputeError, EngineKilledError, EngineDeadError, DrainingError)
+"""What is counted from zero: of a counter whose first value is 1, Prometheus sees no increase."""
 
 
 @dataclass(eq=False)
 class _InFlight:
     """A job from submit to its last event.
 
-    queued, shown: what its readers have got, of the pictures the latest step by image and kind.
+    queued, shown: what its readers have got, of the pictures the latest step by image and kind. span: where
+    its request is traced.
     """
 
     spec: JobSpec
     worker: Worker
+    span: JobSpan | None = None
     queued: bool = False
     shown: dict[tuple[int, str], int] = field(default_factory=dict)
 
@@ -90,6 +100,10 @@ class EngineClient:
     ) -> None:
         self._start, self._publish, self._telemetry = start, publish, telemetry
         self._capacity, self._stall_s = capacity, stall_s
+        telemetry.slots.set(capacity)
+        for counter, errors in ((telemetry.rejected, REFUSALS), (telemetry.failed, FAILURES)):
+            for error in errors:
+                counter.labels(error.code)
         self._in_flight: dict[str, _InFlight] = {}
         self._slots = 0
         self._draining = False
@@ -129,8 +143,9 @@ class EngineClient:
             raise refusal
         ready = [worker for worker in self._workers if worker.phase is Phase.READY]
         worker = min(ready, key=lambda each: each.backlog)
-        self._in_flight[spec.id] = _InFlight(spec, worker)
-        self._slots += spec.slots
+        self._in_flight[spec.id] = _InFlight(spec, worker, JobSpan.begin(spec))
+        submitted_job.set(spec.id)
+        self._reserve(spec.slots)
         worker.add(spec)
 
     def cancel(self, job_id: str) -> None:
@@ -188,6 +203,11 @@ class EngineClient:
         excess = min(1.0, (self._slots + slots - self._capacity) / max(self._slots, 1))
         return QueueFullError(reason, max(1.0, self._backlog_s() * excess))
 
+    def _reserve(self, slots: int) -> None:
+        """Take so many slots, or give some back."""
+        self._slots += slots
+        self._telemetry.slots_in_use.set(self._slots)
+
     def _backlog_s(self) -> float:
         loads = [worker.load.backlog_s for worker in self._workers]
         return sum(loads) / len(loads)
@@ -197,7 +217,13 @@ class EngineClient:
             self._receive(worker, report)
 
         worker = Worker(
-            self._start, config, on_report, self._update_phase, self._deliver, stall_s=self._stall_s
+            self._start,
+            config,
+            on_report,
+            self._update_phase,
+            self._deliver,
+            stall_s=self._stall_s,
+            on_replay=self._replayed,
         )
         self._workers.append(worker)
         return worker
@@ -252,8 +278,10 @@ class EngineClient:
     def _release(self, event: Terminal) -> None:
         """Free a job's slots and count how it ended."""
         found = self._in_flight.pop(event.job_id)
-        self._slots -= found.spec.slots
+        self._reserve(-found.spec.slots)
         found.worker.remove(event.job_id)
+        if found.span is not None:
+            found.span.end(event)
         match event:
             case Finished():
                 if found.spec.stages[-1].kind == "denoise":
@@ -261,8 +289,15 @@ class EngineClient:
                 self._telemetry.queue_duration.observe(event.queue_s)
             case Cancelled():
                 self._telemetry.cancelled.inc()
-            case Failed(_, error, started) if not started:
-                self._telemetry.rejected.labels(error.code).inc()
+            case Failed(_, error, started):
+                counter = self._telemetry.failed if started else self._telemetry.rejected
+                counter.labels(error.code).inc()
+
+    def _replayed(self, job_id: str) -> None:
+        """Count a job whose engine has died and which is run again."""
+        self._telemetry.replayed.inc()
+        if (span := self._in_flight[job_id].span) is not None:
+            span.replayed()
 
     def _count(self, step: StepReport) -> None:
         telemetry = self._telemetry
@@ -271,6 +306,7 @@ class EngineClient:
             telemetry.steps.inc(step.samples)
             telemetry.step_duration.observe(step.seconds)
             telemetry.batch_rows.observe(step.batch_size)
+            telemetry.evaluations.inc(step.batch_size)
             telemetry.nonfinite.inc(step.nonfinite)
 
     def _update_phase(self) -> None:

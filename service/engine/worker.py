@@ -159,7 +159,8 @@ class Worker:
 
     start: starts an engine. on_report: called with every report. on_phase: when the phase has changed.
     on_end: with the last event of a job that ends without an engine. stall_s: without a report for so long
-    while there is work, the engine counts as hung, and is killed.
+    while there is work, the engine counts as hung, and is killed. on_replay: with the id of a job that is to
+    be run again.
     """
 
     start: Callable[[EngineConfig], Connection]
@@ -168,6 +169,7 @@ class Worker:
     on_phase: Callable[[], None]
     on_end: Callable[[Cancelled | Failed], None]
     stall_s: float = 60.0
+    on_replay: Callable[[str], None] = lambda _job_id: None
     phase: Phase = Phase.LOADING
     load: Load = field(default_factory=Load)
     exit_code: int = 0
@@ -338,6 +340,8 @@ class Worker:
                 error = EngineKilledError("The engine died of this job, twice.")
                 self.on_end(Failed(job_id, error, started=True))
                 continue
+            if assigned.sent:
+                self.on_replay(job_id)
             # One that has never been in a step may have been in the one that nobody was told of.
             if assigned.sent and (assigned.in_step or not assigned.steps):
                 assigned.suspect = assigned.steps

@@ -6,15 +6,17 @@ Plain ASGI: a middleware that wraps the response would hide disconnects from the
 from __future__ import annotations
 
 import hmac
+import logging
 import secrets
 import time
 from base64 import b64decode
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from inspect import iscoroutinefunction, signature
 from typing import Any, ClassVar
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
+from opentelemetry import trace
 from pydantic import SecretStr
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -22,13 +24,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import UnauthorizedError
 from service.http.problems import on_service_error
-from service.telemetry import Telemetry, request_id
+from service.telemetry import Telemetry, request_id, submitted_job, trace_ids
+
+access_logger = logging.getLogger("service.access")
 
 MAX_BODY_BYTES = 1 << 20
 MAX_UPLOAD_BYTES = 8 << 20
 """Of a body that may carry pictures: a photograph or two, in base64."""
 BASIC = "/sdapi/"
 """Below it a key may come as the password of HTTP basic credentials."""
+PROBES = ("/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/metrics")
+"""What asks every few seconds, and is neither logged nor traced."""
 
 
 class LimitedRoute(APIRoute):
@@ -115,10 +121,13 @@ def _password(credentials: str) -> str:
 
 
 class Observe:
-    """Counts and times every request by route, and passes `X-Request-ID` through or makes one up."""
+    """Counts, times and logs every request by route, and passes `X-Request-ID` through or makes one up.
 
-    def __init__(self, app: ASGIApp, telemetry: Telemetry) -> None:
-        self.app, self.telemetry = app, telemetry
+    access_log: whether a line is logged for each, but for probes.
+    """
+
+    def __init__(self, app: ASGIApp, telemetry: Telemetry, *, access_log: bool = False) -> None:
+        self.app, self.telemetry, self.access_log = app, telemetry, access_log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run one request."""
@@ -129,14 +138,19 @@ class Observe:
         # Only what is safe to log and to send back; anything else is replaced.
         safe = 0 < len(given) <= 128 and all(33 <= byte <= 126 for byte in given)
         identity = given if safe else secrets.token_hex(8).encode()
-        request_id.set(identity.decode())  # the server runs each request in a context of its own
+        _set_context(identity.decode())
         status = 499  # what proxies log when the client has gone before the answer
+        streams = False
 
         async def observed(message: Message) -> None:
-            nonlocal status
+            nonlocal status, streams
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", identity)]
+                headers = message.get("headers", ())
+                if any(value.startswith(b"text/event-stream") for _, value in headers):
+                    streams = True
+                    self.telemetry.streams.inc()
+                message["headers"] = [*headers, (b"x-request-id", identity)]
             await send(message)
 
         begun = time.perf_counter()
@@ -149,5 +163,36 @@ class Observe:
         finally:
             # The route's template, not the path: paths are an open set.
             route = getattr(scope.get("route"), "path", "unmatched")
+            seconds = time.perf_counter() - begun
             self.telemetry.requests.labels(route, f"{status // 100}xx").inc()
-            self.telemetry.request_duration.labels(route).observe(time.perf_counter() - begun)
+            self.telemetry.request_duration.labels(route).observe(seconds)
+            if streams:
+                self.telemetry.streams.dec()
+            if self.access_log and not is_probe(scope):
+                _log(scope["method"], route, status, seconds)
+
+
+def is_probe(scope: MutableMapping[str, Any]) -> bool:
+    """Whether a request is for health or metrics, behind whatever prefix."""
+    path: str = scope.get("path", "")  # a lifespan has none
+    return path.endswith(PROBES)
+
+
+def _set_context(identity: str) -> None:
+    """What log lines and jobs say of this request. The server runs each in a context of its own."""
+    request_id.set(identity)
+    submitted_job.set(None)  # a copy of the context of the request before it, on a connection that stays open
+    span = trace.get_current_span().get_span_context()
+    ids = trace.format_trace_id(span.trace_id), trace.format_span_id(span.span_id)
+    trace_ids.set(ids if span.is_valid else None)
+
+
+def _log(method: str, route: str, status: int, seconds: float) -> None:
+    """One line of the access log, with its parts as fields where the log is JSON."""
+    job = submitted_job.get()
+    fields = {"method": method, "route": route, "status": status, "duration_s": round(seconds, 6)}
+    text = "%s %s %d in %.3f s, request %s"
+    values: list[object] = [method, route, status, seconds, request_id.get()]
+    if job is not None:
+        text, values, fields = f"{text}, job %s", [*values, job], {**fields, "job_id": job}
+    access_logger.info(text, *values, extra=fields)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from datetime import datetime
 from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.telemetry import JsonFormatter, Telemetry, configure_logging, request_id
+from service.telemetry import JsonFormatter, Telemetry, configure_logging, request_id, trace_ids
 
 DOCUMENTED = {
     "ddpm_requests_total": ["route", "outcome"],
@@ -18,6 +20,12 @@ DOCUMENTED = {
     "ddpm_time_to_first_preview_seconds": [],
     "ddpm_images_generated_total": ["sampler"],
     "ddpm_steps_total": [],
+    "ddpm_streams_open": [],
+    "ddpm_network_evaluations_total": [],
+    "ddpm_slots": [],
+    "ddpm_slots_in_use": [],
+    "ddpm_jobs_failed_total": ["reason"],
+    "ddpm_jobs_replayed_total": [],
     "ddpm_step_duration_seconds": [],
     "ddpm_batch_rows": [],
     "ddpm_samples_running": [],
@@ -37,6 +45,7 @@ def families(text: str) -> dict[str, Any]:
     return {
         f"{family.name}_total" if family.type == "counter" else family.name: family
         for family in text_string_to_metric_families(text)
+        if family.name.startswith("ddpm_")  # what every process has is prometheus-client's
     }
 
 
@@ -63,6 +72,15 @@ def test_two_apps_do_not_share_counts() -> None:
 # ── Logs ───────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.fixture(autouse=True)
+def forgotten() -> Iterator[None]:
+    """No test leaves a request in hand behind."""
+    before = request_id.get(), trace_ids.get()
+    yield
+    request_id.set(before[0])
+    trace_ids.set(before[1])
+
+
 def test_a_log_line_is_one_json_object() -> None:
     request_id.set("abc")
     try:
@@ -70,12 +88,23 @@ def test_a_log_line_is_one_json_object() -> None:
     except ValueError as error:
         record = logging.LogRecord("a.b", logging.ERROR, "f", 1, "it %s", ("broke",), None)
         record.exc_info = (type(error), error, error.__traceback__)
+    record.color_message = "it \x1b[1mbroke"
+    record.job_id = "j"
     text = JsonFormatter().format(record)
     assert "\n" not in text
     line = json.loads(text)
     assert (line["level"], line["logger"], line["message"]) == ("error", "a.b", "it broke")
-    assert line["request_id"] == "abc"
+    assert (line["request_id"], line["job_id"]) == ("abc", "j")
     assert "ValueError: two\nlines" in line["exception"]
+    assert datetime.fromisoformat(line["time"]).timestamp() == pytest.approx(record.created, abs=1e-3)
+    assert line.keys() == {"time", "level", "logger", "message", "request_id", "job_id", "exception"}
+
+
+def test_a_log_line_of_a_traced_request_has_the_ids_of_its_span() -> None:
+    trace_ids.set(("1" * 32, "2" * 16))
+    record = logging.LogRecord("a", logging.INFO, "f", 1, "hello", (), None)
+    line = json.loads(JsonFormatter().format(record))
+    assert (line["trace_id"], line["span_id"]) == ("1" * 32, "2" * 16)
 
 
 @pytest.mark.parametrize("style", ["text", "json"])

@@ -39,6 +39,7 @@ from service.errors import (
     EngineDeadError,
     LoadingError,
     QueueFullError,
+    ServiceError,
 )
 from service.telemetry import Telemetry
 from tests.service.fakes import PATIENCE_S, FakeDenoiser, fake_engine, fake_info, fake_model, job_of, until
@@ -148,9 +149,57 @@ def test_a_job_is_queued_run_and_finished(start: Start) -> None:
     until(lambda: served.metric("ddpm_steps_total") == 6)
     assert served.metric("ddpm_images_generated_total", sampler="ddim") == 2
     assert served.metric("ddpm_batch_rows_sum") == 6
+    assert served.metric("ddpm_network_evaluations_total") == 6
+    assert (served.metric("ddpm_slots"), served.metric("ddpm_slots_in_use")) == (8, 0)
     assert served.metric("ddpm_step_duration_seconds_count") == 3
     assert served.metric("ddpm_queue_duration_seconds_count") == 1
     assert served.metric("ddpm_last_step_timestamp_seconds") == pytest.approx(time.time(), abs=60)
+
+
+def test_guided_steps_count_as_two_network_evaluations(start: Start) -> None:
+    served = start()
+    served.client.submit(job := job_of("a", [1], steps=3, guidance_scale=2.0))
+    assert isinstance(served.end_of(job), Finished)
+    until(lambda: served.metric("ddpm_steps_total") == 3)
+    assert served.metric("ddpm_network_evaluations_total") == 6
+
+
+def test_slots_in_use_are_those_of_jobs_in_flight(start: Start) -> None:
+    served = start()
+    served.gate.shut()
+    for job in (first := job_of("a", [1, 2, 3]), second := job_of("b", [4, 5])):
+        served.client.submit(job)
+    assert served.metric("ddpm_slots_in_use") == 5
+    served.client.cancel(first.id)
+    served.gate.allow()  # takes effect after the step
+    until(lambda: served.metric("ddpm_slots_in_use") == 2)
+    served.gate.open()
+    assert isinstance(served.end_of(second), Finished)
+    until(lambda: served.metric("ddpm_slots_in_use") == 0)
+
+
+def test_what_can_be_refused_or_fail_is_counted_from_zero(start: Start) -> None:
+    served = start()
+    value = served.telemetry.registry.get_sample_value
+    assert value("ddpm_rejected_total", {"reason": "queue_full"}) == 0
+    assert value("ddpm_jobs_failed_total", {"reason": "engine_killed"}) == 0
+    reasons = {
+        code
+        for kind in ServiceError.__subclasses__()
+        for code in (kind.code, *(c.code for c in kind.__subclasses__()))
+    }
+    for name in ("ddpm_rejected", "ddpm_jobs_failed"):
+        (family,) = [each for each in served.telemetry.registry.collect() if each.name == name]
+        assert {sample.labels["reason"] for sample in family.samples} <= reasons
+
+
+def test_a_job_that_fails_is_counted_by_its_reason(start: Start) -> None:
+    served = start()
+    served.denoiser.gives_nan.add(7)
+    served.client.submit(job := job_of("a", [7]))
+    assert isinstance(served.end_of(job), Failed)
+    assert served.metric("ddpm_jobs_failed_total", reason="non_finite") == 1
+    assert served.metric("ddpm_rejected_total", reason="non_finite") == 0
 
 
 # ── Slots ──────────────────────────────────────────────────────────────────────────────────────

@@ -94,6 +94,7 @@ def test_jobs_of_an_engine_that_dies_end_with_the_same_bytes(start: Start) -> No
     assert [pixels(served.end_of(job)) for job in jobs] == expected
     assert Counter(type(event) for event in served.events) == {Queued: 4, Finished: 4}
     assert served.metric("ddpm_engine_restarts_total") == 1
+    assert served.metric("ddpm_jobs_replayed_total") == 4
     assert served.client.idle
     assert len(engines.denoisers) == 2
     until(lambda: served.metric("ddpm_ready") == 1)

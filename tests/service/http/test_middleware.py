@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
@@ -12,8 +13,16 @@ import pytest
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from service.http.middleware import MAX_BODY_BYTES, MAX_UPLOAD_BYTES, LimitedRoute, Observe, UploadRoute
+from service.http.middleware import (
+    MAX_BODY_BYTES,
+    MAX_UPLOAD_BYTES,
+    PROBES,
+    LimitedRoute,
+    Observe,
+    UploadRoute,
+)
 from service.telemetry import Telemetry
+from tests.service.fakes import PATIENCE_S, until
 from tests.service.http.test_problems import problem
 from tests.service.live import Serve
 
@@ -79,6 +88,68 @@ def test_a_request_id_that_is_unsafe_to_log_is_replaced(given: bytes) -> None:
 def test_what_is_not_a_request_is_ignored() -> None:
     telemetry, _ = call(silent, kind="lifespan")
     assert not next(iter(telemetry.requests.collect())).samples
+
+
+async def streaming(scope: Any, receive: Any, send: Any) -> None:
+    headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    opened.append(scope["telemetry"].registry.get_sample_value("ddpm_streams_open"))
+
+
+opened: list[float] = []
+
+
+def test_streams_are_counted_while_they_are_open() -> None:
+    telemetry = Telemetry()
+    scope = {"type": "http", "headers": [], "telemetry": telemetry}
+
+    async def ignore(message: Any) -> None:
+        return
+
+    asyncio.run(Observe(streaming, telemetry)(scope, None, ignore))  # type: ignore[arg-type]
+    assert opened == [1]
+    assert telemetry.registry.get_sample_value("ddpm_streams_open") == 0
+
+
+# ── The access log ─────────────────────────────────────────────────────────────────────────────
+
+
+def logged(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    return [record for record in caplog.records if record.name == "service.access"]
+
+
+def test_each_request_is_logged_with_its_job(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "service.access")
+    client = serve().client
+    made = client.post("/generate", json={"num_inference_steps": 2}, headers={"X-Request-ID": "mine"})
+    client.get("/nowhere")
+    until(lambda: len(logged(caplog)) == 2, "two lines")
+    first, second = logged(caplog)
+    expected = ("POST", "/generate", 200, made.headers["X-Job-ID"])
+    assert tuple(vars(first)[name] for name in ("method", "route", "status", "job_id")) == expected
+    assert 0 < vars(first)["duration_s"] < PATIENCE_S
+    assert first.getMessage().startswith("POST /generate 200 in 0.")
+    assert first.getMessage().endswith(f" s, request mine, job {made.headers['X-Job-ID']}")
+    assert (vars(second)["route"], vars(second)["status"]) == ("unmatched", 404)
+    assert not hasattr(second, "job_id")  # though on the same connection
+
+
+def test_probes_are_not_logged(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "service.access")
+    client = serve().client
+    for path in PROBES:
+        assert client.get(path).status_code == 200
+    client.get("/info")
+    until(lambda: logged(caplog), "a line")
+    assert [vars(record)["route"] for record in logged(caplog)] == ["/info"]
+
+
+def test_the_access_log_can_be_turned_off(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "service.access")
+    server = serve(access_log=False)
+    server.client.get("/info")
+    until(lambda: server.metric("ddpm_requests_total", route="/info", outcome="2xx") == 1, "the request")
+    assert not logged(caplog)
 
 
 # ── Bodies ─────────────────────────────────────────────────────────────────────────────────────
