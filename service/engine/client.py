@@ -8,6 +8,7 @@ of it happens on the event loop.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -49,6 +50,8 @@ from service.errors import (
     ServiceError,
 )
 from service.telemetry import Telemetry, submitted_job
+
+logger = logging.getLogger(__name__)
 
 STOP_S = 5.0
 """How long engines get to end before they are killed."""
@@ -292,6 +295,8 @@ class EngineClient:
             case Failed(_, error, started):
                 counter = self._telemetry.failed if started else self._telemetry.rejected
                 counter.labels(error.code).inc()
+                if isinstance(error, ComputeError):
+                    _log_failure(found.spec, error)
 
     def _replayed(self, job_id: str) -> None:
         """Count a job whose engine has died and which is run again."""
@@ -325,3 +330,11 @@ class EngineClient:
         restarts = sum(worker.restarts for worker in self._workers)
         self._telemetry.restarts.inc(restarts - self._restarts)
         self._restarts = restarts
+
+
+def _log_failure(spec: JobSpec, error: ComputeError) -> None:
+    """What it takes to see the same failure again."""
+    seeds = ", ".join(str(chain.seed) for chain in spec.stages[-1].chains)
+    logger.error(
+        "job %s failed, %s: %s sampler %s, seeds %s", spec.id, error.code, error, spec.sampler, seeds
+    )

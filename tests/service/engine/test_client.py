@@ -193,13 +193,15 @@ def test_what_can_be_refused_or_fail_is_counted_from_zero(start: Start) -> None:
         assert {sample.labels["reason"] for sample in family.samples} <= reasons
 
 
-def test_a_job_that_fails_is_counted_by_its_reason(start: Start) -> None:
+def test_a_job_that_fails_is_counted_by_its_reason(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     served = start()
     served.denoiser.gives_nan.add(7)
     served.client.submit(job := job_of("a", [7]))
     assert isinstance(served.end_of(job), Failed)
     assert served.metric("ddpm_jobs_failed_total", reason="non_finite") == 1
     assert served.metric("ddpm_rejected_total", reason="non_finite") == 0
+    assert "job a failed, non_finite: " in caplog.text
+    assert "sampler ddim, seeds 7" in caplog.text
 
 
 # ── Slots ──────────────────────────────────────────────────────────────────────────────────────
