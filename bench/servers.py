@@ -91,6 +91,7 @@ class Model:
         """Variables for the service and the peers alike; settings of this process's own are blanked."""
         blank = {f"DDPM_{name}".upper(): "" for name in Settings.model_fields}
         ours = {"MODEL": str(self.folder.resolve()), "RUNTIME": self.runtime, "DTYPE": self.dtype}
+        ours["ACCESS_LOG"] = "false"  # as the peers
         return {
             **blank,
             **{f"DDPM_{name}": value for name, value in ours.items()},

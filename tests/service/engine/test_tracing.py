@@ -38,7 +38,7 @@ def receiver() -> Iterator[Receiver]:
 def traced(receiver: Receiver, tiny_folder: Path) -> Iterator[tuple[Process, httpx.Client]]:
     """A service that traces, and a client of it."""
     process = Process(
-        ["--model", str(tiny_folder), "--device", "cpu", "--log-format", "json", "--stall-s", "60"],
+        ["--model", str(tiny_folder), "--device", "cpu", "--log-format", "json", "--stream-grace-s", "0"],
         {
             "FASTAPI_OTEL_AUTO_CONFIGURE": "true",
             "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url,
@@ -138,6 +138,23 @@ def test_a_deadline_that_passes_is_an_error_of_the_job(
     assert spans["POST /generate"].status == spans["job"].status == STATUS_ERROR
     assert spans["job"].attributes["error.type"] == "deadline_exceeded"
     assert "compute" not in spans
+
+
+def test_a_client_that_leaves_its_stream_cancels_the_job(
+    traced: tuple[Process, httpx.Client], receiver: Receiver
+) -> None:
+    process, client = traced
+    trace = "6" * 32
+    headers = {"traceparent": f"00-{trace}-b7ad6b7169203331-01", "X-Request-ID": "left"}
+    params: dict[str, str | int] = {"num_inference_steps": 100, "n": 64, "sampler": "ddpm"}
+    with client.stream("GET", "/stream", params=params, headers=headers) as response:
+        assert response.status_code == 200
+    spans = receiver.wait_for(trace, {"GET /stream", "job"})
+    assert spans["job"].attributes["ddpm.job.cancelled"] is True
+    assert spans["job"].status != STATUS_ERROR
+    assert line_of(process, "left")["status"] == 200
+    levels = {json.loads(line)["level"] for line in list(process.lines) if line.startswith("{")}
+    assert levels == {"info"}, process.log
 
 
 def test_probes_are_not_traced(traced: tuple[Process, httpx.Client], receiver: Receiver) -> None:
