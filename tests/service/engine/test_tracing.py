@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -20,8 +23,8 @@ from service.engine import tracing
 from service.engine.messages import Cancelled, Failed, Finished, Terminal
 from service.engine.tracing import JobSpan
 from service.errors import NonFiniteError
-from tests.service.fakes import job_of, until
-from tests.service.live import Process, Serve, sse
+from tests.service.fakes import PATIENCE_S, job_of, until
+from tests.service.live import ROOT, Process, Serve, sse
 from tests.service.receiver import Receiver
 
 PARENT = "0af7651916cd43dd8448eb211c80319c"
@@ -233,3 +236,23 @@ def test_a_cancelled_job_is_no_error(memory: InMemorySpanExporter) -> None:
     assert span.attributes is not None
     assert span.attributes["ddpm.job.cancelled"] is True
     assert span.status.status_code is StatusCode.UNSET
+
+
+def test_without_the_switch_nothing_that_sends_spans_is_imported() -> None:
+    program = (
+        "import sys\n"
+        "from service.app import create_app\n"
+        "from service.settings import Settings\n"
+        "create_app(Settings(_env_file=None))\n"
+        "sys.exit('opentelemetry.sdk' in sys.modules or 'opentelemetry.exporter' in sys.modules)"
+    )
+    blank = {"FASTAPI_OTEL_AUTO_CONFIGURE": ""}
+    ran = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=os.environ | blank, timeout=PATIENCE_S
+    )
+    assert ran.returncode == 0
+
+
+def test_an_engine_knows_nothing_of_tracing() -> None:
+    program = "import sys, service.engine.process; sys.exit('opentelemetry' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=PATIENCE_S).returncode == 0

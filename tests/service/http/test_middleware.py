@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
@@ -131,7 +132,23 @@ def test_each_request_is_logged_with_its_job(serve: Serve, caplog: pytest.LogCap
     assert first.getMessage().startswith("POST /generate 200 in 0.")
     assert first.getMessage().endswith(f" s, request mine, job {made.headers['X-Job-ID']}")
     assert (vars(second)["route"], vars(second)["status"]) == ("unmatched", 404)
-    assert not hasattr(second, "job_id")  # though on the same connection
+    assert not hasattr(second, "job_id")
+
+
+def test_a_request_sent_behind_another_has_no_job_of_it(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "service.access")
+    body = b'{"num_inference_steps": 2}'
+    head = (
+        b"POST /generate HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    )
+    with socket.create_connection(serve().address, PATIENCE_S) as connection:
+        connection.sendall(head % len(body) + body + b"GET /info HTTP/1.1\r\nHost: a\r\n\r\n")
+        until(lambda: len(logged(caplog)) == 2, "two lines")
+    first, second = logged(caplog)
+    assert hasattr(first, "job_id")
+    assert not hasattr(second, "job_id")
 
 
 def test_probes_are_not_logged(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
