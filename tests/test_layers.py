@@ -43,6 +43,9 @@ SERVICE = {
     ),
     "service.heap": "",
     "service.settings": "service.engine.messages model.unet_config pydantic pydantic_settings",
+    # The client: what it talks to is at the other end of a connection.
+    "service.client": "service.client.*",
+    "service.client.*": "service.client.* httpx httpx_sse stamina numpy PIL",
     # HTTP: no tensors.
     "service.http": "",
     "service.http.*": (
