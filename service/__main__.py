@@ -7,16 +7,20 @@ that cannot be used.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from service.engine.worker import ProcessConnection
 from service.settings import SettingsError, read
 from service.telemetry import configure_logging
 
 
-def main() -> int:
-    """Start the service as the environment and the command line say."""
+def main(arguments: Sequence[str] | None = None, program: str = "python -m service") -> int:
+    """Start the service as the environment and the command line say: that of the process, or these arguments.
+
+    program: what its help calls it.
+    """
     try:
-        settings = read()
+        settings = read(arguments, program)
     except SettingsError as error:
         print(error, file=sys.stderr)
         return 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
@@ -9,6 +11,9 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from model.unet_config import parse_size
 from service.engine.messages import EngineConfig
+
+INCLUDED = Path(__file__).resolve().parent.parent / "weights" / "fashion-mnist"
+"""The model that comes with the service: `weights/` lies beside its packages, installed or not."""
 
 
 class SettingsError(ValueError):
@@ -31,7 +36,7 @@ class Settings(BaseSettings):
     )
 
     model: str = Field(
-        "weights/fashion-mnist",
+        str(INCLUDED),
         description="model folder in diffusers layout, or hf:owner/name@revision on the Hugging Face Hub",
     )
     sample_size: str = Field(
@@ -96,13 +101,26 @@ SHARED = ("runtime", "dtype", "max_batch", "policy", "batch_invariant", "log_for
 
 
 class CommandLine(Settings, cli_parse_args=True):
-    """The settings with the command line read on top of the environment."""
+    """Start the service.
+
+    Each option is also a variable of the environment, or a line in .env: --max-batch is DDPM_MAX_BATCH.
+
+    Examples:
+      ddpm serve                                   # http://127.0.0.1:8000, with the included model
+      ddpm serve --model my-model --port 9000
+      DDPM_API_KEYS=sesame ddpm serve --host 0.0.0.0
+      ddpm serve --device cuda:0,cuda:1
+    """
 
 
-def read() -> Settings:
-    """Read the environment and the command line. Raises SettingsError for malformed values."""
+def read(arguments: Sequence[str] | None = None, program: str | None = None) -> Settings:
+    """Read the environment and the command line. Raises SettingsError for malformed values.
+
+    arguments: instead of those of the process. program: what its help calls it.
+    """
+    given = None if arguments is None else list(arguments)
     try:
-        return CommandLine()
+        return CommandLine(_cli_parse_args=given, _cli_prog_name=program)
     except ValidationError as error:
         lines = [
             f"DDPM_{'.'.join(map(str, found['loc'])).upper()}: {found['msg']}"

@@ -46,6 +46,13 @@ SERVICE = {
     # The client: what it talks to is at the other end of a connection.
     "service.client": "service.client.*",
     "service.client.*": "service.client.* httpx httpx_sse stamina numpy PIL",
+    # The command: it calls a service through the client, and starts the programs by their names.
+    "service.cli": (
+        "service service.client service.client.fields service.command_line service.settings service.terminal"
+        " pydantic pydantic_settings rich stamina"
+    ),
+    "service.command_line": "pydantic_settings shtab",
+    "service.terminal": "service.client PIL rich",
     # HTTP: no tensors.
     "service.http": "",
     "service.http.*": (

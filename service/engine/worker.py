@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -41,7 +42,7 @@ from service.errors import EngineKilledError
 
 logger = logging.getLogger(__name__)
 
-COMMAND = (sys.executable, "-m", "service.engine.process")
+COMMAND = (sys.executable, "-P", "-m", "service.engine.process")
 UNUSABLE = 3
 """Exit code of an engine whose model or device cannot be used: another try would end in the same way."""
 DEATHS, WINDOW_S = 5, 600.0
@@ -76,8 +77,13 @@ class ProcessConnection:
             end.setsockopt(SOL_SOCKET, SO_SNDBUF, BUFFER)
             end.setsockopt(SOL_SOCKET, SO_RCVBUF, BUFFER)
         with theirs:
+            # It imports from where this process does, not from the folder that it happens to be started in.
+            path = os.pathsep.join(each for each in sys.path if each)
             self._process = subprocess.Popen(
-                [*command, str(theirs.fileno())], stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
+                [*command, str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, "PYTHONPATH": path},
             )
         ours.sendall(to_bytes(config))
         self._socket: socket = ours

@@ -13,7 +13,7 @@ from pydantic import SecretStr, ValidationError
 from service.settings import CommandLine, Settings
 from tests.model.hub_server import REPOSITORY, Hub, files_of, serving
 from tests.service.fakes import until
-from tests.service.live import Process
+from tests.service.live import ROOT, Process
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_the_defaults() -> None:
     settings = Settings()
     assert (settings.port, settings.host, settings.max_queue) == (8000, "127.0.0.1", 256)
-    assert settings.model == "weights/fashion-mnist"
+    assert Path(settings.model) == ROOT / "weights" / "fashion-mnist"  # wherever it is started
     assert (settings.runtime, settings.device, settings.dtype) == ("auto", "auto", "auto")
     assert settings.api_keys == ()
 

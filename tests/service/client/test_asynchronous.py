@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -42,7 +43,7 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     async def sleep(seconds: float) -> None:
         found.append(seconds)
 
-    monkeypatch.setattr("tenacity.nap.time.sleep", found.append)
+    monkeypatch.setattr("tenacity.nap.time", SimpleNamespace(sleep=found.append))
     monkeypatch.setattr("stamina._core._smart_sleep", sleep)
     return found
 
@@ -214,15 +215,13 @@ def test_an_error_event_is_raised(mock: Connect) -> None:
 
 
 def test_a_job_is_submitted_and_waited_for(
-    mock: Connect, kind: str, pauses: list[float], monkeypatch: pytest.MonkeyPatch
+    mock: Connect, pauses: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def sleep(seconds: float) -> None:
         pauses.append(seconds)
 
-    monkeypatch.setattr(
-        "service.client.blocking.time.sleep" if kind == "blocking" else "asyncio.sleep",
-        pauses.append if kind == "blocking" else sleep,
-    )
+    monkeypatch.setattr("service.client.blocking.time", SimpleNamespace(sleep=pauses.append))
+    monkeypatch.setattr("service.client.asynchronous.asyncio", SimpleNamespace(sleep=sleep))
     state = {"id": "a1", "state": "waiting", "position": 3, "eta_s": 9.0}
     answers = Answers(
         httpx.Response(202, json=state, headers={"Location": "/jobs/a1"}),
