@@ -15,9 +15,10 @@ from typing import Any
 
 import PIL.Image
 import pytest
+from rich.console import Console
 
 from service import __version__, cli
-from service.client import Image
+from service.client import Client, Event, Image, Queued
 from tests.service.fakes import SIZE, until
 from tests.service.live import ROOT, Serve, Threaded, serving
 
@@ -187,6 +188,23 @@ def test_a_request_that_is_tried_again_is_announced(
         monkeypatch.setattr("tenacity.nap.time", SimpleNamespace(sleep=sleep))
         assert ddpm("generate", "--url", server.url, "--seed", 1) == 0
     assert "queue_full" in capsys.readouterr().err
+
+
+def test_an_interrupted_stream_cancels_its_job_and_no_other(
+    ddpm: Run, server: Threaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown, cancelled = [], []
+
+    def interrupt(events: Iterator[Event], _: Console) -> None:
+        shown.append(next(events))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("service.terminal.show", interrupt)
+    monkeypatch.setattr(Client, "cancel", lambda _, job_id: cancelled.append(job_id))
+    assert ddpm("stream") == 130
+    (first,) = shown
+    assert isinstance(first, Queued)
+    assert cancelled == [first.id]
 
 
 # ── Programs ───────────────────────────────────────────────────────────────────────────────────
