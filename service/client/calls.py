@@ -74,10 +74,18 @@ def content(response: httpx.Response) -> dict[str, Any]:
 
 
 def client_options(base_url: str | None, api_key: str | None) -> dict[str, Any]:
-    """What both clients tell httpx: where the service is, and the key, if there is one."""
+    """What both clients tell httpx: where the service is, and the key, if there is one.
+
+    Raises ConnectionFailed for an address that is none.
+    """
     key = api_key if api_key is not None else os.environ.get("DDPM_API_KEY", "")
+    url = base_url or os.environ.get("DDPM_URL") or DEFAULT_URL
+    try:
+        httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ConnectionFailed(f"{url}: {error}", again=False) from error
     return {
-        "base_url": base_url or os.environ.get("DDPM_URL") or DEFAULT_URL,
+        "base_url": url,
         "headers": {"Authorization": f"Bearer {key}"} if key else {},
     }
 

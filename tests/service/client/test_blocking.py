@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from io import BytesIO
 from typing import Any
 
@@ -27,6 +28,12 @@ from tests.service.live import Serve, Threaded
 
 def grey(level: int) -> PIL.Image.Image:
     return PIL.Image.new("L", (SIZE, SIZE), level)
+
+
+def png(picture: PIL.Image.Image) -> bytes:
+    buffer = BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def test_images(client: Any, server: Threaded) -> None:
@@ -95,13 +102,15 @@ def test_a_path_between_pictures(client: Any) -> None:
     assert len(result.images) == 2
 
 
-def test_scores(client: Any) -> None:
-    result = client.score([grey(0), grey(128)], terms=8, seed=1)
-    assert [each.index for each in result.scores] == [0, 1]
-    first = result.scores[0]
-    assert first.bits_per_dim == pytest.approx(first.prior + sum(t["bits"] for t in first.terms), rel=10)
-    assert len(first.terms) == 8
-    assert first.guesses[0].pil.size == (SIZE, SIZE)
+def test_scores(client: Any, server: Threaded) -> None:
+    pictures = [grey(0), grey(128)]
+    result = client.score(pictures, terms=8, seed=1)
+    files = [base64.b64encode(png(each)).decode() for each in pictures]
+    body = server.client.post("/score", json={"images": files, "terms": 8, "seed": 1}).json()
+    for found, wanted in zip(result.scores, body["scores"], strict=True):
+        for name in ("index", "seed", "bits_per_dim", "standard_error", "prior", "terms", "rate_distortion"):
+            assert getattr(found, name) == wanted[name]
+    assert result.scores[0].guesses[0].pil.size == (SIZE, SIZE)
 
 
 def test_info(client: Any) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from service.client import ConnectionFailed
 from service.client.calls import DEFAULT_URL, Following, client_options, job_call, post
 
 
@@ -61,6 +62,11 @@ def test_where_the_service_is(monkeypatch: pytest.MonkeyPatch) -> None:
     options = client_options(None, None)
     assert options == {"base_url": "http://elsewhere", "headers": {"Authorization": "Bearer sesame"}}
     assert client_options("http://here", "")["headers"] == {}
+
+
+def test_an_address_that_is_none() -> None:
+    with pytest.raises(ConnectionFailed, match="Invalid port"):
+        client_options("http://service:port", None)
 
 
 def test_a_stream_that_has_begun_is_continued_by_get() -> None:
