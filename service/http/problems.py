@@ -122,7 +122,7 @@ async def on_service_error(request: Request, error: ServiceError) -> Response:
 
 async def _on_invalid(request: Request, error: RequestValidationError) -> Response:
     """Which fields are wrong and why, never what was sent: it may be huge, secret, or not JSON at all."""
-    errors = [{"field": _field(found["loc"]), "message": found["msg"]} for found in error.errors()[:20]]
+    errors = [{"field": _field(found["loc"]), "message": _message(found)} for found in error.errors()[:20]]
     detail = "; ".join(f"{e['field']}: {e['message']}" if e["field"] else e["message"] for e in errors[:5])
     problem = Problem(title=_title(422), status=422, detail=detail, code="invalid_request", errors=errors)
     return _answer(request, problem)
@@ -159,3 +159,9 @@ def _field(location: Sequence[int | str]) -> str:
     name = location[1] if len(location) > 1 else ""
     plain = isinstance(name, str) and len(name) <= 40 and name.isascii() and name.isidentifier()
     return str(name) if plain else ""
+
+
+def _message(found: Mapping[str, Any]) -> str:
+    """What is wrong, and with which entry, where the field is a list."""
+    index = next((part for part in found["loc"][2:] if isinstance(part, int)), None)
+    return str(found["msg"]) if index is None else f"Index {index}: {found['msg']}"

@@ -11,7 +11,8 @@ from pydantic import BeforeValidator, Field, ValidationInfo
 
 from model.chain import Chain, Image, KnownPixels, from_pixels, noised
 from model.condition import assemble
-from model.samplers import SINGLE_STEP, build_repaint, repaint_steps
+from model.samplers import SINGLE_STEP, Guidance, Plan, build_repaint, repaint_steps
+from model.schedule import NoiseSchedule
 from service.engine.jobs import Stage
 from service.errors import InvalidRequestError
 from service.tasks.sampling import (
@@ -21,7 +22,7 @@ from service.tasks.sampling import (
     Sampler,
     SamplingParams,
     SamplingRequest,
-    check_count,
+    image_count,
     refuse_fields,
     resolve,
     sampling_request,
@@ -53,7 +54,7 @@ class EditRequest(SamplingRequest):
         le=1,
         description="fraction of the steps that is run, from the picture under noise (SDEdit)",
     )
-    n: ImageCount = 1
+    n: ImageCount | None = Field(None, description="images; absent: 1, or as many as a list has entries")
     sampler: Sampler | None = Field(
         None,
         description="absent: ddpm with a mask, else ddim; a mask without strength takes no "
@@ -76,41 +77,38 @@ def prepare_edit(request: EditRequest, capabilities: ModelCapabilities) -> Prepa
     picture. Known pixels come back exactly. A network that takes the picture beside x (model/condition.py)
     is given it, and begins with noise. Raises InvalidRequestError.
     """
-    check_count("n", request.n, capabilities)
+    count = image_count(request.n, request, capabilities)
     if capabilities.condition:
-        return _conditioned(request, capabilities)
+        return _conditioned(request, count, capabilities)
     inpainting = request.mask is not None and request.strength is None
     if not inpainting:
         reason = "It applies only to a mask without strength."
         refuse_fields(reason, jump_length=request.jump_length, jump_n_sample=request.jump_n_sample)
     # The regenerated part has to come to agree with the known pixels: fresh noise in every step allows it.
     sampler = request.sampler or ("ddim" if request.mask is None else "ddpm")
-    params = resolve(request, capabilities, sampler, request.n)
-    reported: dict[str, Any] = {"n": request.n, "masked": request.mask is not None}
-    if inpainting:
-        jumps = _jumps(request, params)
-        reported |= jumps
-        plan = build_repaint(
-            capabilities.schedule,
-            params.sampler,
-            params.steps,
-            eta=params.eta,
-            spacing=params.spacing,
-            guidance=params.guidance,
-            **jumps,
-        )
-    else:
-        reported["strength"] = request.strength or DEFAULT_STRENGTH
-        plan = params.plan(capabilities.schedule, reported["strength"])
+    params = resolve(request, capabilities, sampler, count)
+    reported: dict[str, Any] = {"n": count, "masked": request.mask is not None}
+    jumps = _jumps(request, params) if inpainting else {}
+    strength = request.strength or DEFAULT_STRENGTH
+    reported |= jumps if inpainting else {"strength": strength}
+    schedule = capabilities.schedule
+    plans = {
+        guidance: _repaint(params, guidance, jumps, schedule)
+        if inpainting
+        else params.plan(schedule, guidance, strength)
+        for guidance in {params.guidance_of(label) for label in params.labels}
+    }
     image, known = _decoded(request, capabilities)
-    chains = tuple(
-        Chain(plan, seed, params.label, None if inpainting else noised(plan, image, seed), known)
-        for seed in range(params.seed, params.seed + request.n)
-    )
-    return sampling_request(request, params, [Stage("denoise", chains)], capabilities, reported=reported)
+    chains = []
+    for seed, label in params.images:
+        plan = plans[params.guidance_of(label)]
+        start = None if inpainting else noised(plan, image, seed)
+        chains.append(Chain(plan, seed, label, start, known))
+    stage = Stage("denoise", tuple(chains))
+    return sampling_request(request, params, [stage], capabilities, reported=reported)
 
 
-def _conditioned(request: EditRequest, capabilities: ModelCapabilities) -> PreparedRequest:
+def _conditioned(request: EditRequest, count: int, capabilities: ModelCapabilities) -> PreparedRequest:
     """A job for a network that was trained to make pictures from a picture, or to fill the hole in one."""
     reason = "This model makes pictures from the picture alone, in all its steps."
     refuse_fields(
@@ -124,19 +122,22 @@ def _conditioned(request: EditRequest, capabilities: ModelCapabilities) -> Prepa
         raise InvalidRequestError("mask", "This model fills holes in pictures: a mask is needed.")
     if not fills:
         refuse_fields("This model changes the whole picture.", mask=request.mask)
-    params = resolve(
-        request, capabilities, request.sampler or cast("Sampler", capabilities.sampler), request.n
-    )
+    params = resolve(request, capabilities, request.sampler or cast("Sampler", capabilities.sampler), count)
     image, known = _decoded(request, capabilities)
     condition = assemble(
         capabilities.condition, image, known.mask if known else None, capabilities.schedule.data_range
     )
-    plan = params.plan(capabilities.schedule)
     chains = tuple(
-        Chain(plan, seed, params.label, known=known, condition=condition)
-        for seed in range(params.seed, params.seed + request.n)
+        Chain(
+            params.plan(capabilities.schedule, params.guidance_of(label)),
+            seed,
+            label,
+            known=known,
+            condition=condition,
+        )
+        for seed, label in params.images
     )
-    reported = {"n": request.n, "masked": known is not None}
+    reported = {"n": count, "masked": known is not None}
     return sampling_request(request, params, [Stage("denoise", chains)], capabilities, reported=reported)
 
 
@@ -147,6 +148,20 @@ def _decoded(request: EditRequest, capabilities: ModelCapabilities) -> tuple[Ima
     pixels, kept = decode_masked(data, unpack(request.mask, "mask"), capabilities.shape)
     image = from_pixels(pixels, capabilities.schedule.data_range)
     return image, KnownPixels(image, kept)
+
+
+def _repaint(
+    params: SamplingParams, guidance: Guidance, jumps: dict[str, Any], schedule: NoiseSchedule
+) -> Plan:
+    return build_repaint(
+        schedule,
+        params.sampler,
+        params.steps,
+        eta=params.eta,
+        spacing=params.spacing,
+        guidance=guidance,
+        **jumps,
+    )
 
 
 def _jumps(request: EditRequest, params: SamplingParams) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, field_validator
 
 from model.chain import Chain
 from service.engine.jobs import Stage
@@ -14,7 +14,7 @@ from service.tasks.sampling import (
     PreparedRequest,
     Sampler,
     SamplingRequest,
-    check_count,
+    image_count,
     refuse_condition,
     resolve,
     sampling_request,
@@ -24,7 +24,7 @@ from service.tasks.sampling import (
 class GenerateRequest(SamplingRequest):
     """The fields of `POST /generate`."""
 
-    n: ImageCount = 1
+    n: ImageCount | None = Field(None, description="images; absent: 1, or as many as a list has entries")
     sampler: Sampler | None = Field(
         None, description="which reverse process; absent: the nearest to the model's own scheduler"
     )
@@ -35,15 +35,21 @@ class StreamQuery(GenerateRequest):
 
     model_config = ConfigDict(extra="forbid", strict=False, allow_inf_nan=False, frozen=True)
 
+    @field_validator("seed", "class_label", mode="before")
+    @classmethod
+    def _repeated(cls, value: object) -> object:
+        """A parameter that comes once is no list."""
+        return value[0] if isinstance(value, list) and len(value) == 1 else value
+
 
 def prepare_generate(request: GenerateRequest, capabilities: ModelCapabilities) -> PreparedRequest:
-    """A job of n chains. Raises InvalidRequestError for what this model or these limits do not allow."""
+    """A job of a chain for each image. Raises InvalidRequestError for what model or limits do not allow."""
     refuse_condition(capabilities)
-    check_count("n", request.n, capabilities)
+    count = image_count(request.n, request, capabilities)
     sampler = request.sampler or cast("Sampler", capabilities.sampler)
-    params = resolve(request, capabilities, sampler, request.n)
-    plan = params.plan(capabilities.schedule)
-    chains = tuple(Chain(plan, params.seed + i, params.label) for i in range(request.n))
-    return sampling_request(
-        request, params, [Stage("denoise", chains)], capabilities, reported={"n": request.n}
+    params = resolve(request, capabilities, sampler, count)
+    chains = tuple(
+        Chain(params.plan(capabilities.schedule, params.guidance_of(label)), seed, label)
+        for seed, label in params.images
     )
+    return sampling_request(request, params, [Stage("denoise", chains)], capabilities, reported={"n": count})

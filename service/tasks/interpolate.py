@@ -6,7 +6,7 @@ Decoding pictures takes time: call `prepare_interpolation` away from the event l
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -16,12 +16,13 @@ from model.samplers import build_inversion
 from service.engine.jobs import Stage
 from service.errors import InvalidRequestError
 from service.tasks.sampling import (
-    MAX_SEED,
+    Label,
     ModelCapabilities,
     PreparedRequest,
     Sampler,
     SamplingParams,
     SamplingRequest,
+    Seed,
     check_count,
     refuse_condition,
     refuse_fields,
@@ -37,13 +38,14 @@ DEFAULT_INVERSION_STEPS = 100
 """After which real clothes come back within about 4 levels of 255 on average; after 50, within 8."""
 DETERMINISTIC = ("ddim", "dpmpp_2m")
 
-Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Method = Literal["stochastic", "inversion"]
 
 
 class InterpolateRequest(SamplingRequest):
     """The fields of `POST /interpolate`: two pictures or two seeds, and the points between them."""
 
+    seed: Seed | None = Field(None, description="of the noise in every step; random if absent")
+    class_label: Label | None = Field(None, description="class index or name; absent: unconditional")
     images: tuple[Upload, Upload] | None = Field(None, description="two pictures, as for /edit")
     seeds: tuple[Seed, Seed] | None = Field(None, description="or two seeds, each standing for its image")
     points: int | None = Field(None, ge=2, description="images, with λ evenly from 0 to 1")
@@ -101,8 +103,8 @@ def _stochastic(
     As in the paper the noise is mixed too, so that its variance falls to a half in the middle.
     """
     strength = request.strength or DEFAULT_STRENGTH
-    params = resolve(request, capabilities, request.sampler or "ddim", seeds=2)
-    plan = params.plan(capabilities.schedule, strength)
+    params = resolve(request, capabilities, request.sampler or "ddim", 2)
+    plan = params.plan(capabilities.schedule, strength=strength)
     ends = [
         noised(plan, image, seed) for seed, image in enumerate(_decoded(request, capabilities), params.seed)
     ]

@@ -6,11 +6,11 @@ import math
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationInfo
 
 from model.class_names import meant_by
 from model.samplers import Guidance, Plan, build_plan
@@ -33,6 +33,37 @@ Sampler = Literal["ddpm", "ddim", "dpmpp_2m", "sde_dpmpp_2m"]
 DEFAULT_STEPS: dict[Sampler, int] = {"ddpm": 50, "ddim": 50, "dpmpp_2m": 20, "sde_dpmpp_2m": 20}
 """Beyond which each gains little on the shipped model (its evaluation.md)."""
 ImageCount = Annotated[int, Field(ge=1, description="images; image i has seed + i")]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+Label = int | str
+"""A class, by its index or name."""
+
+
+def _form_of(value: object) -> str:
+    return "list" if isinstance(value, list | tuple) else "single"
+
+
+def _empty_is_null(entries: object, info: ValidationInfo) -> object:
+    """A query and a form have no null."""
+    if not isinstance(entries, list) or info.mode == "json":
+        return entries
+    return [None if entry == "" else entry for entry in entries]
+
+
+# Told apart by what is given, so that an error is about that form alone.
+Seeds = Annotated[
+    Annotated[Seed | None, Tag("single")]
+    | Annotated[Annotated[list[Seed], Field(min_length=1)], Tag("list")],
+    Discriminator(_form_of),
+]
+"""Of the first image, or of each."""
+Labels = Annotated[
+    Annotated[Label | None, Tag("single")]
+    | Annotated[
+        Annotated[list[Label | None], Field(min_length=1), BeforeValidator(_empty_is_null)], Tag("list")
+    ],
+    Discriminator(_form_of),
+]
+"""Of all images, or of each."""
 
 
 class JobRequest(BaseModel):
@@ -40,8 +71,10 @@ class JobRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
-    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="seed of the first image; random if absent")
-    class_label: int | str | None = Field(None, description="class index or name; absent: unconditional")
+    seed: Seeds = Field(None, description="of the first image, or of each as a list; random if absent")
+    class_label: Labels = Field(
+        None, description="class index or name, or one for each image as a list; null: unconditional"
+    )
     deadline_s: float | None = Field(None, gt=0, description="give up (504) after this many seconds")
     output_format: ImageFormat | None = Field(
         None,
@@ -159,19 +192,48 @@ class PreparedRequest:
 class SamplingParams:
     """What all requests for images share, with every default filled in."""
 
-    seed: int
-    label: int | None
+    seeds: tuple[int, ...]
+    labels: tuple[int | None, ...]
+    """Of each image."""
     sampler: Sampler
     steps: int
     eta: float
     spacing: Spacing | None
     guidance: Guidance
+    """Of the images that have a class."""
     reported: dict[str, Any] = field(hash=False)
     """The same by the names of the request's fields, for the answer."""
+    per_image: tuple[dict[str, Any], ...] = field(default=(), hash=False)
+    """Those of `reported` that are others for an image alone."""
 
-    def plan(self, schedule: NoiseSchedule, strength: float = 1.0) -> Plan:
-        """The sampler's table. strength: the fraction of its steps that is run."""
-        return _plan(schedule, self.sampler, self.steps, self.eta, self.spacing, self.guidance, strength)
+    @property
+    def seed(self) -> int:
+        """Of the first image."""
+        return self.seeds[0]
+
+    @property
+    def label(self) -> int | None:
+        """Of the first image, and of all where the request has one class."""
+        return self.labels[0]
+
+    @property
+    def images(self) -> Sequence[tuple[int, int | None]]:
+        """(seed, label) of each image."""
+        return list(zip(self.seeds, self.labels, strict=True))
+
+    def guidance_of(self, label: int | None) -> Guidance:
+        """Of an image: one without a class among others with one is not guided."""
+        return unguided(self.guidance) if label is None else self.guidance
+
+    def plan(self, schedule: NoiseSchedule, guidance: Guidance | None = None, strength: float = 1.0) -> Plan:
+        """The sampler's table. guidance: None for the first image's. strength: the fraction of its steps."""
+        guidance = guidance or self.guidance_of(self.label)
+        return _plan(schedule, self.sampler, self.steps, self.eta, self.spacing, guidance, strength)
+
+
+def unguided(guidance: Guidance) -> Guidance:
+    """What becomes of guidance where there is no class to guide towards."""
+    return replace(guidance, scale=1.0, classifier_scale=0.0)
 
 
 @lru_cache(maxsize=64)
@@ -208,12 +270,44 @@ def refuse_condition(capabilities: ModelCapabilities) -> None:
         raise InvalidRequestError("", "This model makes pictures from a picture: POST it to /edit.")
 
 
-def first_seed(request: JobRequest, seeds: int) -> int:
-    """The request's seed, or a random one. Raises InvalidRequestError unless so many seeds from it on fit."""
-    seed = secrets.randbits(32) if request.seed is None else request.seed
-    if seed + seeds - 1 > MAX_SEED:
+def consecutive(seed: int | None, count: int) -> tuple[int, ...]:
+    """So many seeds from this one on, or from a random one. Raises InvalidRequestError unless they fit."""
+    first = secrets.randbits(32) if seed is None else seed
+    if first + count - 1 > MAX_SEED:
         raise InvalidRequestError("seed", f"Image i has seed + i, and the largest seed is {MAX_SEED}.")
-    return seed
+    return tuple(range(first, first + count))
+
+
+def image_count(n: int | None, request: JobRequest, capabilities: ModelCapabilities) -> int:
+    """How many images a request is for: `n`, or as many as its lists have entries, or one.
+
+    Raises InvalidRequestError where these disagree, and for more than a request may ask for.
+    """
+    counts = {"n": n} if n is not None else {}
+    for name, value in (("class_label", request.class_label), ("seed", request.seed)):
+        if isinstance(value, list):
+            counts[name] = len(value)
+    if len({*counts.values()}) > 1:
+        said = " and ".join(f"{count} from {name}" for name, count in counts.items())
+        raise InvalidRequestError([*counts][-1], f"A list has one entry for each image; these are {said}.")
+    name, count = next(iter(counts.items()), ("n", 1))
+    check_count(name, count, capabilities)
+    return count
+
+
+def resolve_labels(
+    wanted: Label | list[Label | None] | None, count: int, capabilities: ModelCapabilities
+) -> tuple[int | None, ...]:
+    """The label of each of so many images. Raises InvalidRequestError, which names a list's entry."""
+    if not isinstance(wanted, list):
+        return (capabilities.label_or_none(wanted),) * count
+    labels = []
+    for index, entry in enumerate(wanted):
+        try:
+            labels.append(capabilities.label_or_none(entry))
+        except InvalidRequestError as error:
+            raise InvalidRequestError(error.field, f"Index {index}: {error.detail}") from None
+    return tuple(labels)
 
 
 def resolve_format(request: JobRequest, capabilities: ModelCapabilities) -> ImageFormat:
@@ -227,9 +321,9 @@ def resolve_format(request: JobRequest, capabilities: ModelCapabilities) -> Imag
 
 
 def resolve(
-    request: SamplingRequest, capabilities: ModelCapabilities, sampler: Sampler, seeds: int = 1
+    request: SamplingRequest, capabilities: ModelCapabilities, sampler: Sampler, count: int = 1
 ) -> SamplingParams:
-    """Fill in the defaults. seeds: how many the request needs, counting from its own.
+    """Fill in the defaults. count: how many seeds the request needs, or has as a list.
 
     Raises InvalidRequestError for what this model does not allow.
     """
@@ -239,12 +333,14 @@ def resolve(
         raise InvalidRequestError("num_inference_steps", f"This model has {schedule.timesteps} timesteps.")
     if request.eta and sampler != "ddim":
         raise InvalidRequestError("eta", "Only ddim has an η; the other samplers fix their own noise.")
-    label = capabilities.label_or_none(request.class_label)
-    guidance = _guidance(request, capabilities, label)
-    seed = first_seed(request, seeds)
+    labels = resolve_labels(request.class_label, count, capabilities)
+    classes = [capabilities.name_of(label) for label in labels]
+    guidance = _guidance(request, capabilities, any(label is not None for label in labels))
+    several = isinstance(request.seed, list)
+    seeds = tuple(request.seed) if isinstance(request.seed, list) else consecutive(request.seed, count)
     spacing = request.timestep_spacing
     reported = {
-        "seed": seed,
+        "seed": list(seeds) if several else seeds[0],
         "sampler": sampler,
         "num_inference_steps": steps,
         "eta": request.eta,
@@ -253,28 +349,35 @@ def resolve(
         "guidance_sigma_max": request.guidance_sigma_max,
         "classifier_scale": request.classifier_scale,
         "timestep_spacing": spacing or schedule.timestep_spacing,
-        "class_label": capabilities.name_of(label),
+        "class_label": classes if isinstance(request.class_label, list) else classes[0],
         "output_format": resolve_format(request, capabilities),
         "scale": request.scale,
     }
-    return SamplingParams(seed, label, sampler, steps, request.eta, spacing, guidance, reported)
+    per_image: list[dict[str, Any]] = []
+    if isinstance(request.class_label, list):
+        alone = unguided(guidance)
+        differs = {"guidance_scale": alone.scale, "classifier_scale": alone.classifier_scale}
+        per_image = [{"class_label": name, **(differs if name is None else {})} for name in classes]
+    return SamplingParams(
+        seeds, labels, sampler, steps, request.eta, spacing, guidance, reported, tuple(per_image)
+    )
 
 
-def _guidance(request: SamplingRequest, capabilities: ModelCapabilities, label: int | None) -> Guidance:
+def _guidance(request: SamplingRequest, capabilities: ModelCapabilities, has_class: bool) -> Guidance:
     low, high = request.guidance_sigma_min, request.guidance_sigma_max
     if high is not None and high <= low:
         raise InvalidRequestError("guidance_sigma_max", "It must be greater than guidance_sigma_min.")
     if request.classifier_scale and not capabilities.classified:
         raise InvalidRequestError("classifier_scale", "This model has no classifier.")
-    if request.classifier_scale and label is None:
+    if request.classifier_scale and not has_class:
         raise InvalidRequestError("classifier_scale", "A classifier needs a class_label to guide towards.")
     scale = request.guidance_scale
     if scale is None:
-        by_default = capabilities.guided and label is not None and not request.classifier_scale
+        by_default = capabilities.guided and has_class and not request.classifier_scale
         scale = DEFAULT_GUIDANCE if by_default else 1.0
     elif scale != 1.0 and not capabilities.guided:
         raise InvalidRequestError("guidance_scale", "This model was trained without a null class.")
-    elif scale != 1.0 and label is None:
+    elif scale != 1.0 and not has_class:
         raise InvalidRequestError("guidance_scale", "Guidance needs a class_label to guide towards.")
     return Guidance(scale, (low, math.inf if high is None else high), request.classifier_scale)
 
@@ -295,7 +398,7 @@ def sampling_request(
         job_spec(request, stages, capabilities, params.sampler),
         {**reported, **params.reported},
         resolve_format(request, capabilities),
-        tuple(per_image),
+        tuple(per_image) or params.per_image,
         columns,
         request.scale,
     )

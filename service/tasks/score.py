@@ -33,10 +33,12 @@ from service.errors import InvalidRequestError
 from service.tasks.sampling import (
     MAX_SEED,
     JobRequest,
+    Label,
     ModelCapabilities,
     PreparedRequest,
+    Seed,
     check_count,
-    first_seed,
+    consecutive,
     job_spec,
     refuse_condition,
     resolve_format,
@@ -56,6 +58,8 @@ def _listed(images: object) -> object:
 class ScoreRequest(JobRequest):
     """The fields of `POST /score`: pictures, and at how many timesteps each is evaluated."""
 
+    seed: Seed | None = Field(None, description="of the first picture; random if absent")
+    class_label: Label | None = Field(None, description="class index or name; absent: unconditional")
     images: Annotated[list[Upload], BeforeValidator(_listed)] = Field(
         min_length=1,
         max_length=MAX_SCORED,
@@ -115,7 +119,7 @@ def prepare_score(request: ScoreRequest, capabilities: ModelCapabilities) -> Pre
     if request.terms is not None and request.terms > total:
         raise InvalidRequestError("terms", f"This model has {total} timesteps.")
     label = capabilities.label_or_none(request.class_label)
-    seed = first_seed(request, len(request.images))
+    seed = consecutive(request.seed, len(request.images))[0]
     output_format = resolve_format(request, capabilities)
     pixels = [decode(unpack(each, "images"), capabilities.shape, "images") for each in request.images]
     terms = min(request.terms or DEFAULT_TERMS, total)

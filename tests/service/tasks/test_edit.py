@@ -228,3 +228,16 @@ def test_without_a_picture_such_a_network_makes_nothing() -> None:
     ):
         with pytest.raises(InvalidRequestError, match="/edit"):
             prepare()
+
+
+@pytest.mark.parametrize("fields", [{}, {"mask": RIGHT}, {"mask": RIGHT, "strength": 0.5}])
+def test_a_list_has_a_class_and_a_seed_for_each_image(fields: dict[str, Any]) -> None:
+    known = capabilities()
+    made = edit(known, class_label=["dog", None, "dog"], seed=[7, 7, 9], **fields)
+    for chain, label, seed in zip(chains(made), ["dog", None, "dog"], [7, 7, 9], strict=True):
+        (alone,) = chains(edit(known, class_label=label, seed=seed, **fields))
+        assert (chain.seed, chain.label) == (alone.seed, alone.label)
+        assert chain.plan.table.tobytes() == alone.plan.table.tobytes()
+        assert (chain.start and chain.start.noises) == (alone.start and alone.start.noises)
+    assert made.parameters["n"] == 3
+    assert made.per_image[1]["guidance_scale"] == 1.0

@@ -144,6 +144,62 @@ def test_no_answer_in_that_form(serve: Serve) -> None:
     assert server.denoiser.starts == []
 
 
+# ── Lists ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def parameters(image: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(opened(base64.b64decode(image["b64_json"])).info["parameters"])
+    return found
+
+
+def test_a_list_of_classes_gives_the_bytes_of_single_requests(serve: Serve) -> None:
+    client = serve().client
+    shared: dict[str, Any] = {"num_inference_steps": 3, **EVERYWHERE}
+    asked = {"class_label": ["dog", None, 0], "seed": [7, 7, 40], **shared}
+    body = client.post("/generate", json=asked).json()
+    assert body["parameters"]["class_label"] == ["dog", None, "cat"]
+    assert body["parameters"]["seed"] == [7, 7, 40]
+    images = body["images"]
+    assert [(image["seed"], image["class_label"]) for image in images] == [(7, "dog"), (7, None), (40, "cat")]
+    for image in images:
+        single = {"class_label": image["class_label"], "seed": image["seed"], **shared}
+        (alone,) = client.post("/generate", json=single).json()["images"]
+        assert alone["b64_json"] == image["b64_json"]
+        own = parameters(image)
+        assert own["n"] == 1
+        again = client.post("/generate", json={name: own[name] for name in own.keys() - {"model"}})
+        assert again.json()["images"][0]["b64_json"] == image["b64_json"]
+    sheet = client.post("/generate", json=asked, headers={"accept": "image/png"})
+    assert json.loads(opened(sheet.content).info["parameters"])["class_label"] == ["dog", None, "cat"]
+
+
+def test_a_list_in_a_query_and_in_a_form(serve: Serve) -> None:
+    client = serve().client
+    asked = [("class_label", "dog"), ("class_label", ""), ("seed", "7"), ("seed", "9")]
+    query = httpx.QueryParams([*asked, ("num_inference_steps", "2"), ("preview", "x0")])
+    with client.stream("GET", "/stream", params=query) as response:
+        events = list(sse(response))
+    assert events[0].data["seed"] == [7, 9]
+    assert [image["class_label"] for image in events[1].data["images"]] == ["dog", None]
+    json_body = {"class_label": ["dog", None], "seed": [7, 9], "num_inference_steps": 2}
+    images = client.post("/generate", json=json_body).json()["images"]
+    assert events[-1].data["images"] == images
+    one = [("class_label", "dog"), ("class_label", ""), ("seed", "7"), ("num_inference_steps", "2")]
+    form = client.post("/generate", files=[(name, (None, value)) for name, value in one]).json()
+    assert (form["parameters"]["class_label"], form["parameters"]["seed"]) == (["dog", None], 7)
+
+
+def test_an_entry_that_is_refused_is_named(serve: Serve) -> None:
+    client = serve().client
+    for field, entries, message in (
+        ("class_label", ["dog", "bird"], "Index 1: Unknown class."),
+        ("seed", [1, 2, -1], "Index 2: Input should be greater than or equal to 0"),
+    ):
+        body = problem(client.post("/generate", json={field: entries}), 422, "invalid_request")
+        assert str(body["detail"]).removeprefix(f"{field}: ").startswith(message)
+        assert str(body["errors"]).count("'message'") == 1
+
+
 # ── Refusals ───────────────────────────────────────────────────────────────────────────────────
 
 
