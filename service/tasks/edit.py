@@ -16,6 +16,7 @@ from model.schedule import NoiseSchedule
 from service.engine.jobs import Stage
 from service.errors import InvalidRequestError
 from service.tasks.sampling import (
+    COUNT,
     ImageCount,
     ModelCapabilities,
     PreparedRequest,
@@ -54,7 +55,7 @@ class EditRequest(SamplingRequest):
         le=1,
         description="fraction of the steps that is run, from the picture under noise (SDEdit)",
     )
-    n: ImageCount | None = Field(None, description="images; absent: 1, or as many as a list has entries")
+    n: ImageCount | None = Field(None, description=COUNT)
     sampler: Sampler | None = Field(
         None,
         description="absent: ddpm with a mask, else ddim; a mask without strength takes no "

@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field, field_validator
 from model.chain import Chain
 from service.engine.jobs import Stage
 from service.tasks.sampling import (
+    COUNT,
     ImageCount,
     ModelCapabilities,
     PreparedRequest,
@@ -24,7 +25,7 @@ from service.tasks.sampling import (
 class GenerateRequest(SamplingRequest):
     """The fields of `POST /generate`."""
 
-    n: ImageCount | None = Field(None, description="images; absent: 1, or as many as a list has entries")
+    n: ImageCount | None = Field(None, description=COUNT)
     sampler: Sampler | None = Field(
         None, description="which reverse process; absent: the nearest to the model's own scheduler"
     )

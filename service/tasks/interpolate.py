@@ -15,14 +15,13 @@ from model.interpolation import linear, mixed, spherical
 from model.samplers import build_inversion
 from service.engine.jobs import Stage
 from service.errors import InvalidRequestError
+from service.tasks.per_image import Label, Seed
 from service.tasks.sampling import (
-    Label,
     ModelCapabilities,
     PreparedRequest,
     Sampler,
     SamplingParams,
     SamplingRequest,
-    Seed,
     check_count,
     refuse_condition,
     refuse_fields,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationInfo
+from pydantic import BaseModel, ConfigDict, Field
 
 from model.class_names import meant_by
 from model.samplers import Guidance, Plan, build_plan
@@ -19,8 +19,9 @@ from service.engine.jobs import JobSpec, PreviewKind, Stage
 from service.engine.messages import ModelInfo
 from service.errors import InvalidRequestError
 from service.tasks.images import NO_ALPHA, ImageFormat, formats_of, picture_size
+from service.tasks.per_image import MAX_SEED as MAX_SEED
+from service.tasks.per_image import Labels, Seeds, consecutive, count_of, labels_of
 
-MAX_SEED = 2**53 - 1  # what every JSON reader can hold
 DEFAULT_GUIDANCE = 2.0
 DEFAULT_SIGMAS = 0.3, 5.0
 """The noise levels of guidance: better images at three quarters of the evaluations, see the model cards."""
@@ -32,38 +33,8 @@ MAX_ENLARGED_PIXELS = 2**24
 Sampler = Literal["ddpm", "ddim", "dpmpp_2m", "sde_dpmpp_2m"]
 DEFAULT_STEPS: dict[Sampler, int] = {"ddpm": 50, "ddim": 50, "dpmpp_2m": 20, "sde_dpmpp_2m": 20}
 """Beyond which each gains little on the shipped model (its evaluation.md)."""
-ImageCount = Annotated[int, Field(ge=1, description="images; image i has seed + i")]
-Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
-Label = int | str
-"""A class, by its index or name."""
-
-
-def _form_of(value: object) -> str:
-    return "list" if isinstance(value, list | tuple) else "single"
-
-
-def _empty_is_null(entries: object, info: ValidationInfo) -> object:
-    """A query and a form have no null."""
-    if not isinstance(entries, list) or info.mode == "json":
-        return entries
-    return [None if entry == "" else entry for entry in entries]
-
-
-# Told apart by what is given, so that an error is about that form alone.
-Seeds = Annotated[
-    Annotated[Seed | None, Tag("single")]
-    | Annotated[Annotated[list[Seed], Field(min_length=1)], Tag("list")],
-    Discriminator(_form_of),
-]
-"""Of the first image, or of each."""
-Labels = Annotated[
-    Annotated[Label | None, Tag("single")]
-    | Annotated[
-        Annotated[list[Label | None], Field(min_length=1), BeforeValidator(_empty_is_null)], Tag("list")
-    ],
-    Discriminator(_form_of),
-]
-"""Of all images, or of each."""
+ImageCount = Annotated[int, Field(ge=1)]
+COUNT = "images; absent: 1, or as many as a list has entries"
 
 
 class JobRequest(BaseModel):
@@ -251,6 +222,13 @@ def _plan(
     )
 
 
+def image_count(n: int | None, request: JobRequest, capabilities: ModelCapabilities) -> int:
+    """How many images a request is for. Raises InvalidRequestError for more than it may ask for."""
+    name, count = count_of(n=n, class_label=request.class_label, seed=request.seed)
+    check_count(name, count, capabilities)
+    return count
+
+
 def check_count(name: str, images: int, capabilities: ModelCapabilities) -> None:
     """Raises InvalidRequestError for more images than a request may ask for."""
     if images > capabilities.max_images:
@@ -268,46 +246,6 @@ def refuse_condition(capabilities: ModelCapabilities) -> None:
     """Raises InvalidRequestError for a model that makes its pictures from a picture."""
     if capabilities.condition:
         raise InvalidRequestError("", "This model makes pictures from a picture: POST it to /edit.")
-
-
-def consecutive(seed: int | None, count: int) -> tuple[int, ...]:
-    """So many seeds from this one on, or from a random one. Raises InvalidRequestError unless they fit."""
-    first = secrets.randbits(32) if seed is None else seed
-    if first + count - 1 > MAX_SEED:
-        raise InvalidRequestError("seed", f"Image i has seed + i, and the largest seed is {MAX_SEED}.")
-    return tuple(range(first, first + count))
-
-
-def image_count(n: int | None, request: JobRequest, capabilities: ModelCapabilities) -> int:
-    """How many images a request is for: `n`, or as many as its lists have entries, or one.
-
-    Raises InvalidRequestError where these disagree, and for more than a request may ask for.
-    """
-    counts = {"n": n} if n is not None else {}
-    for name, value in (("class_label", request.class_label), ("seed", request.seed)):
-        if isinstance(value, list):
-            counts[name] = len(value)
-    if len({*counts.values()}) > 1:
-        said = " and ".join(f"{count} from {name}" for name, count in counts.items())
-        raise InvalidRequestError([*counts][-1], f"A list has one entry for each image; these are {said}.")
-    name, count = next(iter(counts.items()), ("n", 1))
-    check_count(name, count, capabilities)
-    return count
-
-
-def resolve_labels(
-    wanted: Label | list[Label | None] | None, count: int, capabilities: ModelCapabilities
-) -> tuple[int | None, ...]:
-    """The label of each of so many images. Raises InvalidRequestError, which names a list's entry."""
-    if not isinstance(wanted, list):
-        return (capabilities.label_or_none(wanted),) * count
-    labels = []
-    for index, entry in enumerate(wanted):
-        try:
-            labels.append(capabilities.label_or_none(entry))
-        except InvalidRequestError as error:
-            raise InvalidRequestError(error.field, f"Index {index}: {error.detail}") from None
-    return tuple(labels)
 
 
 def resolve_format(request: JobRequest, capabilities: ModelCapabilities) -> ImageFormat:
@@ -333,7 +271,7 @@ def resolve(
         raise InvalidRequestError("num_inference_steps", f"This model has {schedule.timesteps} timesteps.")
     if request.eta and sampler != "ddim":
         raise InvalidRequestError("eta", "Only ddim has an η; the other samplers fix their own noise.")
-    labels = resolve_labels(request.class_label, count, capabilities)
+    labels = labels_of(request.class_label, count, capabilities.label_or_none)
     classes = [capabilities.name_of(label) for label in labels]
     guidance = _guidance(request, capabilities, any(label is not None for label in labels))
     several = isinstance(request.seed, list)

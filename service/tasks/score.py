@@ -30,15 +30,12 @@ from model.typicality import Typicality
 from service.engine.jobs import Stage
 from service.engine.messages import Finished, Measurement, Pixels
 from service.errors import InvalidRequestError
+from service.tasks.per_image import MAX_SEED, Label, Seed, consecutive
 from service.tasks.sampling import (
-    MAX_SEED,
     JobRequest,
-    Label,
     ModelCapabilities,
     PreparedRequest,
-    Seed,
     check_count,
-    consecutive,
     job_spec,
     refuse_condition,
     resolve_format,
