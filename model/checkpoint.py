@@ -61,6 +61,7 @@ class Checkpoint:
     `typicality` is there where the folder has such statistics.
     `classifier` is a noise-aware classifier of the same classes, where the folder has one.
     `condition` is what the network takes beside x, in order.
+    `checksum` is the sha256 of the files that it was read from.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Checkpoint:
     typicality: Typicality | None = None
     classifier: NoiseClassifier | None = None
     condition: tuple[Part, ...] = ()
+    checksum: str = ""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -122,7 +124,15 @@ def read(found: Layout, sample_size: tuple[int, int] | None = None) -> Checkpoin
         statistics,
         classifier,
         condition,
+        _checksum(found),
     )
+
+
+def _checksum(found: Layout) -> str:
+    """Of the files that decide a model's results. A manifest has them all read once more as well."""
+    others = [found.root / layout.INDEX, *sorted((found.root / CLASSIFIER).glob("*"))]
+    files = [*found.weights.files, found.config, found.scheduler_config]
+    return sha256(*files, *(path for path in others if path.is_file()))
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:

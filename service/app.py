@@ -35,7 +35,7 @@ from service.telemetry import Telemetry
 
 ROUTERS = (
     generate.router,  # routes are tried in order
-    generate.stream_router,
+    generate.query_router,
     edit.router,
     interpolate.router,
     score.router,
@@ -109,9 +109,16 @@ def create_app(
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.cors_origins),
-            allow_methods=["GET", "POST"],
+            allow_methods=["DELETE", "GET", "HEAD", "POST"],
             allow_headers=["*"],
-            expose_headers=["Retry-After", "X-Request-ID", "X-Job-ID"],
+            expose_headers=[
+                "ETag",
+                "Location",
+                "Preference-Applied",
+                "Retry-After",
+                "X-Job-ID",
+                "X-Request-ID",
+            ],
         )
     app.add_middleware(Observe, telemetry=telemetry, access_log=settings.access_log)
     return app

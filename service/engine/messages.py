@@ -161,7 +161,8 @@ class ModelInfo(Struct, frozen=True, eq=False, tag=True):
     class_names: each means one class only. conditional: its network takes class labels; guided: it has a null
     class; classified: there is a classifier for guidance. typicality: of its training images, where it is
     known. condition: what the network takes beside x, in order. sampler: the nearest to the scheduler that
-    the model came with. lowest_timestep: the first that its network has a value at.
+    the model came with. lowest_timestep: the first that its network has a value at. checksum: sha256 of the
+    files that decide its results.
     """
 
     name: str
@@ -176,6 +177,7 @@ class ModelInfo(Struct, frozen=True, eq=False, tag=True):
     condition: tuple[Part, ...] = ()
     sampler: str = "dpmpp_2m"
     lowest_timestep: int = 0
+    checksum: str = ""
 
 
 class Load(Struct, frozen=True, tag=True):

@@ -83,6 +83,7 @@ def model_info(model: Checkpoint) -> ModelInfo:
         parameters=sum(parameter.numel() for parameter in model.unet.parameters()),
         sampler=nearest_sampler(model.scheduler_config),
         lowest_timestep=config.lowest_timestep,
+        checksum=model.checksum,
     )
 
 

@@ -38,6 +38,7 @@ def describe(capabilities: ModelCapabilities, settings: Settings, engine: Engine
             "picture": picture,
             "formats": list(formats_of(channels)),
             "parameters": capabilities.parameters,
+            "sha256": capabilities.checksum,
             "timesteps": capabilities.schedule.timesteps,
             "prediction_type": capabilities.schedule.prediction_type,
         },

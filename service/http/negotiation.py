@@ -11,7 +11,7 @@ from fastapi import Request
 from service.errors import NotAcceptableError
 from service.http.answers import EVENTS, JSON
 from service.http.state import app_state
-from service.tasks.images import MEDIA_TYPES, NO_ALPHA, formats_of
+from service.tasks.images import MEDIA_TYPES, NO_ALPHA, ImageFormat, formats_of
 
 MEDIA = (JSON, *MEDIA_TYPES.values(), EVENTS)
 """What answers come as, in our order of preference."""
@@ -31,6 +31,18 @@ def negotiate(request: Request) -> str:
     """
     channels = app_state(request).capabilities.shape[0]
     return choose_media_type(", ".join(request.headers.getlist("accept")), channels)
+
+
+def negotiate_picture(request: Request, image_format: ImageFormat = "png") -> str:
+    """The media type of an answer that is a picture unless something else is asked for.
+
+    A browser's own headers name WebP and HTML before `*/*`; this format is it wherever it is accepted at all.
+    Otherwise as `negotiate`.
+    """
+    wanted = MEDIA_TYPES[image_format]
+    accept = ", ".join(request.headers.getlist("accept")) or "*/*"
+    acceptable = max(_quality(part, wanted) for part in accept.split(","))[1] > 0
+    return wanted if acceptable else negotiate(request)
 
 
 @lru_cache(256)

@@ -71,7 +71,7 @@ def problem_json(problem: Problem, headers: Mapping[str, str]) -> Response:
     return JSONResponse(
         problem.model_dump(exclude_none=True),
         problem.status,
-        {"Vary": "Accept", **headers},
+        {"Vary": "Accept", "Cache-Control": "no-store", **headers},
         media_type="application/problem+json",
     )
 

@@ -80,7 +80,8 @@ class EventStream(Response):
     def __init__(self, presenter: StreamPresenter, state: AppState, spec: JobSpec | None = None) -> None:
         """spec: a job to submit; None continues the one that the presenter is of."""
         self.status_code, self.background = 200, None
-        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no", "Vary": "Accept"})
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", "Vary": "Accept"}
+        self.init_headers({**headers, "X-Job-ID": presenter.prepared.spec.id})
         self._presenter, self._state, self._spec = presenter, state, spec
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

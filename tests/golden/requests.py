@@ -357,7 +357,7 @@ def refused() -> Iterator[Ask]:
     yield Ask("refused: an unknown form", "/generate", {}, headers={"accept": "text/html"})
     yield Ask("refused: an impossible deadline as events", "/generate", {"deadline_s": 1e-6}, headers=EVENTS)
     yield Ask("refused: no such route", "/paint", {})
-    yield Ask("refused: no such method", "/generate", method="GET")
+    yield Ask("refused: no such method", "/generate", method="PUT")
     yield Ask("refused: an unknown field of a query", "/stream", method="GET", query={"colour": "red"})
     yield Ask("refused: words for a number", "/stream", method="GET", query={"n": "two"})
     yield Ask("refused: a stream that is not", "/stream", method="GET", headers={"last-event-id": "abc:1"})

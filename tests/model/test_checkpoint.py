@@ -447,3 +447,23 @@ def test_the_checksum_is_that_of_the_weights_file(folder: Path) -> None:
     (folder / "unet" / WEIGHTS).unlink()
     with pytest.raises(CheckpointError, match="missing"):
         checkpoint.weights_sha256(folder)
+
+
+def test_the_checksum_is_that_of_what_decides_the_results(tiny: Checkpoint, folder: Path) -> None:
+    found = {checkpoint.load(folder).checksum}
+    (folder / "README.md").write_text("It draws animals.")
+    assert {checkpoint.load(folder).checksum} == found
+    rewrite(folder, lambda tensors: {name: tensor + 1e-6 for name, tensor in tensors.items()})
+    found.add(checkpoint.load(folder).checksum)
+    for file, name, value in (
+        ("scheduler/scheduler_config.json", "beta_end", 0.019),
+        ("model_index.json", "id2label", {"0": "cat", "1": "dog", "2": "wolf"}),
+        ("unet/config.json", "_diffusers_version", "0.0.1"),
+    ):
+        path = folder / file
+        path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+        found.add(checkpoint.load(folder).checksum)
+    checkpoint.save_classifier(folder, tiny_classifier())
+    found.add(checkpoint.load(folder).checksum)
+    assert len(found) == 6
+    assert all(len(each) == 64 for each in found)

@@ -1,4 +1,4 @@
-"""`POST /generate` and `GET /stream`: images from noise."""
+"""`POST /generate`, `GET /generate` and `GET /stream`: images from noise."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request, Response
 
-from service.http.answers import EVENTS
+from service.http import caching
+from service.http.answers import EVENTS, JSON
 from service.http.forms import body_schema, read_body
 from service.http.middleware import LimitedRoute
-from service.http.negotiation import negotiate
+from service.http.negotiation import negotiate, negotiate_picture
 from service.http.respond import REFUSALS, answer, resume
 from service.http.state import app_state
 from service.tasks.generate import GenerateRequest, StreamQuery, prepare_generate
 
 router = APIRouter(tags=["generate"], route_class=LimitedRoute)
-stream_router = APIRouter(tags=["generate"])
+query_router = APIRouter(tags=["generate"])
 
 EXAMPLES = {
     "an image of a class": {"class_label": 0, "seed": 7},
@@ -31,7 +32,33 @@ async def generate(request: Request) -> Response:
     return await answer(media_type, prepare_generate(body, app_state(request).capabilities), request)
 
 
-@stream_router.get("/stream", response_class=Response, responses=REFUSALS)  # type: ignore[arg-type]
+@query_router.get("/generate", response_class=Response, responses=REFUSALS)  # type: ignore[arg-type]
+@query_router.head("/generate", include_in_schema=False)
+async def picture(query: Annotated[StreamQuery, Query()], request: Request) -> Response:
+    """Generate a picture. With a `seed` it is always the same: caches may keep it, and HEAD computes nothing.
+
+    A PNG, or a picture of the `output_format`; JSON or events where `Accept` has nothing else.
+    """
+    state = app_state(request)
+    media_type = negotiate_picture(request, query.output_format or "png")
+    prepared = prepare_generate(query, state.capabilities)
+    headers = caching.NOT_STORED
+    if query.seed is not None and media_type not in (JSON, EVENTS):
+        assert state.engine.info is not None  # it comes with the capabilities
+        tag = caching.entity_tag(prepared, media_type, state.capabilities, state.engine.info)
+        headers = caching.kept(tag, private=bool(state.settings.api_keys))
+        if caching.matches(", ".join(request.headers.getlist("if-none-match")), tag):
+            return Response(status_code=304, headers={**headers, "Vary": "Accept"})
+    if request.method == "HEAD":
+        response = Response(media_type=media_type, headers={"Vary": "Accept"})
+        del response.headers["content-length"]  # nobody knows it yet
+    else:
+        response = await answer(media_type, prepared, request)
+    response.headers.update(headers)
+    return response
+
+
+@query_router.get("/stream", response_class=Response, responses=REFUSALS)  # type: ignore[arg-type]
 async def stream(
     query: Annotated[StreamQuery, Query()],
     request: Request,

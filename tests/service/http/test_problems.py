@@ -127,7 +127,7 @@ def test_no_such_route(server: httpx.Client) -> None:
 
 
 def test_no_such_method(server: httpx.Client) -> None:
-    refused = server.get("/generate")
+    refused = server.get("/edit")
     problem(refused, 405, "method_not_allowed")
     assert refused.headers["allow"] == "POST"
     assert server.delete("/stream").status_code == 405

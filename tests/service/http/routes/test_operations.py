@@ -107,6 +107,7 @@ def test_info(serve: Serve) -> None:
         "picture": {"height": 8, "width": 8},
         "formats": ["png", "jpeg", "webp", "npy"],
         "parameters": info["model"]["parameters"],
+        "sha256": "",
         "timesteps": 100,
         "prediction_type": "epsilon",
     }
