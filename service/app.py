@@ -24,6 +24,7 @@ from service.http.routes import (
     edit,
     generate,
     interpolate,
+    jobs,
     openai,
     operations,
     pages,
@@ -42,6 +43,7 @@ ROUTERS = (
     openai.generations,
     openai.edits,
     openai.router,
+    jobs.router,
     operations.router,
     pages.router,
 )

@@ -4,6 +4,7 @@ ServiceError
 ├── InvalidRequestError        the request asks for something impossible; `field` says where
 ├── UnauthorizedError          no key, or an unknown one
 ├── NotAcceptableError         the client accepts none of our media types
+├── JobNotFoundError           no job of this id, or not any more
 ├── RefusedError               not accepted now: `retry_after_s` says when to try again
 │   ├── QueueFullError
 │   ├── LoadingError
@@ -51,6 +52,12 @@ class NotAcceptableError(ServiceError):
     """The Accept header names none of our media types."""
 
     code = "not_acceptable"
+
+
+class JobNotFoundError(ServiceError):
+    """There is no such job: it never was, or its result is no longer kept."""
+
+    code = "job_not_found"
 
 
 class RefusedError(ServiceError):

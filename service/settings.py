@@ -66,6 +66,12 @@ class Settings(BaseSettings):
     drain_s: float = Field(30.0, ge=0, description="seconds that running work gets after SIGTERM")
     stall_s: float = Field(60.0, gt=0, description="a step that takes longer counts as hung (/livez)")
     stream_grace_s: float = Field(10.0, ge=0, description="seconds a lost stream may be resumed for")
+    result_ttl_s: float = Field(
+        600.0, gt=0, description="seconds that results of Prefer: respond-async are kept for"
+    )
+    result_bytes: int = Field(
+        64 << 20, ge=0, description="of the pixels of those results; the oldest are dropped first"
+    )
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         (), description="accepted bearer keys, comma-separated; none leaves the service open"
     )

@@ -25,6 +25,7 @@ from service.engine.messages import (
     Event,
     Failed,
     Finished,
+    Located,
     ModelInfo,
     Picture,
     Preview,
@@ -53,6 +54,8 @@ from service.telemetry import Telemetry, submitted_job
 
 logger = logging.getLogger(__name__)
 
+LOCATE_S = 2.0
+"""How long to wait for an engine to say how far a job is."""
 STOP_S = 5.0
 """How long engines get to end before they are killed."""
 REFUSALS = (QueueFullError, DeadlineError, LoadingError, DrainingError, EngineDeadError)
@@ -64,13 +67,15 @@ FAILURES = (DeadlineError, NonFiniteError, ComputeError, EngineKilledError, Engi
 class _InFlight:
     """A job from submit to its last event.
 
-    queued, shown: what its readers have got, of the pictures the latest step by image and kind. span: where
-    its request is traced.
+    place: how far it was when that was last heard of; located: who waits to hear of it. queued, shown: what
+    its readers have got, of the pictures the latest step by image and kind. span: where its request is traced.
     """
 
     spec: JobSpec
     worker: Worker
+    place: Located
     span: JobSpan | None = None
+    located: list[asyncio.Future[None]] = field(default_factory=list)
     queued: bool = False
     shown: dict[tuple[int, str], int] = field(default_factory=dict)
 
@@ -146,16 +151,38 @@ class EngineClient:
             raise refusal
         ready = [worker for worker in self._workers if worker.phase is Phase.READY]
         worker = min(ready, key=lambda each: each.backlog)
-        self._in_flight[spec.id] = _InFlight(spec, worker, JobSpan.begin(spec))
+        self._in_flight[spec.id] = _InFlight(spec, worker, Located(spec.id), JobSpan.begin(spec))
         submitted_job.set(spec.id)
         self._reserve(spec.slots)
         worker.add(spec)
+
+    def has(self, job_id: str) -> bool:
+        """Whether a job is in flight."""
+        return job_id in self._in_flight
 
     def cancel(self, job_id: str) -> None:
         """Stop a job; nothing happens when it is already over."""
         found = self._in_flight.get(job_id)
         if found is not None:
             found.worker.cancel(job_id)
+
+    async def locate(self, job_id: str) -> Located | None:
+        """How far a job is; None when it is not in flight.
+
+        Its engine answers between two steps. From one that takes long, or is being replaced, it is what was
+        last heard.
+        """
+        found = self._in_flight.get(job_id)
+        if found is not None and found.worker.locate(job_id):
+            answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            found.located.append(answered)
+            done, _ = await asyncio.wait([answered], timeout=LOCATE_S)
+            if done and self.has(job_id):
+                return found.place
+        if found is None or not self.has(job_id):
+            return None
+        running = found.place.running or found.worker.has_begun(job_id)
+        return replace(found.place, running=running)
 
     def drain(self) -> None:
         """Accept nothing new; stop once everything in flight is finished."""
@@ -237,6 +264,10 @@ class EngineClient:
         match report:
             case Ready(info, model, devices):
                 self._welcome(worker, info, model, devices)
+            case Located(job_id):
+                if job_id in self._in_flight:
+                    self._in_flight[job_id].place = report
+                    self._answer(self._in_flight[job_id])
             case Progress(step):
                 loads = [each.load for each in self._workers]
                 self._telemetry.running.set(sum(load.running for load in loads))
@@ -268,6 +299,7 @@ class EngineClient:
                 if found.queued:
                     return
                 found.queued = True
+                found.place = Located(event.job_id, False, event.position, event.eta_s)
             case Preview():
                 news = [each for each in event.pictures if found.is_new(each, event.step)]
                 if not news:
@@ -283,6 +315,7 @@ class EngineClient:
         found = self._in_flight.pop(event.job_id)
         self._reserve(-found.spec.slots)
         found.worker.remove(event.job_id)
+        self._answer(found)
         if found.span is not None:
             found.span.end(event)
         match event:
@@ -303,6 +336,13 @@ class EngineClient:
         self._telemetry.replayed.inc()
         if (span := self._in_flight[job_id].span) is not None:
             span.replayed()
+
+    def _answer(self, found: _InFlight) -> None:
+        """Wake those who have asked how far a job is."""
+        for waiting in found.located:
+            if not waiting.done():
+                waiting.set_result(None)
+        found.located.clear()
 
     def _count(self, step: StepReport) -> None:
         telemetry = self._telemetry

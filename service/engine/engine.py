@@ -35,6 +35,7 @@ from service.engine.messages import (
     Event,
     Finished,
     Load,
+    Located,
     Measurement,
     Picture,
     Preview,
@@ -158,6 +159,10 @@ class Engine:
             case AbortAll():
                 events = self.scheduler.cancel_all()
         return self._ended(events)
+
+    def locate(self, job_id: str) -> Located | None:
+        """How far a job is; None when it is over."""
+        return self.scheduler.locate(job_id)
 
     def step(self) -> StepReport | None:
         """Launch the next step, and read the one before it. None when there was neither."""

@@ -51,6 +51,12 @@ class CancelJob(Struct, frozen=True, tag=True):
     job_id: str
 
 
+class Locate(Struct, frozen=True, tag=True):
+    """Say how far a job is, in a Located; nothing happens when it is already over."""
+
+    job_id: str
+
+
 class AbortAll(Struct, frozen=True, tag=True):
     """Drop every job in flight."""
 
@@ -59,7 +65,7 @@ class Drain(Struct, frozen=True, tag=True):
     """Stop the engine as soon as nothing is in flight. No AddJob follows it."""
 
 
-Command = AddJob | CancelJob | AbortAll | Drain
+Command = AddJob | CancelJob | Locate | AbortAll | Drain
 
 # ── Events ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -228,10 +234,24 @@ class Progress(Struct, frozen=True, tag=True):
     launched: tuple[str, ...] | None = None
 
 
+class Located(Struct, frozen=True, tag=True):
+    """How far a job is, to whom it may concern.
+
+    running: whether it has had a step. position: jobs that go before it; eta_s: seconds until it is expected
+    to be finished; None where that is not known yet. progress: the share of its network evaluations.
+    """
+
+    job_id: str
+    running: bool = False
+    position: int | None = None
+    eta_s: float | None = None
+    progress: float = 0.0
+
+
 class Stopped(Struct, frozen=True, tag=True):
     """The engine has ended: after a drain, or because it cannot continue."""
 
     failed: bool
 
 
-Report = Loaded | Ready | Progress | Stopped
+Report = Loaded | Ready | Progress | Located | Stopped

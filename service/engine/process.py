@@ -29,6 +29,7 @@ from service.engine.messages import (
     EngineConfig,
     Event,
     Loaded,
+    Locate,
     Progress,
     Ready,
     Report,
@@ -124,6 +125,11 @@ class EngineLoop:
     def _handle(self, command: Command) -> list[Event]:
         if isinstance(command, Drain):
             self._draining = True
+            return []
+        if isinstance(command, Locate):
+            located = self._engine.locate(command.job_id)
+            if located is not None:
+                self._send(located)
             return []
         return self._engine.handle(command)
 

@@ -27,7 +27,7 @@ from sortedcontainers import SortedList
 from service.engine import estimates
 from service.engine.estimates import StepTimes
 from service.engine.jobs import Job, JobSpec, Sample, State
-from service.engine.messages import Cancelled, Event, Failed, Queued
+from service.engine.messages import Cancelled, Event, Failed, Located, Queued
 from service.engine.order import Order, PrefixSums
 from service.errors import CancelledError, DeadlineError, ServiceError
 
@@ -199,6 +199,15 @@ class Scheduler:
         ahead = self._ahead(job)[1]
         running = self.times.at(self.in_flight) if self.in_flight else 0.0
         return running + estimates.until_finished(job, ahead, backlog, self.times, self.max_batch_size)
+
+    def locate(self, job_id: str) -> Located | None:
+        """How far a job is; None when it is over."""
+        job = self._jobs.get(job_id)
+        if job is None:
+            return None
+        progress = 1 - job.remaining / max(1, job.spec.evaluations)
+        running = job.state is State.RUNNING
+        return Located(job_id, running, self._ahead(job)[0], self.eta(job), progress)
 
     def _ahead(self, job: Job) -> tuple[int, int]:
         """(jobs, network evaluations) that go before a job; when sharing, all others do.

@@ -7,7 +7,8 @@ image; the first and the last event are never dropped. There is one way to read 
         async for item in events: …
 
 A new subscriber takes over from the one before it. When a subscriber leaves and none comes within its grace
-period, the stream is forgotten, and a job that is still running is cancelled.
+period, the stream is forgotten, and a job that is still running is cancelled. A stream that is held needs no
+subscriber: it stays until it is let go.
 """
 
 from __future__ import annotations
@@ -48,6 +49,9 @@ class Stream(Generic[Context]):
         self._number = 0
         self._last_number: int | None = None
         self._reader = 0
+        self._shown: dict[tuple[int, str], Preview] = {}  # as previews, read or not, until it is over
+        self.followed = False
+        self.ended: Callable[[Terminal], Terminal] | None = None  # of one that is held
         self.removal: asyncio.TimerHandle | None = None  # pending while there is no reader
 
     def publish(self, event: Event) -> None:
@@ -59,15 +63,31 @@ class Stream(Generic[Context]):
                 for picture in event.pictures:
                     key = (picture.index, picture.kind)
                     self._previews.pop(key, None)  # re-inserted at the end: order is order of arrival
-                    self._previews[key] = replace(event, pictures=(picture,))
+                    self._previews[key] = self._shown[key] = replace(event, pictures=(picture,))
             case _:
-                self._last = event
+                self._shown.clear()
+                if self.ended is None:
+                    self._last = event
+                else:
+                    self._last = self.ended(event)
+                    if not self.followed:  # it may be kept for long
+                        self._previews.clear()
         _resolve(self._wake, True)
 
     @property
     def over(self) -> bool:
         """Whether the last event has been published."""
         return self._last is not None
+
+    @property
+    def last(self) -> Terminal | None:
+        """The last event, once it has been published; to look at, whoever reads it."""
+        return self._last
+
+    @property
+    def shown(self) -> list[Preview]:
+        """The latest previews of all images, by step, until it is over; to look at, whoever reads them."""
+        return sorted(_merged(list(self._shown.values())), key=lambda preview: preview.step)
 
     def delivered(self, number: int) -> bool:
         """Whether a reader who has seen event `number` has seen the last one."""
@@ -76,6 +96,7 @@ class Stream(Generic[Context]):
     def attach(self) -> Subscription[Context]:
         """A new reader; it takes over from one that is still there."""
         self._reader += 1
+        self.followed = True
         _resolve(self._wake, True)  # lets the former reader notice
         return Subscription(self, self._reader)
 
@@ -224,6 +245,20 @@ class Streams(Generic[Context]):
             if subscription.current:
                 self._leave(stream, grace_s)
 
+    def hold(self, job_id: str, context: Context, ended: Callable[[Terminal], Terminal]) -> None:
+        """Keep a job's stream, with a reader or without one, until it is let go.
+
+        ended: given the job's last event, returns what is to be kept of it.
+        """
+        stream = self._streams[job_id] = Stream(job_id, context)
+        stream.ended = ended
+
+    def let_go(self, job_id: str) -> None:
+        """Forget a stream that was held; a reader finishes, and a job that is still running is cancelled."""
+        stream = self._streams.get(job_id)
+        if stream is not None:
+            self._forget(stream)
+
     def publish(self, event: Event) -> None:
         """Hand an event to its job's stream, if it still has one."""
         stream = self._streams.get(event.job_id)
@@ -240,6 +275,9 @@ class Streams(Generic[Context]):
             stream.removal = None
 
     def _leave(self, stream: Stream[Context], grace_s: float) -> None:
+        stream.followed = False
+        if stream.ended is not None:
+            return
         if grace_s <= 0:
             self._forget(stream)
         else:
@@ -256,7 +294,7 @@ class Streams(Generic[Context]):
     @property
     def followed(self) -> int:
         """Streams that have a reader."""
-        return sum(stream.removal is None for stream in list(self._streams.values()))
+        return sum(stream.followed for stream in list(self._streams.values()))
 
     def close(self) -> None:
         """Forget everything; nothing is abandoned."""

@@ -32,6 +32,8 @@ from service.engine.messages import (
     Failed,
     Load,
     Loaded,
+    Locate,
+    Located,
     Progress,
     Ready,
     Report,
@@ -216,6 +218,18 @@ class Worker:
         else:
             self.on_end(Cancelled(job_id))
 
+    def locate(self, job_id: str) -> bool:
+        """Ask how far a job is that it has; False where there is nobody to ask."""
+        asked = self._jobs[job_id].sent and self._ready
+        if asked:
+            self.send(Locate(job_id))
+        return asked
+
+    def has_begun(self, job_id: str) -> bool:
+        """Whether a job that it has is known to have been in a step."""
+        assigned = self._jobs[job_id]
+        return assigned.in_step or assigned.steps > 0
+
     def remove(self, job_id: str) -> None:
         """Forget a job that has ended."""
         if self._jobs.pop(job_id, None) is not None:
@@ -301,6 +315,8 @@ class Worker:
                 folder
             ):  # whatever becomes of a branch on the Hub, the next engine has the same model
                 self.config = replace(self.config, model=folder)
+            case Located():
+                self.on_report(report)
             case Progress(_, load, launched):
                 self.load, self._unreported = load, 0
                 if launched is not None:

@@ -7,12 +7,14 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import Any
 
+import msgspec
 from fastapi import Request, Response
 from starlette.types import Message, Receive, Scope, Send
 
 from service.engine.jobs import JobSpec
-from service.engine.messages import Cancelled, Failed, Finished, Preview, Terminal
+from service.engine.messages import Cancelled, Failed, Finished, Located, Preview, Terminal
 from service.engine.streams import SequencedEvent, Subscription
 from service.errors import CancelledError
 from service.http.answers import (
@@ -24,12 +26,13 @@ from service.http.answers import (
     Presenter,
     StreamPresenter,
 )
+from service.http.jobs import state_body
 from service.http.problems import Problem
 from service.http.state import AppState, app_state
 from service.tasks.sampling import PreparedRequest
 
 PING_S = 15.0
-PROBLEM = {"model": Problem, "content": {"application/problem+json": {}}}
+PROBLEM: dict[str, Any] = {"model": Problem, "content": {"application/problem+json": {}}}
 REFUSALS = {
     status: {**PROBLEM, "description": text}
     for status, text in (
@@ -42,18 +45,51 @@ REFUSALS = {
 }
 
 
+OUTCOMES: dict[int | str, dict[str, Any]] = dict(
+    [(202, {"description": "With Prefer: respond-async: Location is the job's address"}), *REFUSALS.items()]
+)
+"""Of a POST."""
+
+
 async def answer(media_type: str, prepared: PreparedRequest, request: Request) -> Response:
-    """Run a job and answer as `negotiate` chose. Raises the error of a job that does not finish."""
+    """Run a job and answer as `negotiate` chose, or at once where that is preferred and there is room.
+
+    Raises the error of a job that does not finish.
+    """
     state = app_state(request)
     model = state.capabilities.name
+    events = EventPresenter(prepared, model)
+    if wants_async(request) and state.jobs.start(events, state.capabilities.shape):
+        return accepted(prepared.spec.id, request)
     if media_type == EVENTS:
-        return EventStream(EventPresenter(prepared, model), state, prepared.spec)
-    presenter: Presenter = (
-        JsonPresenter(prepared, model)
-        if media_type == JSON
-        else PicturePresenter(prepared, model, media_type)
-    )
+        return EventStream(events, state, prepared.spec)
+    presenter = presenter_of(media_type, prepared, model)
     return await presenter.respond(await result_of(prepared, request))
+
+
+def presenter_of(media_type: str, prepared: PreparedRequest, model: str) -> Presenter:
+    """What answers with a finished job in a form that is no stream."""
+    if media_type == JSON:
+        return JsonPresenter(prepared, model)
+    return PicturePresenter(prepared, model, media_type)
+
+
+def wants_async(request: Request) -> bool:
+    """Whether a POST prefers to be answered before its job is done (RFC 7240, §4.1)."""
+    preferences = ",".join(request.headers.getlist("prefer")).lower().split(",")
+    asked = any(each.partition(";")[0].strip() == "respond-async" for each in preferences)
+    return asked and request.method == "POST"
+
+
+def accepted(job_id: str, request: Request) -> Response:
+    """The answer to a job that goes on by itself: where to ask for it."""
+    headers = {
+        "Location": f"{request.scope.get('root_path', '')}/jobs/{job_id}",
+        "Preference-Applied": "respond-async",
+        "Vary": "Accept, Prefer",
+        "X-Job-ID": job_id,
+    }
+    return Response(msgspec.json.encode(state_body(Located(job_id))), 202, headers, JSON)
 
 
 async def result_of(prepared: PreparedRequest, request: Request) -> Finished:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fastapi import Request
 from msgspec.structs import asdict
@@ -12,6 +12,7 @@ from service.engine.messages import ModelInfo
 from service.engine.streams import Streams
 from service.errors import LoadingError
 from service.http.answers import StreamPresenter
+from service.http.jobs import Jobs
 from service.settings import Settings
 from service.tasks.sampling import ModelCapabilities
 from service.telemetry import Telemetry
@@ -29,7 +30,12 @@ class AppState:
     streams: Streams[StreamPresenter | None]
     telemetry: Telemetry
     settings: Settings
+    jobs: Jobs = field(init=False)
     _capabilities: ModelCapabilities | None = None
+
+    def __post_init__(self) -> None:
+        ttl_s, most = self.settings.result_ttl_s, self.settings.result_bytes
+        self.jobs = Jobs(self.engine, self.streams, ttl_s=ttl_s, max_bytes=most)
 
     @property
     def capabilities(self) -> ModelCapabilities:

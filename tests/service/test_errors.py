@@ -11,6 +11,7 @@ CODES = {
     "InvalidRequestError": ("invalid_request", 422),
     "UnauthorizedError": ("unauthorized", 401),
     "NotAcceptableError": ("not_acceptable", 406),
+    "JobNotFoundError": ("job_not_found", 404),
     "RefusedError": ("refused", 503),
     "QueueFullError": ("queue_full", 429),
     "LoadingError": ("loading", 503),

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from service.http.forms import HALVES, body_schema, read_body
 from service.http.middleware import UploadRoute
 from service.http.negotiation import negotiate
-from service.http.respond import REFUSALS, answer
+from service.http.respond import OUTCOMES, answer
 from service.http.state import app_state
 from service.tasks.edit import EditRequest, prepare_edit
 
@@ -27,7 +27,7 @@ EXAMPLES = {
 }
 
 
-@router.post("/edit", responses=REFUSALS, openapi_extra=body_schema(EditRequest, EXAMPLES))  # type: ignore[arg-type]
+@router.post("/edit", responses=OUTCOMES, openapi_extra=body_schema(EditRequest, EXAMPLES))
 async def edit(request: Request) -> Response:
     """Change a picture: by `strength` (SDEdit), or where `mask` is white (RePaint).
 

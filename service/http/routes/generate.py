@@ -11,7 +11,7 @@ from service.http.answers import EVENTS, JSON
 from service.http.forms import body_schema, read_body
 from service.http.middleware import LimitedRoute
 from service.http.negotiation import negotiate, negotiate_picture
-from service.http.respond import REFUSALS, answer, resume
+from service.http.respond import OUTCOMES, REFUSALS, answer, resume
 from service.http.state import app_state
 from service.tasks.generate import GenerateRequest, StreamQuery, prepare_generate
 
@@ -24,7 +24,7 @@ EXAMPLES = {
 }
 
 
-@router.post("/generate", responses=REFUSALS, openapi_extra=body_schema(GenerateRequest, EXAMPLES))  # type: ignore[arg-type]
+@router.post("/generate", responses=OUTCOMES, openapi_extra=body_schema(GenerateRequest, EXAMPLES))  # type: ignore[arg-type]
 async def generate(request: Request) -> Response:
     """Generate images. `Accept` chooses JSON with base64 (default), the picture itself, or events."""
     media_type = negotiate(request)

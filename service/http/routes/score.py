@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from service.http.forms import HALVES, body_schema, read_body
 from service.http.middleware import UploadRoute
 from service.http.negotiation import negotiate
-from service.http.respond import REFUSALS, answer
+from service.http.respond import OUTCOMES, answer
 from service.http.state import app_state
 from service.tasks.score import ScoreRequest, prepare_score
 
@@ -21,7 +21,7 @@ EXAMPLES = {
 }
 
 
-@router.post("/score", responses=REFUSALS, openapi_extra=body_schema(ScoreRequest, EXAMPLES))  # type: ignore[arg-type]
+@router.post("/score", responses=OUTCOMES, openapi_extra=body_schema(ScoreRequest, EXAMPLES))
 async def score(request: Request) -> Response:
     """How likely pictures are: the variational bound in bits per dimension, from its terms by timestep.
 

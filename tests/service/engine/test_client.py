@@ -16,7 +16,7 @@ import torch
 from model.chain import Chain, InitialLatent, SphericalMix
 from service import __version__
 from service.engine import worker
-from service.engine.client import EngineClient
+from service.engine.client import LOCATE_S, EngineClient
 from service.engine.engine import Engine
 from service.engine.estimates import StepTimes
 from service.engine.jobs import JobSpec, Stage
@@ -584,3 +584,65 @@ def test_a_job_that_fails_while_it_runs_is_not_counted_as_rejected(start: Start)
     assert isinstance(end, Failed)
     assert end.started
     assert served.metric("ddpm_rejected_total", reason="compute_failed") == 0
+
+
+# ── How far a job is ───────────────────────────────────────────────────────────────────────────
+
+
+def test_a_job_is_located_by_its_engine(start: Start) -> None:
+    served = start(max_batch_size=1)
+    served.gate.shut()
+    first, second = job_of("a", [1], steps=5), job_of("b", [2], steps=9)
+    served.client.submit(first)
+    served.gate.wait_for_arrival(1)
+    served.client.submit(second)
+    asked = asyncio.run_coroutine_threadsafe(served.of_client.locate("b"), served.loop)
+    until(lambda: served.of_client._in_flight["b"].located, "the question")
+    served.gate.allow(1)
+    found = asked.result(PATIENCE_S)
+    assert found is not None
+    assert (found.job_id, found.position, found.running) == ("b", 1, False)
+    served.gate.open()
+    served.end_of(second)
+    until(lambda: served.client.idle)
+    assert served.client.locate("b") is None
+
+
+def test_a_job_that_ends_while_it_is_asked_for_is_not_in_flight(start: Start) -> None:
+    served = start()
+    served.gate.shut()
+    served.client.submit(job_of("a", [1], steps=1))
+    served.gate.wait_for_arrival(1)
+    asked = asyncio.run_coroutine_threadsafe(served.of_client.locate("a"), served.loop)
+    until(lambda: served.of_client._in_flight["a"].located, "the question")
+    served.gate.open()
+    assert asked.result(PATIENCE_S) is None
+
+
+def test_an_engine_that_does_not_answer_leaves_what_was_last_heard(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.engine.client.LOCATE_S", 0.02)
+    served = start(max_batch_size=1)
+    served.gate.shut()
+    served.client.submit(job_of("a", [1], steps=5))
+    served.gate.wait_for_arrival(1)
+    served.client.submit(job_of("b", [2], steps=9))
+    assert served.client.locate("a").running
+    found = served.client.locate("b")
+    assert (found.running, found.position, found.eta_s) == (False, None, None)  # the engine is in its step
+    assert served.client.has("b")
+    assert not served.client.has("c")
+
+
+def test_no_engine_is_asked_while_it_is_being_replaced(start: Start) -> None:
+    served = start()
+    served.gate.shut()
+    served.client.submit(job_of("a", [1], steps=5))
+    served.gate.wait_for_arrival(1)
+    (only,) = served.of_client._workers
+    only._ready = False
+    begun = time.monotonic()
+    assert served.client.locate("a").job_id == "a"
+    assert time.monotonic() - begun < LOCATE_S
+    only._ready = True

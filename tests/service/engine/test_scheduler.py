@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from service.engine.estimates import StepTimes, shortest
 from service.engine.jobs import Job, JobSpec, State
-from service.engine.messages import Cancelled, Event, Failed, Queued, Terminal
+from service.engine.messages import Cancelled, Event, Failed, Located, Queued, Terminal
 from service.engine.scheduler import Batch, Policy, Scheduler
 from service.errors import ComputeError, DeadlineError
 from tests.service.fakes import counting_job, counting_stage
@@ -641,3 +641,24 @@ def test_a_stage_follows_another_without_a_gap() -> None:
         read(under, batch)
     assert sizes == [2, 2, 2, 3, 3]
     assert (len(under), under.backlog, under.waiting) == (0, 0, 0)
+
+
+# ── How far a job is ───────────────────────────────────────────────────────────────────────────
+
+
+def test_how_far_a_job_is_follows_every_step() -> None:
+    under = scheduler(max_batch_size=1, policy="fifo")
+    first, second = add(under, counting_job("first", steps=2)), add(under, counting_job("second", steps=4))
+    assert under.locate("second") == Located("second", False, 1, under.eta(second), 0.0)
+    step(under)
+    found = under.locate("first")
+    assert found == Located("first", True, 0, under.eta(first), 0.5)
+    step(under)
+    found = under.locate("second")
+    assert found is not None
+    assert (found.position, found.running, found.progress) == (0, False, 0.0)
+    assert under.locate("first") is None
+    step(under)
+    found = under.locate("second")
+    assert found is not None
+    assert (found.running, found.progress) == (True, 0.25)

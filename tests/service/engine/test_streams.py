@@ -370,3 +370,65 @@ def test_closing_abandons_no_job() -> None:
         assert streams.find("job") is None
 
     run(test)
+
+
+# ── Streams that need no reader ────────────────────────────────────────────────────────────────
+
+
+def test_a_stream_that_is_held_stays_without_a_reader_until_it_is_let_go() -> None:
+    async def test() -> None:
+        abandoned: list[str] = []
+        streams = streams_of(abandoned)
+        ends: list[Event] = []
+        kept = Cancelled("kept")
+
+        def ended(event: Event) -> Cancelled:
+            ends.append(event)
+            return kept
+
+        streams.hold("job", "context", ended)
+        assert streams.followed == 0
+        streams.publish(QUEUED)
+        async with streams.subscribe("job", "context") as events:
+            assert streams.followed == 1
+            assert (await events.first()).event is QUEUED
+        assert (abandoned, streams.followed) == ([], 0)
+        streams.publish(FINISHED)
+        assert ends == [FINISHED]
+        for _ in range(2):
+            async with streams.subscribe("job", "context") as events:
+                assert await events.last() is kept
+        found = streams.find("job")
+        assert found is not None
+        assert found.last is kept
+        streams.let_go("job")
+        assert (abandoned, streams.find("job")) == ([], None)
+        streams.let_go("job")
+
+    run(test)
+
+
+def test_a_job_that_is_let_go_while_it_runs_is_abandoned() -> None:
+    abandoned: list[str] = []
+    streams = streams_of(abandoned)
+    streams.hold("job", "context", lambda event: event)
+    streams.let_go("job")
+    assert abandoned == ["job"]
+
+
+def test_what_is_shown_can_be_looked_at_without_being_taken() -> None:
+    async def test() -> None:
+        stream = a_stream()
+        assert stream.shown == []
+        stream.publish(preview(1, 0, 1))
+        stream.publish(preview(2, 1))
+        for _ in range(2):
+            assert [(each.step, [picture.index for picture in each.pictures]) for each in stream.shown] == [
+                (1, [0]),
+                (2, [1]),
+            ]
+        stream.publish(FINISHED)
+        assert stream.shown == []
+        assert stream.last is FINISHED
+
+    run(test)

@@ -46,6 +46,8 @@ from service.engine.messages import (
     Invariance,
     Load,
     Loaded,
+    Locate,
+    Located,
     Measurement,
     ModelInfo,
     Picture,
@@ -352,6 +354,7 @@ inbound: dict[type, st.SearchStrategy[Any]] = {
     ),
     AddJob: st.builds(AddJob, specs),
     CancelJob: st.builds(CancelJob, st.text()),
+    Locate: st.builds(Locate, st.text()),
     AbortAll: st.builds(AbortAll),
     Drain: st.builds(Drain),
 }
@@ -367,6 +370,7 @@ reports: dict[type, st.SearchStrategy[Any]] = {
     ),
     Stopped: st.builds(Stopped, st.booleans()),
     Loaded: st.builds(Loaded, st.text()),
+    Located: st.builds(Located, st.text(), st.booleans(), st.none() | counts, st.none() | floats, floats),
 }
 
 
