@@ -67,8 +67,9 @@ FAILURES = (DeadlineError, NonFiniteError, ComputeError, EngineKilledError, Engi
 class _InFlight:
     """A job from submit to its last event.
 
-    place: how far it was when that was last heard of; located: who waits to hear of it. queued, shown: what
-    its readers have got, of the pictures the latest step by image and kind. span: where its request is traced.
+    place: how far it was when that was last heard of; located: who waits to hear of it. span: where its
+    request is traced. queued, shown: what its readers have got, of the pictures the latest step by image and
+    kind.
     """
 
     spec: JobSpec
