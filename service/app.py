@@ -18,6 +18,7 @@ from service.engine.worker import Connection, ProcessConnection
 from service.http.answers import StreamPresenter
 from service.http.middleware import Authorise, Observe, is_probe
 from service.http.openai import openai_error
+from service.http.prefix import Prefix
 from service.http.problems import ErrorFormats, register_handlers
 from service.http.routes import (
     automatic1111,
@@ -51,6 +52,7 @@ OPEN_PATHS = frozenset(
     {
         "/",
         "/explore",
+        "/status",
         "/livez",
         "/readyz",
         "/v2/health/live",
@@ -92,6 +94,7 @@ def create_app(
         version=__version__,
         summary="A diffusion model behind an API: each network call advances every request by one step.",
         lifespan=lifespan,
+        docs_url=None,  # a page of ours: FastAPI's loads its files from elsewhere
         redoc_url=None,
         telemetry={"exclude": is_probe},
     )
@@ -103,6 +106,7 @@ def create_app(
     if settings.a1111:
         automatic1111.install(app)
     app.mount("/web", pages.web_files)
+    app.mount("/swagger", pages.swagger_files())
     register_handlers(app)
     # The last one added is the outermost: a refusal is counted too, and pages of other origins may read it.
     if settings.api_keys:
@@ -122,13 +126,14 @@ def create_app(
                 "X-Request-ID",
             ],
         )
+    app.add_middleware(Prefix, root_path=settings.root_path)
     app.add_middleware(Observe, telemetry=telemetry, access_log=settings.access_log)
     return app
 
 
 def is_open(path: str) -> bool:
     """Whether a path, as routes are matched by, needs no key."""
-    return path in OPEN_PATHS or path.startswith("/web/")
+    return path in OPEN_PATHS or path.startswith(("/web/", "/swagger/"))
 
 
 async def _watch_lag(telemetry: Telemetry, every_s: float = 0.5) -> None:

@@ -55,6 +55,11 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="its precision")
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    root_path: str = Field(
+        "",
+        pattern=r"^(/[A-Za-z0-9._~-]+)*/?$",
+        description="path that a proxy serves this below, such as /ddpm",
+    )
     max_batch: int = Field(0, ge=0, le=4096, description="rows per network call; 0 follows the step times")
     max_queue: int = Field(256, ge=1, description="images in flight at once; more are refused with 429")
     max_images: int = Field(64, ge=1, description="images per request")
@@ -92,6 +97,11 @@ class Settings(BaseSettings):
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
+
+    @field_validator("root_path", mode="after")
+    @classmethod
+    def _unslashed(cls, value: str) -> str:
+        return value.rstrip("/")
 
     def engine_configs(self) -> list[EngineConfig]:
         """One for each device that is named."""

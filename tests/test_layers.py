@@ -33,7 +33,8 @@ SERVICE = {
     "service.app": (
         "service service.engine.client service.engine.messages service.engine.streams service.engine.worker"
         " service.http.answers"
-        " service.http.middleware service.http.openai service.http.problems service.http.routes.*"
+        " service.http.middleware service.http.openai service.http.prefix service.http.problems"
+        " service.http.routes.*"
         " service.http.state"
         " service.settings service.telemetry fastapi"
     ),

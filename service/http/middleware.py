@@ -23,6 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import UnauthorizedError
+from service.http.prefix import route_path
 from service.http.problems import on_service_error
 from service.telemetry import Telemetry, request_id, submitted_job, trace_ids
 
@@ -35,6 +36,8 @@ BASIC = "/sdapi/"
 """Below it a key may come as the password of HTTP basic credentials."""
 PROBES = ("/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/metrics")
 """What asks every few seconds, and is neither logged nor traced."""
+NOSNIFF = (b"x-content-type-options", b"nosniff")
+"""No browser takes an answer for anything but what its Content-Type says."""
 
 
 class LimitedRoute(APIRoute):
@@ -88,7 +91,7 @@ class Authorise:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run one request, or answer it by 401."""
-        if scope["type"] != "http" or self.is_open(scope["path"]) or self._knows(scope):
+        if scope["type"] != "http" or self.is_open(route_path(scope)) or self._knows(scope):
             await self.app(scope, receive, send)
             return
         how = (
@@ -100,8 +103,7 @@ class Authorise:
         await (await on_service_error(Request(scope), error))(scope, receive, send)
 
     def _takes_basic(self, scope: Scope) -> bool:
-        path: str = scope["path"]
-        return path.startswith(BASIC)
+        return route_path(scope).startswith(BASIC)
 
     def _knows(self, scope: Scope) -> bool:
         scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
@@ -123,7 +125,7 @@ def _password(credentials: str) -> str:
 class Observe:
     """Counts, times and logs every request by route, and passes `X-Request-ID` through or makes one up.
 
-    access_log: whether a line is logged for each, but for probes.
+    Every answer gets the headers that hold for all of them. access_log: whether a line is logged for each, but for probes.
     """
 
     def __init__(self, app: ASGIApp, telemetry: Telemetry, *, access_log: bool = False) -> None:
@@ -150,7 +152,7 @@ class Observe:
                 if any(value.startswith(b"text/event-stream") for _, value in headers):
                     streams = True
                     self.telemetry.streams.inc()
-                message["headers"] = [*headers, (b"x-request-id", identity)]
+                message["headers"] = [*headers, (b"x-request-id", identity), NOSNIFF]
             await send(message)
 
         begun = time.perf_counter()

@@ -30,6 +30,7 @@ from service.errors import (
     ServiceError,
     UnauthorizedError,
 )
+from service.http.prefix import route_path
 from service.telemetry import request_id
 
 logger = logging.getLogger(__name__)
@@ -144,12 +145,12 @@ async def _on_bug(request: Request, error: Exception) -> Response:
     detail = "Internal error; the log has the details."
     problem = Problem(title=_title(500), status=500, detail=detail, code="internal")
     # Starlette answers a bug outside all middleware, where nobody else adds this.
-    return _answer(request, problem, {"X-Request-ID": request_id.get()})
+    return _answer(request, problem, {"X-Request-ID": request_id.get(), "X-Content-Type-Options": "nosniff"})
 
 
 def _answer(request: Request, problem: Problem, headers: Mapping[str, str] | None = None) -> Response:
     formats: ErrorFormats = request.app.state.error_formats
-    return formats.of(request.scope["path"])(problem, headers or {})
+    return formats.of(route_path(request.scope))(problem, headers or {})
 
 
 def _title(status: int) -> str:

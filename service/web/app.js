@@ -1,22 +1,25 @@
+import * as address from "./address.js";
 import { connect, showShape, summarize } from "./connect.js";
-import { copy, curl } from "./curl.js";
+import { curl, fileName } from "./curl.js";
 import { Form } from "./form.js";
 import { Grid } from "./grid.js";
 import { Player } from "./player.js";
 import { Run } from "./run.js";
+import { copyText, download, sheet } from "./save.js";
+import { Source } from "./source.js";
+import { Viewer } from "./viewer.js";
 
 const $ = (id) => document.getElementById(id);
 
 let info = null;
 let form = null;
+let source = null;
+let viewer = null;
 let run = null;
 let running = false;
 let scheduled = 0;
 
-const grid = new Grid($("grid"), (seed) => {
-  form.pin(seed);
-  say(`Seed ${seed} pinned.`);
-});
+const grid = new Grid($("grid"), { onSeed: pin, onOpen: view });
 const player = new Player(
   { bar: $("player"), button: $("play"), range: $("scrubber"), label: $("step") },
   () => redraw(),
@@ -25,6 +28,26 @@ const player = new Player(
 function say(text, failed = false) {
   $("status").textContent = text;
   $("status").classList.toggle("failed", failed);
+}
+
+function pin(seed) {
+  form.pin(seed);
+  say(`Seed ${seed} pinned.`);
+}
+
+// The finished image, or what is shown of it now.
+function view(index) {
+  const { label, seed, url } = run.trajectory.images[index];
+  const frame = run.trajectory.frame(index, player.step);
+  viewer.open({ label, seed, url: url ?? frame.x0 ?? frame.xt }, Boolean(url));
+}
+
+function edit({ label, url }) {
+  source.set(url);
+  form.choose(label);
+  $("editor").scrollIntoView({ block: "nearest" });
+  $("strength").focus();
+  say("Paint what is to change, or change all of it.");
 }
 
 // Many events arrive between two frames of the screen; they are drawn once.
@@ -54,23 +77,24 @@ function duration(seconds) {
 }
 
 async function generate() {
+  if (source.missing) return say(source.missing, true);
   const failures = [];
   const request = form.read();
-  run = new Run(request, info.model, {
+  const { seed } = request.values;
+  run = new Run(request, info.model, info.limits.max_images, {
     onData: redraw,
     onFailure: (text) => {
       failures.push(text);
       say(text, true);
     },
   });
-  const count = run.trajectory.images.length;
+  const { images } = run.trajectory;
   setRunning(true);
-  say(`Generating ${count} image${count === 1 ? "" : "s"}.`);
-  form.setUsed(request.fields.seed);
-  grid.reset(run.trajectory.images);
+  say(`Generating ${images.length} image${images.length === 1 ? "" : "s"}.`);
+  form.setUsed(seed);
+  grid.reset(images.map((image) => ({ ...image, label: request.values.each ? image.label : "" })));
   player.load(run.trajectory);
-  $("curl").textContent = curl(new URL("generate", document.baseURI).href, request, info.model);
-  $("reproduce").hidden = false;
+  share(request);
   scrollToImages();
   redraw();
   const clock = setInterval(drawProgress, 500);
@@ -81,9 +105,23 @@ async function generate() {
     setRunning(false);
     draw(); // now, not in the next frame: the page must not say "Done" before the last image is shown
   }
+  $("save").disabled = !images.some(({ url }) => url);
   if (run.stopped) say("Stopped. The previews received so far can be replayed.");
   else if (failures.length > 1) say(`${failures[0]} (${failures.length - 1} more failed.)`, true);
-  else if (!failures.length) say(`Done in ${run.seconds.toFixed(1)} s, seed ${request.fields.seed}.`);
+  else if (!failures.length) say(`Done in ${run.seconds.toFixed(1)} s, seed ${seed}.`);
+}
+
+// The address and the command that make the same images.
+function share(request) {
+  history.replaceState(null, "", `?${address.write(request.values)}`);
+  $("curl").textContent = curl(document.baseURI, request, info.model, info.limits.max_images);
+  const { image, mask } = request.source?.fields ?? {};
+  for (const [id, url] of [["image-file", image], ["mask-file", mask]]) {
+    $(id).hidden = !url;
+    if (url) $(id).href = url;
+  }
+  $("save").disabled = true;
+  $("reproduce").hidden = false;
 }
 
 // Not `disabled`: that would lose the keyboard focus.
@@ -97,9 +135,9 @@ function setRunning(now) {
 
 // On a phone the images are below the form.
 function scrollToImages() {
-  if ($("stage").getBoundingClientRect().top < window.innerHeight / 2) return;
+  if ($("state").getBoundingClientRect().top < window.innerHeight / 2) return;
   const reducedMotion = matchMedia("(prefers-reduced-motion: reduce)").matches;
-  $("stage").scrollIntoView({ behavior: reducedMotion ? "auto" : "smooth" });
+  $("state").scrollIntoView({ behavior: reducedMotion ? "auto" : "smooth" });
 }
 
 function describe({ version, model, batch_invariance: invariance }) {
@@ -120,15 +158,29 @@ async function start() {
     return;
   }
   describe(info);
-  form = new Form(info);
-  showShape($("grid"), info.model);
+  source = new Source(info.model, info.editing.edit.strength, { onChange: () => form?.update(), say });
+  form = new Form(info, source);
+  viewer = new Viewer({ onEdit: edit, onPin: pin, editable: source.mode === "edit" });
+  showShape(document.body, info.model);
   grid.setShape(info.model);
   grid.show("x0");
-  grid.reset(form.placeholders());
-  say("Ready.");
   $("generate").setAttribute("aria-disabled", "false");
   $("form").addEventListener("input", () => run || grid.reset(form.placeholders()));
+  open(address.read(location.search));
 }
+
+// values: those of the address, or null.
+function open(values) {
+  const wrong = values ? form.restore(values) : "";
+  grid.reset(form.placeholders());
+  if (wrong) say(wrong, true);
+  else if (values?.source) say("The address has all but the picture. Choose one, then generate.");
+  else if (source.missing) say(source.missing);
+  else if (values) generate();
+  else say("Ready.");
+}
+
+const reportCopy = (done) => [() => say(done), () => say("The browser refused to copy. The text is selected; copy it manually.", true)];
 
 $("form").addEventListener("submit", (event) => {
   event.preventDefault();
@@ -136,10 +188,13 @@ $("form").addEventListener("submit", (event) => {
 });
 $("stop").addEventListener("click", () => run.stop());
 $("view").addEventListener("change", (event) => grid.show(event.target.value));
-$("copy").addEventListener("click", () =>
-  copy($("curl")).then(
-    () => say("Copied."),
-    () => say("The browser refused to copy. The command is selected; copy it manually.", true),
-  ),
-);
+$("copy").addEventListener("click", () => copyText($("curl")).then(...reportCopy("Copied.")));
+$("link").addEventListener("click", () => {
+  $("address").textContent = location.href;
+  copyText($("address")).then(...reportCopy("The link was copied. It makes the same images."));
+});
+$("save").addEventListener("click", async () => {
+  const images = run.trajectory.images.filter(({ url }) => url);
+  download(await sheet(images.map(({ url }) => url)), `${fileName(images)}.png`);
+});
 start();

@@ -32,7 +32,7 @@ export class Chart {
     this.axes(across, up, width, height);
     const line = this.points.map(({ x, y }) => `${round(this.toX(x))},${round(this.toY(y))}`).join(" ");
     this.add("polyline", { class: "curve", points: line });
-    for (const { x, y } of this.points) this.add("circle", { class: "point", cx: this.toX(x), cy: this.toY(y), r: 1.75 });
+    for (const { x, y } of this.points) this.square("point", this.toX(x), this.toY(y), 3.5);
     this.drawMark();
     this.svg.setAttribute("aria-label", this.describe());
   }
@@ -60,7 +60,7 @@ export class Chart {
     const [x, y] = [this.toX(point.x), this.toY(point.y)];
     this.add("line", { class: "guide", x1: x, x2: x, y1: y, y2: this.toY(0) });
     this.add("line", { class: "guide", x1: this.toX(0), x2: x, y1: y, y2: y });
-    this.add("circle", { class: "mark", cx: x, cy: y, r: 5 });
+    this.square("mark", x, y, 9);
   }
 
   describe() {
@@ -76,6 +76,10 @@ export class Chart {
     const [x, y] = [event.clientX - box.left, event.clientY - box.top];
     const distance = (point) => Math.hypot(this.toX(point.x) - x, this.toY(point.y) - y);
     this.onPick(this.points.reduce((best, point) => (distance(point) < distance(best) ? point : best)).id);
+  }
+
+  square(name, x, y, size) {
+    this.add("rect", { class: name, x: x - size / 2, y: y - size / 2, width: size, height: size });
   }
 
   add(name, attributes, text) {

@@ -1,35 +1,39 @@
-// The command that reproduces the images: as pictures, or as arrays where they are none.
+// The commands that reproduce the images: as pictures, or as arrays where they are none.
 
 import { isPicture } from "./connect.js";
 import * as key from "./key.js";
+import { bodies } from "./request.js";
 
 const quote = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
-export function curl(url, { fields, labels, each }, model) {
+// base: the address of the service. most: images per request.
+export function curl(base, request, model, most) {
   const [accept, ending] = isPicture(model) ? ["image/png", "png"] : ["application/x-npy", "npy"];
-  const call = (data, file) =>
-    [
-      `curl -sS ${quote(url)} \\`,
-      ...(key.isSet() ? [`  -H "Authorization: Bearer $KEY" \\`] : []),
-      `  -H 'Content-Type: application/json' -H 'Accept: ${accept}' \\`,
-      `  -d ${data} \\`,
-      `  -o ${file}`,
-    ];
-  if (each) {
-    const body = JSON.stringify({ ...fields, class_label: 0 });
-    const data = quote(body).replace('"class_label":0', `"class_label":'$c'`);
-    const lines = call(data, `class-$c-seed-${fields.seed}.${ending}`).map((line) => `  ${line}`);
-    return [`for c in ${labels.map((_, index) => index).join(" ")}; do`, ...lines, "done"].join("\n");
-  }
-  const [label] = labels;
-  const body = label === null ? fields : { ...fields, class_label: label };
-  const name = (label ?? "image").toLowerCase().replace(/[^a-z0-9]+/g, "-");
-  return call(quote(JSON.stringify(body)), `${name}-seed-${fields.seed}.${ending}`).join("\n");
+  const all = bodies(request, most);
+  return all
+    .map((body, i) => {
+      const name = fileName(request.images.slice(i * most, (i + 1) * most)) + (all.length > 1 ? `-${i + 1}` : "");
+      return [
+        `curl -sS ${quote(new URL(request.source ? "edit" : "generate", base).href)} \\`,
+        ...(key.isSet() ? [`  -H "Authorization: Bearer $KEY" \\`] : []),
+        `  -H 'Accept: ${accept}' \\`,
+        ...(request.source ? form(body) : [`  -H 'Content-Type: application/json' \\`, `  -d ${quote(JSON.stringify(body))} \\`]),
+        `  -o ${name}.${ending}`,
+      ].join("\n");
+    })
+    .join("\n");
 }
 
-// navigator.clipboard is missing on plain HTTP from another machine, where selecting still works.
-export async function copy(element) {
-  if (navigator.clipboard) return navigator.clipboard.writeText(element.textContent);
-  getSelection().selectAllChildren(element);
-  if (!document.execCommand("copy")) throw new Error("copying was refused");
+// The pictures are files, which the page offers beside the command.
+function form(body) {
+  const files = ["image", "mask"].filter((name) => body[name]).map((name) => `  -F ${name}=@${name}.png \\`);
+  const fields = Object.entries(body).filter(([name]) => name !== "image" && name !== "mask");
+  return [...files, ...fields.map(([name, value]) => `  -F ${quote(`${name}=${value}`)} \\`)];
+}
+
+// Of the file that images are saved in.
+export function fileName(images) {
+  const [{ label, seed }] = images;
+  const name = images.every((image) => image.label === label) ? (label ?? "image") : "images";
+  return `${name.toLowerCase().replace(/[^a-z0-9]+/g, "-")}-seed-${seed}`;
 }

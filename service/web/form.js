@@ -1,4 +1,4 @@
-// The form: filled from /info, read as the fields of a request.
+// The form: filled from /info or an address, read as a request.
 
 const $ = (id) => document.getElementById(id);
 
@@ -6,8 +6,8 @@ export const EACH = "each";
 const NONE = "none";
 
 export class Form {
-  constructor(info) {
-    this.info = info;
+  constructor(info, source) {
+    Object.assign(this, { info, source });
     const { model, samplers, defaults, limits } = info;
     const classes = model.classes.map((name, index) => new Option(name, index));
     if (classes.length) classes.unshift(new Option("All classes", EACH));
@@ -27,10 +27,7 @@ export class Form {
     this.counts = { [EACH]: 1, other: Math.min(8, limits.max_images) };
     $("n").addEventListener("input", () => (this.counts[this.kind] = $("n").value));
     $("class").addEventListener("change", () => this.update());
-    $("sampler").addEventListener("change", () => {
-      $("steps").value = defaults.steps_by_sampler[$("sampler").value];
-      this.update();
-    });
+    $("sampler").addEventListener("change", () => this.useDefaultSteps());
     for (const id of ["guidance", "eta"]) $(id).addEventListener("input", () => this.update());
     $("seed").addEventListener("input", () => this.update());
     $("pin").addEventListener("click", () => this.pin($("seed").value === "" ? this.used : ""));
@@ -41,11 +38,20 @@ export class Form {
     return $("class").value === EACH ? EACH : "other";
   }
 
+  useDefaultSteps() {
+    $("steps").value = this.info.defaults.steps_by_sampler[$("sampler").value];
+    this.update();
+  }
+
   update() {
-    const each = this.kind === EACH;
+    const editing = this.source.image !== null;
+    const each = [...$("class").options].find((option) => option.value === EACH);
+    if (each) each.disabled = each.hidden = editing; // a picture is of one class
+    if (editing && this.kind === EACH) $("class").value = this.info.model.guidance ? NONE : 0;
+    if (this.limitSamplers()) return;
     const unconditional = $("class").value === NONE;
     $("n").value = this.counts[this.kind];
-    $("n-label").textContent = each ? "Images per class" : "Images";
+    $("n-label").textContent = this.kind === EACH ? "Images per class" : "Images";
     $("guidance-field").hidden = !this.info.model.guidance || unconditional;
     $("guidance-value").textContent = Number($("guidance").value).toFixed(1);
     $("eta-field").hidden = $("sampler").value !== "ddim";
@@ -54,6 +60,16 @@ export class Form {
     $("pin").textContent = pinned ? "Unpin" : "Pin";
     $("seed-text").textContent = pinned ? "pinned" : `last: ${this.used}`;
     $("seed-used").hidden = !pinned && this.used === undefined;
+  }
+
+  // RePaint takes some samplers only. Whether another one had to be chosen, which updates the form.
+  limitSamplers() {
+    const possible = this.source.repaint ? this.info.editing.inpainting.samplers : this.info.samplers;
+    for (const option of $("sampler").options) option.disabled = !possible.includes(option.value);
+    if (possible.includes($("sampler").value)) return false;
+    $("sampler").value = possible[0];
+    this.useDefaultSteps();
+    return true;
   }
 
   pin(seed) {
@@ -66,18 +82,48 @@ export class Form {
     this.update();
   }
 
-  // The fields of the requests, and their classes: one request for each of `labels`.
+  choose(label) {
+    const index = this.info.model.classes.indexOf(label);
+    if (index >= 0) $("class").value = index;
+    this.update();
+  }
+
+  // The request: {fields, images: [{label, seed}], source, values}; values are those of the address. Where no seed was
+  // given it is chosen here, so that every class of one run starts from the same noise.
   read() {
-    const { model } = this.info;
-    const fields = { n: $("n").valueAsNumber, seed: $("seed").value === "" ? randomSeed() : $("seed").valueAsNumber };
-    fields.sampler = $("sampler").value;
-    fields.num_inference_steps = $("steps").valueAsNumber;
+    const { classes } = this.info.model;
+    const seed = $("seed").value === "" ? randomSeed() : $("seed").valueAsNumber;
+    const fields = { sampler: $("sampler").value, num_inference_steps: $("steps").valueAsNumber };
     if (!$("eta-field").hidden) fields.eta = $("eta").valueAsNumber;
     if (!$("guidance-field").hidden) fields.guidance_scale = $("guidance").valueAsNumber;
-    const chosen = $("class").value;
-    if (chosen === EACH) return { fields, labels: model.classes, each: true };
-    const named = chosen !== "" && chosen !== NONE;
-    return { fields, labels: [named ? model.classes[chosen] : null], each: false };
+    const each = this.kind === EACH;
+    const label = each || ["", NONE].includes($("class").value) ? null : classes[$("class").value];
+    const n = $("n").valueAsNumber;
+    const images = (each ? classes : [label]).flatMap((one) =>
+      Array.from({ length: n }, (_, i) => ({ label: one, seed: seed + i })),
+    );
+    const source = this.source.fields && { fields: this.source.fields };
+    const strength = source?.fields.strength;
+    return { fields, images, source, values: { each, class_label: label, n, seed, ...fields, source, strength } };
+  }
+
+  // Takes the values of an address. Returns what is wrong with them, or an empty string.
+  restore({ each, class_label: label, ...values }) {
+    const { classes } = this.info.model;
+    const index = classes.indexOf(label);
+    if (label !== null && index < 0) return `The address names a class that this model does not have: ${label}.`;
+    if (classes.length) $("class").value = each ? EACH : index >= 0 ? index : this.info.model.guidance ? NONE : EACH;
+    if (values.sampler) {
+      if (!this.info.samplers.includes(values.sampler)) return "The address names a sampler that this service does not have.";
+      $("sampler").value = values.sampler;
+      $("steps").value = this.info.defaults.steps_by_sampler[values.sampler];
+    }
+    if (values.n) this.counts[this.kind] = values.n;
+    const inputs = { seed: "seed", num_inference_steps: "steps", guidance_scale: "guidance", eta: "eta", strength: "strength" };
+    for (const [name, id] of Object.entries(inputs)) if (values[name]) $(id).value = values[name];
+    this.update();
+    const wrong = ["n", "seed", "steps"].find((id) => !$(id).validity.valid || (id !== "seed" && $(id).value === ""));
+    return wrong ? "The address has a number that is not possible here; the form says which." : "";
   }
 
   // The tiles that a request would fill, without seeds, for the empty grid.
@@ -88,7 +134,7 @@ export class Form {
   }
 }
 
-// Chosen here, so that every class of one run starts from the same noise.
+// Below 2³¹, so that a person can copy it.
 function randomSeed() {
   return crypto.getRandomValues(new Uint32Array(1))[0] >>> 1;
 }

@@ -9,9 +9,9 @@ const MAX_SIZE = 448;
 const COLOURED = [3, 4]; // numbers of channels
 
 export class Grid {
-  constructor(list, onSeed) {
-    this.list = list;
-    this.onSeed = onSeed;
+  // onSeed(seed), onOpen(index): a seed or an image was pressed.
+  constructor(list, { onSeed, onOpen }) {
+    Object.assign(this, { list, onSeed, onOpen });
     this.tiles = [];
     this.view = "x0";
     this.shape = { width: 1, height: 1 };
@@ -25,14 +25,14 @@ export class Grid {
 
   // images: [{label, seed}], without a seed for a placeholder.
   reset(images) {
-    this.tiles = images.map((image) => this.tile(image));
+    this.tiles = images.map((image, index) => this.tile(image, index));
     this.list.replaceChildren(...this.tiles.map((tile) => tile.item));
     this.layout();
   }
 
-  tile({ label, seed }) {
+  tile({ label, seed }, index) {
     const item = document.createElement("li");
-    const pictures = document.createElement("div");
+    const pictures = Object.assign(document.createElement("button"), { type: "button", disabled: true });
     const x0 = new Image();
     const xt = new Image();
     const frames = [x0, xt].map((image, i) => {
@@ -44,6 +44,7 @@ export class Grid {
     });
     pictures.className = "pictures";
     pictures.append(...frames);
+    pictures.addEventListener("click", () => this.onOpen(index));
     const caption = document.createElement("div");
     caption.className = "caption";
     const name = document.createElement("span");
@@ -56,7 +57,7 @@ export class Grid {
     button.addEventListener("click", () => this.onSeed(button.value));
     caption.append(name, button);
     item.append(pictures, caption);
-    const tile = { item, x0, xt, button, label };
+    const tile = { item, pictures, x0, xt, button, label };
     if (seed !== undefined) setSeed(tile, seed);
     return tile;
   }
@@ -72,13 +73,14 @@ export class Grid {
       const tile = this.tiles[index];
       const frame = trajectory.frame(index, step);
       setSeed(tile, seed);
+      tile.pictures.disabled = !frame;
       for (const kind of ["x0", "xt"]) {
         const image = tile[kind];
         const url = frame?.[kind];
         image.hidden = !url;
         if (url && image.src !== url) image.src = url;
         const what = kind === "x0" ? "x₀ prediction" : "noisy sample";
-        image.alt = `${tile.label || "image"}, seed ${seed}, ${what} at step ${frame?.step} of ${trajectory.steps}`;
+        image.alt = `${tile.label || "Image"}, seed ${seed}, ${what} at step ${frame?.step} of ${trajectory.steps}`;
       }
       tile.item.classList.toggle("done", frame?.step === trajectory.steps);
     });

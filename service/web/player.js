@@ -33,6 +33,7 @@ export class Player {
 
   draw() {
     const { stops, steps, furthest, timesteps } = this.trajectory;
+    this.range.max = stops.length - 1;
     if (this.following) this.range.value = Math.max(0, stops.findLastIndex((stop) => stop <= furthest));
     const step = this.following ? furthest : this.step;
     const t = timesteps.get(step);

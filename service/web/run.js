@@ -1,24 +1,25 @@
-// One press of Generate: a request per class, their streams, and their progress.
+// One press of Generate: a stream (several, where the service takes fewer images at a time) and its progress.
 
+import { bodies, query } from "./request.js";
 import { Problem, follow } from "./stream.js";
 import { Trajectory } from "./trajectory.js";
 
-// A browser opens six connections to one HTTP/1.1 host; one stays free for the rest of the page.
-const CONCURRENCY = 5;
+const CONCURRENCY = 4; // a browser opens six connections to one HTTP/1.1 host
 const MAX_FRAMES = 100;
 const MIN_FRAMES = 10;
 const MEMORY = 96e6; // base64 characters kept for replay, over all images
 
 export class Run {
-  constructor(request, shape, { onData, onFailure }) {
-    const { fields, labels, each } = request;
-    Object.assign(this, { request, onData, onFailure });
-    const images = labels.flatMap((label) =>
-      Array.from({ length: fields.n }, (_, i) => ({ label: each ? label : "", seed: fields.seed + i })),
-    );
-    this.every = previewEvery(fields.num_inference_steps, images.length, shape);
-    this.trajectory = new Trajectory(images, fields.num_inference_steps, this.every);
-    this.parts = labels.map(() => ({ due: null, position: null }));
+  // request: {fields, images: [{label, seed}], source}. most: images per request.
+  constructor(request, shape, most, { onData, onFailure }) {
+    Object.assign(this, { request, most, onData, onFailure });
+    const { fields, images, source } = request;
+    const steps = fields.num_inference_steps;
+    // How many steps an edit has is not known before its first preview.
+    this.every = source ? null : previewEvery(steps, images.length, shape);
+    this.trajectory = new Trajectory(images, steps, this.every);
+    this.bodies = bodies(request, most);
+    this.parts = this.bodies.map(() => ({ due: null, position: null }));
     this.controller = new AbortController();
     this.started = performance.now();
   }
@@ -32,7 +33,7 @@ export class Run {
   }
 
   async drain() {
-    const queue = this.request.labels.keys();
+    const queue = this.bodies.keys();
     const consume = async () => {
       for (const part of queue) {
         if (this.stopped) return;
@@ -44,31 +45,33 @@ export class Run {
   }
 
   async runPart(part) {
-    const label = this.request.labels[part];
-    const shown = { preview: "both", preview_every: this.every, output_format: "png" };
-    const query = new URLSearchParams({ ...this.request.fields, ...shown });
-    if (label !== null) query.set("class_label", label);
     try {
-      for await (const { type, data } of follow(`stream?${query}`, this.controller.signal)) {
+      for await (const { type, data } of this.events(this.bodies[part])) {
         if (type === "error") throw new Problem(data);
         this.apply(part, type, data);
         this.onData();
       }
     } catch (error) {
       if (this.stopped) return;
-      const prefix = this.request.each ? `${label}: ` : "";
-      this.onFailure(prefix + (error instanceof Problem ? error.message : `Error in the page: ${error.message}`));
+      this.onFailure(error instanceof Problem ? error.message : `Error in the page: ${error.message}`);
     } finally {
       this.parts[part].due = 0;
       this.parts[part].position = null;
     }
   }
 
+  events(fields) {
+    const body = { ...fields, preview: "both", output_format: "png" };
+    if (this.request.source) return follow("edit", this.controller.signal, body);
+    return follow(`stream?${query({ ...body, preview_every: this.every })}`, this.controller.signal);
+  }
+
   apply(part, type, data) {
     const state = this.parts[part];
-    const first = part * this.request.fields.n;
+    const first = part * this.most;
     if (data.eta_s != null) state.due = performance.now() + data.eta_s * 1000;
     state.position = type === "queued" ? data.position : null;
+    if (data.steps) this.trajectory.expect(data.steps);
     for (const { index, seed, kind, b64_json, media_type } of data.images ?? []) {
       const url = `data:${media_type};base64,${b64_json}`;
       this.trajectory.images[first + index].seed = seed;

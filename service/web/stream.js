@@ -2,7 +2,7 @@
 
 import * as key from "./key.js";
 
-const RETRY_AFTER_MS = [500, 2000];
+const RETRY_AFTER_MS = [500, 2000, 4000]; // within the time that the service keeps a lost stream for
 
 export class Problem extends Error {
   constructor({ title, detail }, retryAfter = null) {
@@ -17,18 +17,19 @@ export class Problem extends Error {
 }
 
 // Yields {type, id, data} until `completed` or `error`. A dropped connection is resumed after the last event received,
-// but not before the first: without an event's id the service would start a second job. A stream requested by POST is
-// not resumed.
+// but not before the first: without an event's id the service would start a second job. GET /stream resumes the streams
+// of every route. body: that of a POST, else it is a GET.
 export async function* follow(url, signal, body = null) {
-  const posted = body && { method: "POST", body: JSON.stringify(body) };
+  const first = body && { method: "POST", body: JSON.stringify(body) };
   let lastId = "";
   let drops = 0;
   for (;;) {
     try {
       const headers = { Accept: "text/event-stream", ...key.headers() };
-      if (posted) headers["Content-Type"] = "application/json";
       if (lastId) headers["Last-Event-ID"] = lastId;
-      const response = await fetch(url, { headers, signal, cache: "no-store", ...posted });
+      else if (body) headers["Content-Type"] = "application/json";
+      const options = { headers, signal, cache: "no-store", ...(lastId ? null : first) };
+      const response = await fetch(lastId ? "stream" : url, options);
       if (response.status === 204) throw new Problem({ title: "The connection was lost, and the job can no longer be resumed" });
       if (!response.ok) throw await Problem.from(response);
       for await (const event of parse(response.body)) {
@@ -41,7 +42,7 @@ export async function* follow(url, signal, body = null) {
       if (!(error instanceof TypeError)) throw error; // fetch reports a broken network as a TypeError
       if (!lastId) throw new Problem({ title: "The service cannot be reached" });
     }
-    if (!lastId || posted || drops === RETRY_AFTER_MS.length) throw new Problem({ title: "The connection was lost" });
+    if (!lastId || drops === RETRY_AFTER_MS.length) throw new Problem({ title: "The connection was lost" });
     await pause(RETRY_AFTER_MS[drops++], signal);
   }
 }

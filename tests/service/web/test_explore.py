@@ -41,7 +41,7 @@ def points(page: Page, chart: str) -> int:
 
 
 def marked(page: Page, chart: str) -> str | None:
-    return page.locator(f"#{chart} .mark").get_attribute("cx")
+    return page.locator(f"#{chart} .mark").get_attribute("x")
 
 
 def test_the_slider_moves_through_the_noise_levels_without_another_request(page: Page) -> None:
