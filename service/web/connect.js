@@ -14,6 +14,11 @@ export async function connect(content, say) {
     $("key-form").hidden = !unauthorized;
     content.hidden = unauthorized;
     if (response.ok) return response.json();
+    if (response.status === 503) {
+      say("The model is being loaded.");
+      await new Promise((resolve) => setTimeout(resolve, 1000 * (Number(response.headers.get("Retry-After")) || 1)));
+      continue;
+    }
     if (!unauthorized) throw await Problem.from(response);
     say(key.isSet() ? "The API key was not accepted." : "This service requires an API key.", key.isSet());
     key.set(await keyEntered());

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import pytest
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
-from tests.service.live import Process
+from service.engine.warmup import warm_up
+from tests.service.fakes import tiny_model
 
 CHROMIUM = shutil.which("chromium")
 IN_A_BROWSER = [
@@ -28,23 +29,51 @@ QUIET = [
     "--disable-sync",
 ]
 
-Visit = Callable[..., Page]
+
+TINY: dict[str, Any] = {
+    "warm": lambda config: warm_up(tiny_model(), config),
+    "runtime": "torch",
+    "device": "cpu",
+    "max_batch": 8,
+}
+"""What starts a service with a tiny network of its own, and not with a fake of one."""
 
 
-def visiting(launch: Callable[..., Process], folder: Path) -> Iterator[Visit]:
-    """Body of the fixture: opens a page of a service with these flags; the console must stay clean."""
-    with ExitStack() as stack:
-        complaints: list[str] = []
-        browser = stack.enter_context(sync_playwright()).chromium.launch(executable_path=CHROMIUM, args=QUIET)
-        stack.callback(browser.close)
+@contextmanager
+def browsing() -> Iterator[Browser]:
+    """A browser. Playwright's loop runs in this thread until its end, so no other one can."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield browser
+        browser.close()
 
-        def visit(*flags: str, path: str = "/", width: int = 1280) -> Page:
-            client = stack.enter_context(closing(launch("--model", str(folder), *flags).connect()))
-            opened = browser.new_page(viewport={"width": width, "height": 800})
-            opened.on("console", lambda message: complaints.append(message.text))
-            opened.on("pageerror", lambda error: complaints.append(str(error)))
-            opened.goto(str(client.base_url.join(path)))
-            return opened
 
-        yield visit
-    assert [text for text in complaints if "401" not in text] == []
+class Visit:
+    """Opens pages of a service, each as somebody new; afterwards their console must be clean.
+
+    expected: what a complaint of the console may contain.
+    """
+
+    def __init__(self, browser: Browser, url: str) -> None:
+        self.browser, self.url = browser, url
+        self.expected = {"401"}
+        self.complaints: list[str] = []
+        self.requested: list[str] = []
+        self._opened = ExitStack()
+
+    def __call__(self, path: str = "/", at: str = "", width: int = 1280, **options: Any) -> Page:
+        """The page at a path of the service, or of another one at a URL."""
+        context = self.browser.new_context(viewport={"width": width, "height": 800}, **options)
+        self._opened.callback(context.close)
+        page = context.new_page()
+        page.on("console", lambda message: self.complaints.append(message.text))
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("request", lambda request: self.requested.append(request.url))
+        page.goto((at or self.url) + path)
+        return page
+
+    def close(self) -> None:
+        """Close the pages. Fails where one of them has complained."""
+        self._opened.close()
+        unexpected = [text for text in self.complaints if not any(part in text for part in self.expected)]
+        assert not unexpected, unexpected

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from model import checkpoint
-from tests.service.browser import Visit, visiting
 from tests.service.fakes import tiny_model
 from tests.service.live import Process, Serve, serving
 
@@ -46,9 +45,3 @@ def launch() -> Iterator[Callable[..., Process]]:
     yield start
     for process in running:
         process.stop()
-
-
-@pytest.fixture
-def visit(launch: Callable[..., Process], tiny_folder: Path) -> Iterator[Visit]:
-    """Opens a page of a service with a tiny model; proof at the end that its console stayed clean."""
-    yield from visiting(launch, tiny_folder)

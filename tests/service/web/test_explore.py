@@ -1,4 +1,4 @@
-"""The Explore page in a real browser, against the real service with a tiny model."""
+"""The Explore page in a real browser, against a service with a tiny network."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Page, expect
 
-from tests.service.browser import IN_A_BROWSER, Visit
+from tests.service.browser import IN_A_BROWSER, TINY, Visit
 from tests.service.fakes import SIZE, until
+from tests.service.live import Serve
 
 pytestmark = IN_A_BROWSER
 
@@ -166,8 +167,8 @@ def test_the_pages_link_to_each_other(page: Page) -> None:
     expect(page.locator("#denoise-title")).to_be_visible()
 
 
-def test_a_key_opens_the_page(visit: Visit) -> None:
-    page = visit("--api-keys", "the-right-key", path="/explore")
+def test_a_key_opens_the_page(visit: Visit, serve: Serve) -> None:
+    page = visit("/explore", at=serve(**TINY, api_keys="the-right-key").ready().url)
     expect(page.locator("#status")).to_contain_text("requires an API key")
     page.locator("#key").fill("the-right-key")
     page.locator("#key-form button").click()

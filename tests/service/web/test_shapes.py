@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Browser, Page, expect
 
-from model import checkpoint
-from tests.service.browser import IN_A_BROWSER, Visit, visiting
+from service.engine.warmup import warm_up
+from tests.service.browser import IN_A_BROWSER, TINY, Visit
 from tests.service.fakes import tiny_model
-from tests.service.live import Process
+from tests.service.live import Serve, Threaded
 
 pytestmark = IN_A_BROWSER
 
@@ -26,9 +25,16 @@ def shape(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture
-def visit(launch: Callable[..., Process], tmp_path: Path, shape: tuple[int, int, int]) -> Iterator[Visit]:
-    checkpoint.save(tmp_path, tiny_model(shape=shape))
-    yield from visiting(launch, tmp_path)
+def tiny(serve: Serve, shape: tuple[int, int, int]) -> Threaded:
+    """A service with a network of this shape."""
+    return serve(**{**TINY, "warm": lambda config: warm_up(tiny_model(shape=shape), config)}).ready()
+
+
+@pytest.fixture
+def visit(browser: Browser, tiny: Threaded) -> Iterator[Visit]:
+    opened = Visit(browser, tiny.url)
+    yield opened
+    opened.close()
 
 
 def look(page: Page, selector: str) -> dict[str, Any]:
