@@ -7,6 +7,7 @@ import { Player } from "./player.js";
 import { Run } from "./run.js";
 import { copyText, download, sheet } from "./save.js";
 import { Source } from "./source.js";
+import { Problem } from "./stream.js";
 import { Viewer } from "./viewer.js";
 
 const $ = (id) => document.getElementById(id);
@@ -78,16 +79,9 @@ function duration(seconds) {
 
 async function generate() {
   if (source.missing) return say(source.missing, true);
-  const failures = [];
   const request = form.read();
   const { seed } = request.values;
-  run = new Run(request, info.model, info.limits.max_images, {
-    onData: redraw,
-    onFailure: (text) => {
-      failures.push(text);
-      say(text, true);
-    },
-  });
+  run = new Run(request, info.model, info.limits.max_images, redraw);
   const { images } = run.trajectory;
   setRunning(true);
   say(`Generating ${images.length} image${images.length === 1 ? "" : "s"}.`);
@@ -98,17 +92,19 @@ async function generate() {
   scrollToImages();
   redraw();
   const clock = setInterval(drawProgress, 500);
+  let failure = "";
   try {
     await run.drain();
-  } finally {
-    clearInterval(clock);
-    setRunning(false);
-    draw(); // now, not in the next frame: the page must not say "Done" before the last image is shown
+  } catch (error) {
+    failure = error instanceof Problem ? error.message : `Error in the page: ${error.message}`;
   }
+  clearInterval(clock);
+  setRunning(false);
+  draw(); // now, not in the next frame: the page must not say "Done" before the last image is shown
   $("save").disabled = !images.some(({ url }) => url);
-  if (run.stopped) say("Stopped. The previews received so far can be replayed.");
-  else if (failures.length > 1) say(`${failures[0]} (${failures.length - 1} more failed.)`, true);
-  else if (!failures.length) say(`Done in ${run.seconds.toFixed(1)} s, seed ${seed}.`);
+  if (failure) say(failure, true);
+  else if (run.stopped) say("Stopped. The previews received so far can be replayed.");
+  else say(`Done in ${run.seconds.toFixed(1)} s, seed ${seed}.`);
 }
 
 // The address and the command that make the same images.

@@ -5,6 +5,7 @@ import { isPicture } from "./connect.js";
 import { generate } from "./generate.js";
 import { difference, fit, snappedSize } from "./picture.js";
 import { ScoreRun, nearest, rmse } from "./score.js";
+import { Problem } from "./stream.js";
 
 const TERMS = 50;
 const SAMPLES = 3;
@@ -146,7 +147,7 @@ export class DenoisePanel {
     this.say("Evaluating the network at every noise level.");
     try {
       const problem = await this.scoreRun.run(request, signal, () => this.draw());
-      if (problem) this.say([problem.title, problem.detail].filter(Boolean).join(": "), true);
+      if (problem) this.say(new Problem(problem).message, true);
       else this.say(`Evaluated ${this.image.name} at ${this.scoreRun.frames.length} noise levels.`);
     } catch (error) {
       if (!signal.aborted) this.say(error.message, true);

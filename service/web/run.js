@@ -4,15 +4,14 @@ import { bodies, query } from "./request.js";
 import { Problem, follow } from "./stream.js";
 import { Trajectory } from "./trajectory.js";
 
-const CONCURRENCY = 4; // a browser opens six connections to one HTTP/1.1 host
 const MAX_FRAMES = 100;
 const MIN_FRAMES = 10;
 const MEMORY = 96e6; // base64 characters kept for replay, over all images
 
 export class Run {
   // request: {fields, images: [{label, seed}], source}. most: images per request.
-  constructor(request, shape, most, { onData, onFailure }) {
-    Object.assign(this, { request, most, onData, onFailure });
+  constructor(request, shape, most, onData) {
+    Object.assign(this, { request, most, onData });
     const { fields, images, source } = request;
     const steps = fields.num_inference_steps;
     // How many steps an edit has is not known before its first preview.
@@ -32,32 +31,24 @@ export class Run {
     this.controller.abort();
   }
 
+  // One part after another: together they may be more than the service has room for. Throws Problem.
   async drain() {
-    const queue = this.bodies.keys();
-    const consume = async () => {
-      for (const part of queue) {
-        if (this.stopped) return;
-        await this.runPart(part);
-      }
-    };
-    await Promise.all(Array.from({ length: CONCURRENCY }, consume));
-    this.seconds = (performance.now() - this.started) / 1000;
+    try {
+      for (const part of this.bodies.keys()) await this.runPart(part);
+    } catch (error) {
+      if (!this.stopped) throw error;
+    } finally {
+      this.seconds = (performance.now() - this.started) / 1000;
+    }
   }
 
   async runPart(part) {
-    try {
-      for await (const { type, data } of this.events(this.bodies[part])) {
-        if (type === "error") throw new Problem(data);
-        this.apply(part, type, data);
-        this.onData();
-      }
-    } catch (error) {
-      if (this.stopped) return;
-      this.onFailure(error instanceof Problem ? error.message : `Error in the page: ${error.message}`);
-    } finally {
-      this.parts[part].due = 0;
-      this.parts[part].position = null;
+    for await (const { type, data } of this.events(this.bodies[part])) {
+      if (type === "error") throw new Problem(data);
+      this.apply(part, type, data);
+      this.onData();
     }
+    this.parts[part] = { due: 0, position: null };
   }
 
   events(fields) {

@@ -4,9 +4,12 @@ import * as key from "./key.js";
 
 const RETRY_AFTER_MS = [500, 2000, 4000]; // within the time that the service keeps a lost stream for
 
+// What is said of an answer that is a problem (RFC 9457): its detail, with the field that it is about.
 export class Problem extends Error {
-  constructor({ title, detail }, retryAfter = null) {
-    const text = [title ?? "The request failed", detail].filter(Boolean).join(": ").trim();
+  constructor({ title, detail, errors = [] }, retryAfter = null) {
+    const field = errors.length === 1 ? errors[0].field : "";
+    const about = field && !detail?.startsWith(field) ? `${field}: ` : "";
+    const text = about + (detail || title || "The request failed").trim();
     super((/[.!?]$/.test(text) ? text : `${text}.`) + (retryAfter ? ` Try again in ${retryAfter} s.` : ""));
   }
 

@@ -1,4 +1,4 @@
-"""What stands between a client and the service: a line that can be cut, and a proxy with a path of its own."""
+"""Between a client and the service: a line that can be cut, and a proxy with a path of its own."""
 
 from __future__ import annotations
 
@@ -83,9 +83,9 @@ class Proxy:
                         self.wfile.write(chunk)
                         self.wfile.flush()
 
-            do_POST = do_GET
+            do_POST = do_GET  # noqa: N815 (the base's name)
 
-            def log_message(self, format: str, *args: object) -> None:
+            def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (the base's name)
                 pass
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

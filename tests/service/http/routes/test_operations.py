@@ -214,7 +214,17 @@ def test_a_path_written_otherwise_opens_nothing(serve: Serve, path: str, status:
 
 def test_some_routes_are_open(serve: Serve) -> None:
     client = serve(**KEYS).client
-    for path in ("/", "/explore", "/web/app.js", *LIVE, *READY, "/metrics", "/docs", "/openapi.json"):
+    for path in (
+        "/",
+        "/explore",
+        "/status",
+        "/web/app.js",
+        *LIVE,
+        *READY,
+        "/metrics",
+        "/docs",
+        "/openapi.json",
+    ):
         assert client.get(path).status_code == 200, path
 
 
