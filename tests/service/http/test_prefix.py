@@ -116,6 +116,10 @@ def test_everything_works_below_a_proxys_path(proxied: httpx.Client) -> None:
     assert proxied.post("/ddpm/generate", json={}).status_code == 401
     answer = proxied.post("/ddpm/generate", json={}, headers={"Authorization": "Bearer sesame"})
     assert answer.status_code == 200
+    wanted = {"Authorization": "Bearer sesame", "Prefer": "respond-async"}
+    job = proxied.post("/ddpm/generate", json={}, headers=wanted)
+    assert job.headers["location"].startswith("/ddpm/jobs/")
+    assert proxied.get(job.headers["location"], headers=wanted).status_code == 200
 
 
 def test_the_path_without_its_slash_leads_to_the_page(serve: Serve) -> None:

@@ -75,6 +75,7 @@ def test_all_classes_come_in_one_stream_and_with_one_command(page, visit):
     command = page.locator("#curl").inner_text()
     assert '"class_label":["cat","cat","dog","dog","Ankle Boot","Ankle Boot"]' in command
     assert '"seed":[5,6,5,6,5,6]' in command
+    assert "classes=all" in page.url
 
 
 def test_more_images_than_a_request_may_have_come_in_several(visit, serve):
