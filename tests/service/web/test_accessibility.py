@@ -78,6 +78,10 @@ def test_a_fault_is_found(visit: Visit) -> None:
 def test_a_phone_shows_it_without_scrolling_sideways(visit: Visit, picture: Path, path: str) -> None:
     page = open_all(visit, path, picture, width=360)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    if path == "/":
+        with page.expect_request("**/edit"):
+            page.locator("#generate-below").click()
+        expect(page.locator("#status")).to_contain_text("Done", timeout=30_000)
 
 
 def test_docs_has_the_schema_in_both_schemes_and_loads_nothing_from_elsewhere(visit: Visit) -> None:

@@ -121,13 +121,13 @@ def test_a_slow_network_delays_the_images_and_loses_none(visit: Visit, server: T
     expect(page.locator("#status")).to_have_text("Ready.")
     page.context.new_cdp_session(page).send(
         "Network.emulateNetworkConditions",
-        {"offline": False, "latency": 400, "downloadThroughput": 8_000, "uploadThroughput": 8_000},
+        {"offline": False, "latency": 200, "downloadThroughput": 12_000, "uploadThroughput": 12_000},
     )
     server.gate.open()
     page.locator("#class").select_option("cat")
     page.locator("#n").fill("4")
-    page.locator("#steps").fill("30")
+    page.locator("#steps").fill("20")
     page.locator("#generate").click()
     expect(page.locator("#status")).to_contain_text("Done", timeout=45_000)
     assert page.locator("#grid li.done").count() == 4
-    expect(page.locator("#step")).to_contain_text("step 30 of 30")
+    expect(page.locator("#step")).to_contain_text("step 20 of 20")
