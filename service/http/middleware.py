@@ -125,7 +125,8 @@ def _password(credentials: str) -> str:
 class Observe:
     """Counts, times and logs every request by route, and passes `X-Request-ID` through or makes one up.
 
-    Every answer gets the headers that hold for all of them. access_log: whether a line is logged for each, but for probes.
+    Every answer gets the headers that hold for all of them. access_log: whether a line is logged for each, but
+    for probes.
     """
 
     def __init__(self, app: ASGIApp, telemetry: Telemetry, *, access_log: bool = False) -> None:

@@ -1,7 +1,7 @@
 """Behind a proxy that serves this application below a path of its own, such as `/ddpm`.
 
-ASGI calls that path the `root_path`, and routes are matched by what follows it. A proxy may strip it from what
-it forwards, or leave it there; both work.
+ASGI calls that path the `root_path`, and routes are matched by what follows it. A proxy may strip it from
+what it forwards, or leave it there; both work.
 """
 
 from __future__ import annotations
