@@ -6,12 +6,15 @@ that cannot be used.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 
 from service.engine.worker import ProcessConnection
-from service.settings import SettingsError, read
+from service.settings import SettingsError, read, unknown_variables
 from service.telemetry import configure_logging
+
+logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None, program: str = "python -m service") -> int:
@@ -25,6 +28,8 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m servi
         print(error, file=sys.stderr)
         return 2
     configure_logging(settings.log_format)
+    for line in unknown_variables(settings):
+        logger.warning("%s", line)
     # Before this process imports what it serves with: an engine takes longer to be ready, so it goes first.
     started = {config: ProcessConnection(config) for config in settings.engine_configs()}
     from service.app import create_app

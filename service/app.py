@@ -16,8 +16,9 @@ from service.engine.messages import EngineConfig
 from service.engine.streams import Streams
 from service.engine.worker import Connection, ProcessConnection
 from service.http.answers import StreamPresenter
-from service.http.middleware import Authorise, Observe, is_probe
+from service.http.middleware import Authorise, Head, Observe, is_probe
 from service.http.openai import openai_error
+from service.http.openapi import DocumentedApp
 from service.http.prefix import Prefix
 from service.http.problems import ErrorFormats, register_handlers
 from service.http.routes import (
@@ -64,6 +65,9 @@ OPEN_PATHS = frozenset(
 )
 """What needs no key where keys are set, beside the pages' files; everything else does."""
 
+WORKING_PATHS = frozenset({"/stream", "/generate"})
+"""Where GET starts a job, which nobody wants for the sake of its headers: HEAD is left to the route."""
+
 
 def create_app(
     settings: Settings, start: Callable[[EngineConfig], Connection] = ProcessConnection
@@ -89,7 +93,7 @@ def create_app(
         await engine.stop()
         streams.close()
 
-    app = FastAPI(
+    app = DocumentedApp(
         title="DDPM service",
         version=__version__,
         summary="A diffusion model behind an API: each network call advances every request by one step.",
@@ -126,6 +130,7 @@ def create_app(
                 "X-Request-ID",
             ],
         )
+    app.add_middleware(Head, unless=WORKING_PATHS.__contains__)
     app.add_middleware(Prefix, root_path=settings.root_path)
     app.add_middleware(Observe, telemetry=telemetry, access_log=settings.access_log)
     return app

@@ -10,6 +10,7 @@ import logging
 import time
 from types import FrameType
 
+import httptools
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -45,8 +46,16 @@ class HttpProtocol(HttpToolsProtocol):
             self.send_400_response("The head of the request is too long.")
 
     def on_headers_complete(self) -> None:
-        """A head has ended; it may have been longer if a single read has brought it whole."""
+        """A head has ended; it may have been longer if a single read has brought it whole.
+
+        A target in absolute form may have no path, which means `/` (RFC 9112, §3.2.2); uvicorn needs one.
+        """
         self._pending = 0
+        if not self.url.startswith(b"/"):
+            target = httptools.parse_url(self.url)
+            path: bytes | None = target.path  # whatever its annotation says
+            if path is None:
+                self.url = b"/?" + target.query if target.query else b"/"
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:

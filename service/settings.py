@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_core import Url
+from pydantic_settings import (
+    BaseSettings,
+    DotEnvSettingsSource,
+    EnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from model.unet_config import parse_size
 from service.engine.messages import EngineConfig
@@ -103,6 +113,27 @@ class Settings(BaseSettings):
     def _unslashed(cls, value: str) -> str:
         return value.rstrip("/")
 
+    @field_validator("cors_origins")
+    @classmethod
+    def _as_browsers_say(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(origin(each) for each in value)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003 (its base's signature)
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The usual ones, but for variables that are a Kubernetes Service's and not ours."""
+        assert isinstance(env_settings, EnvSettingsSource)
+        env_settings.env_vars = {
+            name: value for name, value in env_settings.env_vars.items() if not service_link(name, value)
+        }
+        return init_settings, env_settings, dotenv_settings, file_secret_settings
+
     def engine_configs(self) -> list[EngineConfig]:
         """One for each device that is named."""
         values = {name: getattr(self, name) for name in SHARED}
@@ -114,6 +145,64 @@ class Settings(BaseSettings):
 
 
 SHARED = ("runtime", "dtype", "max_batch", "policy", "batch_invariant", "log_format")
+
+
+ELSEWHERE = frozenset({"DDPM_PUBLISH", "DDPM_URL", "DDPM_API_KEY"})
+"""Read by docker-compose.yml, and by the client."""
+LINK_NAME = re.compile(
+    r"ddpm(_\w+)?_(service_(host|port(_\w+)?)|port_\d+_(tcp|udp|sctp)(_(proto|port|addr))?)"
+)
+LINK_VALUE = re.compile(r"(tcp|udp|sctp)://\S+:\d+")
+
+
+def service_link(name: str, value: str | None) -> bool:
+    """Whether a variable describes a Kubernetes Service whose name begins with `ddpm`.
+
+    Pods get some for every Service of their namespace, `DDPM_PORT=tcp://10.0.0.1:8000` among them.
+    """
+    name = name.lower()
+    address = name.endswith("_port") and LINK_VALUE.fullmatch(value or "") is not None
+    return name.startswith("ddpm_") and (address or LINK_NAME.fullmatch(name) is not None)
+
+
+def unknown_variables(settings: Settings) -> list[str]:
+    """A line for each variable of the environment or `.env` that has our prefix and no meaning here."""
+    known = {f"DDPM_{name}".upper() for name in Settings.model_fields} | ELSEWHERE
+    found = {**DotEnvSettingsSource(Settings).env_vars, **EnvSettingsSource(Settings).env_vars}
+    lines = []
+    for name in sorted(each.upper() for each, value in found.items() if not service_link(each, value)):
+        if name.startswith("DDPM_") and name not in known:
+            near = get_close_matches(name, sorted(known), 1, cutoff=0.75)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            lines.append(f"{name} is not a setting of this service{meant}")
+    if "ddpm_api_key" in found and not settings.api_keys:
+        lines.append("DDPM_API_KEY is the key that a client sends; without DDPM_API_KEYS the service is open")
+    return lines
+
+
+def origin(text: str) -> str:
+    """An origin as browsers send it: lower case, punycode, neither default port nor final slash.
+
+    `*` is any, `null` that of files and sandboxed frames. Raises ValueError for what is no origin.
+    """
+    if text in ("*", "null"):
+        return text
+    reason = "an origin is scheme://host or scheme://host:port, without a path"
+    if "://" not in text:
+        raise ValueError(reason)
+    try:
+        url = Url(text)
+    except ValidationError:
+        raise ValueError(reason) from None
+    beside = url.username, url.password, url.query, url.fragment
+    if (
+        not url.host
+        or "*" in url.host
+        or url.path not in (None, "/")
+        or any(part is not None for part in beside)
+    ):
+        raise ValueError(reason)
+    return str(url).rstrip("/")
 
 
 class CommandLine(Settings, cli_parse_args=True):

@@ -33,17 +33,17 @@ SERVICE = {
     "service.app": (
         "service service.engine.client service.engine.messages service.engine.streams service.engine.worker"
         " service.http.answers"
-        " service.http.middleware service.http.openai service.http.prefix service.http.problems"
-        " service.http.routes.*"
+        " service.http.middleware service.http.openai service.http.openapi service.http.prefix"
+        " service.http.problems service.http.routes.*"
         " service.http.state"
         " service.settings service.telemetry fastapi"
     ),
     "service.server": (
-        "service.engine.worker service.errors service.heap service.http.state service.settings uvicorn"
-        " starlette"
+        "service.engine.worker service.errors service.heap service.http.state service.settings"
+        " httptools uvicorn starlette"
     ),
     "service.heap": "",
-    "service.settings": "service.engine.messages model.unet_config pydantic pydantic_settings",
+    "service.settings": "service.engine.messages model.unet_config pydantic pydantic_core pydantic_settings",
     # The client: what it talks to is at the other end of a connection.
     "service.client": "service.client.*",
     "service.client.*": "service.client.* httpx httpx_sse stamina numpy PIL",

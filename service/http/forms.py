@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -19,6 +20,16 @@ HALVES = (  # black on the left, white on the right
     "iVBORw0KGgoAAAANSUhEUgAAAAIAAAACAQAAAABazTCJAAAADElEQVR42mNwYHAAAAEEAIFW8NEDAAAAAElFTkSuQmCC"
 )
 """A picture for examples."""
+NO_BODY = "The body is empty; it is a JSON object, {} where there is nothing to say."
+OTHER_TYPE = "The header Content-Type must be application/json or multipart/form-data."
+OTHER_TYPES = {
+    "": f"{OTHER_TYPE} There is none; a request without a body sends {{}} as JSON.",
+    "application/x-www-form-urlencoded": (
+        f"{OTHER_TYPE} It is application/x-www-form-urlencoded, as curl says with -d unless told otherwise: "
+        "use --json for a JSON body, or -F for a form."
+    ),
+}
+"""What is said of a body by its media type, where it is one that clients choose without being asked."""
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -38,7 +49,10 @@ async def read_body(request: Request, model: type[Model]) -> Model:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     try:
         if kind == "application/json":
-            return model.model_validate_json(await request.body())
+            content = (await request.body()).removeprefix(codecs.BOM_UTF8)  # PowerShell and .NET write one
+            if not content.strip():
+                raise _invalid(NO_BODY)
+            return model.model_validate_json(content)
         if kind == "multipart/form-data":
             return model.model_validate(await _form(request), strict=False)
     except ClientDisconnect:
@@ -48,7 +62,7 @@ async def read_body(request: Request, model: type[Model]) -> Model:
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False, include_input=False)
         raise RequestValidationError([{**each, "loc": ("body", *each["loc"])} for each in found]) from None
-    raise _invalid("The body must be application/json or multipart/form-data.")
+    raise _invalid(OTHER_TYPES.get(kind, OTHER_TYPE))
 
 
 def _invalid(reason: str) -> RequestValidationError:
@@ -68,7 +82,7 @@ async def _form(request: Request) -> dict[str, object]:
     return {name: found[0] if len(found) == 1 else found for name, found in values.items()}
 
 
-def body_schema(model: type[BaseModel], examples: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def body_schema(model: type[BaseModel], examples: Mapping[str, object]) -> dict[str, Any]:
     """The OpenAPI description of a body that `read_body` reads: `openapi_extra` of its route."""
     schema = model.model_json_schema()
     named = {name: {"summary": name, "value": value} for name, value in examples.items()}

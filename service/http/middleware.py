@@ -1,4 +1,4 @@
-"""Middleware: API keys, the limit on bodies, and what is counted of every request.
+"""Middleware: API keys, the limit on bodies, HEAD, and what is counted of every request.
 
 Plain ASGI: a middleware that wraps the response would hide disconnects from the routes.
 """
@@ -122,11 +122,43 @@ def _password(credentials: str) -> str:
         return ""
 
 
+class Head:
+    """Answers HEAD as the route would answer GET, without the body; a router knows only what it was given.
+
+    Not where a GET does work of its own: `unless(path)` leaves the method to those routes.
+    """
+
+    def __init__(self, app: ASGIApp, unless: Callable[[str], bool]) -> None:
+        self.app, self.unless = app, unless
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run one request."""
+        if scope["type"] != "http" or scope["method"] != "HEAD" or self.unless(route_path(scope)):
+            await self.app(scope, receive, send)
+            return
+        ended = False
+
+        async def headers_only(message: Message) -> None:
+            nonlocal ended
+            if message["type"] == "http.response.start":
+                await send(message)
+            elif not ended:
+                ended = True  # a stream's client is gone with this
+                await send({"type": "http.response.body"})
+
+        # A copy: the server looks into its own for whether a body is due.
+        inner = {**scope, "method": "GET"}
+        try:
+            await self.app(inner, receive, headers_only)
+        finally:
+            scope.update((name, value) for name, value in inner.items() if name != "method")
+
+
 class Observe:
     """Counts, times and logs every request by route, and passes `X-Request-ID` through or makes one up.
 
-    Every answer gets the headers that hold for all of them. access_log: whether a line is logged for each, but
-    for probes.
+    Every answer gets the headers that hold for all of them. access_log: whether a line is logged for each,
+    but for probes.
     """
 
     def __init__(self, app: ASGIApp, telemetry: Telemetry, *, access_log: bool = False) -> None:

@@ -43,8 +43,8 @@ DONE = b"data: [DONE]\n\n"
 class OpenAIErrorDetail(BaseModel):
     """What an error says."""
 
-    message: str
-    type: str
+    message: str = Field(description="in words")
+    type: str = Field(description="of which kind it is, in OpenAI's terms")
     param: str | None = Field(description="the field that it is about")
     code: str = Field(description="stable; the same as our own routes'")
 

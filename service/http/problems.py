@@ -10,12 +10,12 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, WithJsonSchema
 from starlette.exceptions import HTTPException
 
 from service.errors import (
@@ -52,15 +52,28 @@ STATUS: dict[type[ServiceError], int] = {
 TITLES = {413: "Content Too Large", 422: "Unprocessable Content", 499: "Client Closed Request"}
 
 
+FIELD_ERRORS = {
+    "type": "array",
+    "description": "the fields that are wrong, of an invalid request",
+    "items": {
+        "type": "object",
+        "properties": {
+            "field": {"type": "string", "description": "its name; empty where it is the whole request"},
+            "message": {"type": "string", "description": "what is wrong with it"},
+        },
+    },
+}
+
+
 class Problem(BaseModel):
     """RFC 9457 problem details; `code` is stable."""
 
-    type: str = "about:blank"
-    title: str
-    status: int
-    detail: str
-    code: str
-    errors: list[dict[str, Any]] | None = None
+    type: str = Field("about:blank", description="always about:blank: `code` says what it is")
+    title: str = Field(description="the status in words")
+    status: int = Field(description="the HTTP status, also in an event of a stream")
+    detail: str = Field(description="what is wrong, for people")
+    code: str = Field(description="what is wrong, for programs")
+    errors: Annotated[list[dict[str, Any]] | None, WithJsonSchema(FIELD_ERRORS)] = None
 
 
 MAX_RETRY_AFTER_S = 120

@@ -7,7 +7,6 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Any
 
 import msgspec
 from fastapi import Request, Response
@@ -27,28 +26,12 @@ from service.http.answers import (
     StreamPresenter,
 )
 from service.http.jobs import state_body
-from service.http.problems import Problem
 from service.http.state import AppState, app_state
 from service.tasks.sampling import PreparedRequest
 
 PING_S = 15.0
-PROBLEM: dict[str, Any] = {"model": Problem, "content": {"application/problem+json": {}}}
-REFUSALS = {
-    status: {**PROBLEM, "description": text}
-    for status, text in (
-        (406, "The Accept header names none of our media types"),
-        (422, "Invalid request"),
-        (429, "Queue full; Retry-After says when to try again"),
-        (503, "Loading, draining or failed; Retry-After says when to try again"),
-        (504, "The deadline has passed or cannot be met"),
-    )
-}
-
-
-OUTCOMES: dict[int | str, dict[str, Any]] = dict(
-    [(202, {"description": "With Prefer: respond-async: Location is the job's address"}), *REFUSALS.items()]
-)
-"""Of a POST."""
+UNBUFFERED = "no-cache, no-transform"
+"""Of streams: proxies and development servers that compress answers would hold events back meanwhile."""
 
 
 async def answer(media_type: str, prepared: PreparedRequest, request: Request) -> Response:
@@ -116,7 +99,7 @@ class EventStream(Response):
     def __init__(self, presenter: StreamPresenter, state: AppState, spec: JobSpec | None = None) -> None:
         """spec: a job to submit; None continues the one that the presenter is of."""
         self.status_code, self.background = 200, None
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", "Vary": "Accept"}
+        headers = {"Cache-Control": UNBUFFERED, "X-Accel-Buffering": "no", "Vary": "Accept"}
         self.init_headers({**headers, "X-Job-ID": presenter.prepared.spec.id})
         self._presenter, self._state, self._spec = presenter, state, spec
 

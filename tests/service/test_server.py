@@ -295,3 +295,21 @@ def test_a_long_head_and_a_longer_body_are_not(serve: Serve) -> None:
         b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
     )
     assert answer_to(server, head % len(padded), padded).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize(
+    ("target", "answer"),
+    [
+        ("http://ddpm.example/livez", b'{"status":"alive"}'),
+        ("http://ddpm.example:8000/livez?a=http://b", b'{"status":"alive"}'),
+        ("http://ddpm.example", b"</html>"),
+        ("HTTP://ddpm.example?a=b", b"</html>"),
+    ],
+)
+def test_a_target_may_be_absolute_as_a_proxy_is_asked(serve: Serve, target: str, answer: bytes) -> None:
+    with socket.create_connection(serve().address, PATIENCE_S) as connection:
+        head = f"GET {target} HTTP/1.1\r\nHost: ddpm.example\r\nConnection: close\r\n\r\n"
+        connection.sendall(head.encode())
+        received = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert received.startswith(b"HTTP/1.1 200 ")
+    assert received.rstrip().endswith(answer)

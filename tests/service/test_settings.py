@@ -10,7 +10,7 @@ import psutil
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from service.settings import CommandLine, Settings
+from service.settings import CommandLine, Settings, service_link, unknown_variables
 from tests.model.hub_server import REPOSITORY, Hub, files_of, serving
 from tests.service.fakes import until
 from tests.service.live import ROOT, Process
@@ -106,6 +106,107 @@ def test_a_size_is_a_height_and_a_width(text: str, size: tuple[int, int] | None)
     assert [config.sample_size for config in Settings(sample_size=text).engine_configs()] == [size]
 
 
+# ── Origins ────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("given", "sent_by_browsers"),
+    [
+        ("https://a.example", "https://a.example"),
+        ("https://a.example/", "https://a.example"),
+        ("HTTPS://A.Example:443", "https://a.example"),
+        ("http://a.example:80", "http://a.example"),
+        ("http://a.example:8080/", "http://a.example:8080"),
+        ("http://[::1]:3000", "http://[::1]:3000"),
+        ("https://bücher.example", "https://xn--bcher-kva.example"),
+        ("*", "*"),
+        ("null", "null"),
+    ],
+)
+def test_an_origin_is_as_browsers_send_it(
+    monkeypatch: pytest.MonkeyPatch, given: str, sent_by_browsers: str
+) -> None:
+    monkeypatch.setenv("DDPM_CORS_ORIGINS", given)
+    assert Settings().cors_origins == (sent_by_browsers,)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "a.example",
+        "localhost:3000",
+        "//a.example",
+        "https://",
+        "https://a.example/page",
+        "https://a.example?",
+        "https://a.example#b",
+        "https://*.example",
+        "https://me@a.example",
+    ],
+)
+def test_what_is_no_origin_is_refused(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.setenv("DDPM_CORS_ORIGINS", given)
+    with pytest.raises(ValidationError, match="an origin is scheme://host"):
+        Settings()
+
+
+# ── Variables with our prefix that are no settings ────────────────────────────────────────────────
+
+LINKS = {
+    "DDPM_SERVICE_HOST": "10.96.0.1",
+    "DDPM_SERVICE_PORT": "8000",
+    "DDPM_SERVICE_PORT_HTTP": "8000",
+    "DDPM_PORT": "tcp://10.96.0.1:8000",
+    "DDPM_PORT_8000_TCP": "tcp://10.96.0.1:8000",
+    "DDPM_PORT_8000_TCP_PROTO": "tcp",
+    "DDPM_PORT_8000_TCP_PORT": "8000",
+    "DDPM_PORT_8000_TCP_ADDR": "10.96.0.1",
+    "DDPM_API_PORT": "tcp://[fd00::1]:80",
+    "DDPM_API_SERVICE_HOST": "fd00::1",
+    "DDPM_API_V2_PORT_53_UDP_ADDR": "10.96.0.1",
+}
+"""What Kubernetes sets for Services that are called ddpm, ddpm-api and ddpm-api-v2."""
+
+
+def test_the_variables_of_a_kubernetes_service_are_not_ours(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, value in LINKS.items():
+        monkeypatch.setenv(name, value)
+    assert Settings().port == 8000
+    assert unknown_variables(Settings()) == []
+    (tmp_path / ".env").write_text("DDPM_PORT=9001\n")
+    assert Settings().port == 9001
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("DDPM_PORT", "9000"), ("DDPM_PORT", "http://a:80"), ("DDPM_HOST", "tcp://a:80"), ("DDPM_MODEL", "x")],
+)
+def test_a_setting_is_not_taken_for_a_service(name: str, value: str) -> None:
+    assert not service_link(name, value)
+
+
+def test_a_variable_without_a_meaning_is_named_with_the_nearest(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("DDPM_MAX_BACH", "DDPM_PUBLISH", "DDPM_URL", "DDPM_API_KEYS", "DDPM_API_KEY", "DDPMAX"):
+        monkeypatch.setenv(name, "7")
+    (tmp_path / ".env").write_text("DDPM_SOMETHING_QUITE_DIFFERENT=7\nSOMEONE_ELSES=7\n")
+    assert unknown_variables(Settings()) == [
+        "DDPM_MAX_BACH is not a setting of this service; did you mean DDPM_MAX_BATCH?",
+        "DDPM_SOMETHING_QUITE_DIFFERENT is not a setting of this service",
+    ]
+
+
+def test_the_key_of_a_client_protects_no_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DDPM_API_KEY", "sesame")
+    (line,) = unknown_variables(Settings())
+    assert "without DDPM_API_KEYS the service is open" in line
+    assert "sesame" not in line
+    assert unknown_variables(Settings(api_keys=(SecretStr("sesame"),))) == []
+
+
 # ── The whole program ──────────────────────────────────────────────────────────────────────────
 
 
@@ -115,6 +216,16 @@ def test_a_malformed_value_gives_one_line_and_code_2(launch: Callable[..., Proce
     (line,) = process.lines
     assert line.startswith("DDPM_MAX_QUEUE: ")
     assert "many" not in line
+
+
+def test_a_misspelt_variable_is_logged_and_a_service_called_ddpm_is_not(
+    launch: Callable[..., Process], tmp_path: Path
+) -> None:
+    process = launch("--model", str(tmp_path / "nowhere"), DDPM_MAX_QUEU="7", **LINKS)
+    assert process.wait() == 3
+    warning, reason = process.lines
+    assert warning.endswith("DDPM_MAX_QUEU is not a setting of this service; did you mean DDPM_MAX_QUEUE?")
+    assert reason.endswith("no such folder")
 
 
 def test_an_unusable_model_gives_one_line_and_code_3(launch: Callable[..., Process], tmp_path: Path) -> None:

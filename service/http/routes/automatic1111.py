@@ -7,12 +7,12 @@ import base64
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
-from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
+from fastapi import APIRouter, FastAPI, HTTPException, Query, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from model.sheets import contact_sheet
 from service.engine.messages import Picture
@@ -43,7 +43,7 @@ get_router = APIRouter(prefix=f"{PREFIX}/v1", tags=["automatic1111"])
 class Options(BaseModel):
     """The settings that a client may send: of all that it has read, this one means something here."""
 
-    sd_model_checkpoint: str | None = None
+    sd_model_checkpoint: str | None = Field(None, description="the name of the model, the only one")
 
 
 def install(app: FastAPI) -> None:
@@ -127,7 +127,10 @@ def _base64(picture: Picture, text: str, scale: int) -> str:
 
 
 @get_router.get("/progress")
-async def progress(request: Request, skip_current_image: bool = False) -> dict[str, Any]:
+async def progress(
+    request: Request,
+    skip_current_image: Annotated[bool, Query(description="leave current_image out")] = False,
+) -> dict[str, Any]:
     """How far the client's jobs are, and the x₀ predictions of the one that came first."""
     runs = _runs(request).of(owner_of(request))
     first = runs[0] if runs else None

@@ -9,7 +9,8 @@ from fastapi import APIRouter, Request, Response
 from service.http.forms import HALVES, body_schema, read_body
 from service.http.middleware import UploadRoute
 from service.http.negotiation import negotiate
-from service.http.respond import OUTCOMES, answer
+from service.http.openapi import OUTCOMES
+from service.http.respond import answer
 from service.http.state import app_state
 from service.tasks.interpolate import InterpolateRequest, prepare_interpolation
 
@@ -22,7 +23,7 @@ EXAMPLES = {
 }
 
 
-@router.post("/interpolate", responses=OUTCOMES, openapi_extra=body_schema(InterpolateRequest, EXAMPLES))  # type: ignore[arg-type]
+@router.post("/interpolate", responses=OUTCOMES, openapi_extra=body_schema(InterpolateRequest, EXAMPLES))
 async def interpolate(request: Request) -> Response:
     """A path from one image to another: an image for each of `points` λ from 0 to 1 (DDPM, Fig. 8).
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated
 
 import msgspec
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Path, Query, Request, Response
 
 from service.engine.messages import Cancelled, Failed, Finished, Located, Terminal
 from service.errors import CancelledError, NotAcceptableError
@@ -14,22 +14,28 @@ from service.http.answers import EVENTS, JSON, StreamPresenter, encoded
 from service.http.bodies import bodies_of
 from service.http.jobs import not_found, state_body
 from service.http.negotiation import negotiate
+from service.http.openapi import ANSWERS, Responses, problems
 from service.http.problems import to_problem
-from service.http.respond import PROBLEM, EventStream, finished, presenter_of
+from service.http.respond import EventStream, finished, presenter_of
 from service.http.state import AppState, app_state
 
 router = APIRouter(tags=["jobs"])
 
 HEADERS = {"Cache-Control": "no-store", "Vary": "Accept"}
 LONGEST_RETRY_S = 120
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    404: {**PROBLEM, "description": "There is no such job, or its result is no longer kept"},
-    406: {**PROBLEM, "description": "The Accept header names none of our media types"},
+JOB: Responses = {
+    200: {**ANSWERS[200], "description": "Its state, or its result as its POST would have answered"},
+    **problems(401, 404, 406, 422, 499, 500, 503, 504),
 }
+JobId = Annotated[str, Path(description="as `X-Job-ID` and the ids of events have it")]
 
 
-@router.get("/jobs/{job_id}", response_class=Response, responses=REFUSALS)
-async def job(job_id: str, request: Request, preview: bool = False) -> Response:
+@router.get("/jobs/{job_id}", response_class=Response, responses=JOB)
+async def job(
+    job_id: JobId,
+    request: Request,
+    preview: Annotated[bool, Query(description="with the latest previews, where the job has any")] = False,
+) -> Response:
     """How far a job is. Of one that was sent with `Prefer: respond-async` also its result, as for its POST.
 
     `preview` adds the latest previews. Events are those of such a job that have not been read yet.
@@ -46,8 +52,8 @@ async def job(job_id: str, request: Request, preview: bool = False) -> Response:
     return await _over(stream.last, stream.context, state.capabilities.name, media_type)
 
 
-@router.delete("/jobs/{job_id}", status_code=204, response_class=Response, responses={404: REFUSALS[404]})
-async def delete(job_id: str, request: Request) -> Response:
+@router.delete("/jobs/{job_id}", status_code=204, response_class=Response, responses=problems(401, 404))
+async def delete(job_id: JobId, request: Request) -> Response:
     """Cancel a job in flight, whoever waits for it; forget the result of one that is over."""
     app_state(request).jobs.delete(job_id)
     return Response(status_code=204)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, HTTPException, Request, Response
+from fastapi import APIRouter, HTTPException, Path, Request, Response
 
 from service.http.forms import HALVES, body_schema, read_body
 from service.http.middleware import LimitedRoute, UploadRoute
@@ -26,7 +26,10 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"model": OpenAIError, "description": text}
     for status, text in (
         (400, "Invalid request"),
+        (401, "No API key, or an unknown one, where the service has keys"),
+        (413, "The body is too large"),
         (429, "Queue full; Retry-After says when to try again"),
+        (500, "The job failed, alone, or there is a bug"),
         (503, "Loading, draining or failed; Retry-After says when to try again"),
         (504, "The deadline has passed or cannot be met; not to be tried again"),
     )
@@ -61,7 +64,7 @@ async def models(request: Request) -> dict[str, Any]:
 
 
 @router.get("/v1/models/{model:path}", responses={404: {"model": OpenAIError}})
-async def model(model: str, request: Request) -> dict[str, Any]:
+async def model(model: Annotated[str, Path(description="its name")], request: Request) -> dict[str, Any]:
     """The model that is served, by its name; 404 for any other."""
     found = _model(app_state(request))
     if model != found["id"]:

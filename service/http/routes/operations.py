@@ -9,12 +9,13 @@ from fastapi import APIRouter, Request, Response
 from service.engine.worker import Phase
 from service.errors import EngineDeadError, LoadingError
 from service.http.info import describe
+from service.http.openapi import problems
 from service.http.state import app_state
 
 router = APIRouter(tags=["operations"])
 
 
-@router.get("/livez")
+@router.get("/livez", responses=problems(503))
 @router.get("/v2/health/live", include_in_schema=False)
 async def livez(request: Request) -> dict[str, str]:
     """Alive: the engine makes progress whenever it has work."""
@@ -23,7 +24,7 @@ async def livez(request: Request) -> dict[str, str]:
     return {"status": "alive"}
 
 
-@router.get("/readyz")
+@router.get("/readyz", responses=problems(503))
 @router.get("/v2/health/ready", include_in_schema=False)
 async def readyz(request: Request) -> dict[str, str]:
     """Ready: loaded, warm, and not draining."""
@@ -41,7 +42,7 @@ async def metrics(request: Request) -> Response:
     )
 
 
-@router.get("/info")
+@router.get("/info", responses=problems(401, 503))
 async def info(request: Request) -> dict[str, Any]:
     """The model, the samplers, defaults, limits, the device, and how far batch neighbours change a result."""
     state = app_state(request)

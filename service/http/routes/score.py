@@ -9,7 +9,8 @@ from fastapi import APIRouter, Request, Response
 from service.http.forms import HALVES, body_schema, read_body
 from service.http.middleware import UploadRoute
 from service.http.negotiation import negotiate
-from service.http.respond import OUTCOMES, answer
+from service.http.openapi import OUTCOMES
+from service.http.respond import answer
 from service.http.state import app_state
 from service.tasks.score import ScoreRequest, prepare_score
 

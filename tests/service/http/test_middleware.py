@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
 import httpx
 import pytest
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 
+from service.app import WORKING_PATHS
 from service.http.middleware import (
     MAX_BODY_BYTES,
     MAX_UPLOAD_BYTES,
@@ -90,6 +92,74 @@ def test_a_request_id_that_is_unsafe_to_log_is_replaced(given: bytes) -> None:
 def test_what_is_not_a_request_is_ignored() -> None:
     telemetry, _ = call(silent, kind="lifespan")
     assert not next(iter(telemetry.requests.collect())).samples
+
+
+# ── HEAD ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_route_that_answers_get_answers_head_without_a_body(serve: Serve) -> None:
+    running = serve()
+    paths = running.client.get("/openapi.json").json()["paths"]
+    fixed = [path for path, methods in paths.items() if "get" in methods and "{" not in path]
+    quiet = {*fixed, "/", "/explore", "/docs", "/openapi.json", "/v2/health/live", "/web/style.css", "/none"}
+    quiet -= WORKING_PATHS
+    assert {"/livez", "/readyz", "/metrics", "/info"} < quiet
+    for path in quiet:
+        head, get = running.client.head(path), running.client.get(path)
+        assert head.status_code == get.status_code, path
+        assert head.headers["content-type"] == get.headers["content-type"], path
+        if path != "/metrics":  # which the requests themselves change
+            assert head.headers["content-length"] == str(len(get.content)), path
+        assert head.content == b""
+    labels = {"route": "/livez", "outcome": "2xx"}
+    assert running.metric("ddpm_requests_total", **labels) == 2
+
+
+@pytest.mark.parametrize("path", sorted(WORKING_PATHS))
+def test_head_starts_no_job(serve: Serve, path: str) -> None:
+    running = serve()
+    response = running.client.head(path)
+    assert response.status_code in (200, 405)  # which is for the route to say
+    assert response.content == b""
+    assert running.denoiser.starts == []
+
+
+def test_head_of_a_stream_ends_at_its_head(serve: Serve) -> None:
+    running = serve()
+    ended = threading.Event()
+
+    @running.app.get("/ticks")
+    async def ticks() -> StreamingResponse:
+        async def endless() -> AsyncIterator[bytes]:
+            try:
+                while True:
+                    yield b"tick"
+                    await asyncio.sleep(0.01)
+            finally:
+                ended.set()
+
+        return StreamingResponse(endless(), media_type="text/event-stream")
+
+    assert running.client.head("/ticks").status_code == 200
+    assert ended.wait(PATIENCE_S)
+
+
+# ── Pages of other origins ──────────────────────────────────────────────────────────────────────
+
+
+def test_a_page_of_an_allowed_origin_may_do_what_the_api_offers(serve: Serve) -> None:
+    client = serve(cors_origins="HTTPS://A.example:443/").client
+    origin = {"origin": "https://a.example"}
+    for method in ("GET", "POST", "DELETE"):
+        asked = {**origin, "access-control-request-method": method}
+        asked["access-control-request-headers"] = "last-event-id, prefer, authorization"
+        allowed = client.options("/generate", headers=asked)
+        assert allowed.status_code == 200, method
+        assert allowed.headers["access-control-allow-origin"] == "https://a.example"
+    exposed = client.get("/livez", headers=origin).headers["access-control-expose-headers"].split(", ")
+    assert {"Location", "ETag", "Preference-Applied", "Retry-After", "X-Job-ID"} <= set(exposed)
+    other = client.get("/livez", headers={"origin": "https://b.example"})
+    assert "access-control-allow-origin" not in other.headers
 
 
 async def streaming(scope: Any, receive: Any, send: Any) -> None:

@@ -298,7 +298,7 @@ def test_a_reader_that_keeps_up_sees_the_whole_chain(serve: Serve) -> None:
     with server.client.stream("GET", query) as response:
         assert response.status_code == 200
         assert response.headers["content-type"].startswith("text/event-stream")
-        assert response.headers["cache-control"] == "no-cache"
+        assert response.headers["cache-control"] == "no-cache, no-transform"
         assert response.headers["x-accel-buffering"] == "no"
         events = read_in_step(server, response)
     names = [event.name for event in events]
@@ -440,6 +440,20 @@ def test_nothing_to_go_back_to(serve: Serve, last: str) -> None:
     response = server.client.get("/stream", headers=[(b"last-event-id", last.encode("latin-1"))])
     assert response.status_code == 204
     assert server.denoiser.starts == []
+
+
+@pytest.mark.parametrize("name", ["lastEventId", "evs_last_event_id"])
+def test_a_polyfill_reconnects_by_its_query(serve: Serve, name: str) -> None:
+    server = serve(stream_grace_s=30)
+    server.gate.shut()
+    query = {"num_inference_steps": "3", "preview": "none", "evs_preamble": "2056", name: ""}
+    with server.client.stream("GET", "/stream", params=query) as first:
+        seen = next(sse(first))
+        assert first.headers["cache-control"] == "no-cache, no-transform"
+    server.gate.open()
+    with server.client.stream("GET", "/stream", params={**query, name: seen.id}) as second:
+        assert [event.data["id"] for event in sse(second)] == [seen.data["id"]]
+    assert len(server.denoiser.starts) == 1
 
 
 def test_a_malformed_number_does_not_disturb_the_job(serve: Serve) -> None:

@@ -1,0 +1,149 @@
+"""What OpenAPI says of answers: the forms of a result, and the problems that a route may answer with.
+
+The codes of each status come from the error tree and the one table of statuses, so none can be forgotten.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+
+from service.errors import ServiceError
+from service.http.answers import EVENTS, JSON
+from service.http.problems import STATUS, Problem
+from service.tasks.images import MEDIA_TYPES
+
+Responses = dict[int | str, dict[str, Any]]
+
+PROBLEM_JSON = "application/problem+json"
+BESIDE = {404: ("not_found",), 413: ("content_too_large",), 500: ("internal",)}
+"""Codes that are no error of the tree: Starlette's own, and a bug's."""
+MEANINGS = {
+    401: "No API key, or an unknown one, where the service has keys",
+    404: "There is no such thing",
+    406: "The Accept header names none of our media types",
+    413: "The body is too large",
+    422: "Invalid request; `errors` lists the fields",
+    429: "Queue full; Retry-After says when to try again",
+    499: "The job was cancelled",
+    500: "The job failed, alone, or there is a bug",
+    503: "Loading, draining or failed; Retry-After says when to try again",
+    504: "The deadline has passed or cannot be met",
+}
+EVENTS_OF_A_JOB = "`queued`, `preview` …, then `completed` with the JSON answer, or `error` with a problem"
+
+
+class DocumentedApp(FastAPI):
+    """FastAPI, without the form of 422 that it lists by itself and that none of our routes answers."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The description, made at the first call."""
+        if self.openapi_schema is None:
+            found = super().openapi()
+            schemas = found.get("components", {}).get("schemas", {})
+            if schemas.pop("HTTPValidationError", None):
+                schemas.pop("ValidationError", None)
+                for operation in (each for path in found["paths"].values() for each in path.values()):
+                    if "HTTPValidationError" in str(operation["responses"].get("422")):
+                        del operation["responses"]["422"]
+        return super().openapi()
+
+
+def codes_of(status: int) -> list[str]:
+    """The codes of all errors that are answered by a status."""
+    found = list(BESIDE.get(status, ()))
+    kinds = ServiceError.__subclasses__()
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+        nearest = next(STATUS[base] for base in kind.__mro__ if base in STATUS)
+        if nearest == status and kind.code != "refused":  # which only its kinds are raised as
+            found.append(kind.code)
+    return found
+
+
+def problems(*statuses: int) -> Responses:
+    """The `responses` of a route for these statuses, each with its codes."""
+    return {status: _problem(status) for status in statuses}
+
+
+def _problem(status: int) -> dict[str, Any]:
+    codes = codes_of(status)
+    schema = Problem.model_json_schema()
+    properties = {**schema["properties"]}
+    properties["status"] = {**properties["status"], "const": status}
+    properties["code"] = {**properties["code"], "enum": codes}
+    described = f"{MEANINGS[status]} ({', '.join(f'`{code}`' for code in codes)})"
+    return {
+        "description": described,
+        "content": {PROBLEM_JSON: {"schema": {**schema, "properties": properties}}},
+    }
+
+
+def _text(description: str, kind: str = "string") -> dict[str, Any]:
+    return {"type": kind, "description": description}
+
+
+def _object(description: str, **properties: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "description": description, "properties": properties}
+
+
+RESULT = _object(
+    "The results of a job, with all that is needed to repeat it.",
+    id=_text("the job"),
+    model=_text("name of the model"),
+    images={
+        "type": "array",
+        "description": "the images; not from /score",
+        "items": _object(
+            "One image.",
+            index=_text("its place in the answer", "integer"),
+            seed=_text("the seed that gives this image alone", "integer"),
+            b64_json=_text("the picture, or the array, in base64"),
+            media_type=_text("its format"),
+        ),
+    },
+    scores={
+        "type": "array",
+        "description": "from /score instead of images: the bound of each picture and its terms",
+        "items": _text("docs/api.md has its keys", "object"),
+    },
+    parameters=_text("the request with every default filled in", "object"),
+    timings=_object(
+        "Seconds.",
+        queue_s=_text("until the first step", "number"),
+        run_s=_text("from the first step to the last", "number"),
+        total_s=_text("both", "number"),
+    ),
+)
+"""The JSON of an answer."""
+REFUSALS = problems(401, 406, 413, 422, 429, 499, 500, 503, 504)
+"""Of a route that takes a body and runs a job."""
+ANSWERS: Responses = {
+    200: {
+        "description": "The result, in the form that the Accept header chooses",
+        "content": {
+            JSON: {"schema": RESULT},
+            **{media: {"schema": {"type": "string", "format": "binary"}} for media in MEDIA_TYPES.values()},
+            EVENTS: {"schema": _text(EVENTS_OF_A_JOB)},
+        },
+    },
+    **REFUSALS,
+}
+"""Of such a route that negotiates the form of its answer."""
+OUTCOMES: Responses = {
+    **ANSWERS,
+    202: {"description": "With `Prefer: respond-async`: `Location` is the job's address"},
+}
+"""Of a POST that may go on without its client."""
+CACHED_PICTURE: Responses = {
+    **{status: each for status, each in ANSWERS.items() if status != 413},
+    304: {"description": "`If-None-Match` names the picture; nothing was computed"},
+}
+"""Of a route that answers with a picture by its address, and takes no body."""
+EVENT_STREAM: Responses = {
+    200: {"description": "The job's events", "content": {EVENTS: {"schema": _text(EVENTS_OF_A_JOB)}}},
+    204: {"description": "Nothing is left of the stream that was to be continued"},
+    **problems(401, 422, 429, 499, 500, 503, 504),
+}
+"""Of a route that streams, whatever the client accepts, and takes no body."""
