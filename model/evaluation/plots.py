@@ -164,7 +164,7 @@ def loss_curve(records: Sequence[Mapping[str, float]]) -> Image.Image:
     _plain_numbers(axes)
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    return _drawn(figure)
+    return drawn(figure)
 
 
 def guidance_name(row: Mapping[str, Any]) -> str:
@@ -229,7 +229,7 @@ def quality_plot(evaluation: Mapping[str, Any], over: Axis = "evaluations") -> I
     for axes in all_axes[len(panels) :]:
         axes.remove()
     figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    return _drawn(figure)
+    return drawn(figure)
 
 
 def guidance_lines(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, Mapping[str, Any]]]]:
@@ -304,7 +304,7 @@ def rate_distortion(curve: Mapping[str, Sequence[float]], timesteps: int) -> Ima
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-    return _drawn(figure)
+    return drawn(figure)
 
 
 def _plain_numbers(axes: Axes) -> None:
@@ -314,7 +314,7 @@ def _plain_numbers(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter("{x:g}")
 
 
-def _drawn(figure: Figure) -> Image.Image:
+def drawn(figure: Figure) -> Image.Image:
     """Draw with Agg, which needs no display and leaves matplotlib's global state alone."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # type: ignore[no-untyped-call]  # matplotlib leaves these two without annotations
