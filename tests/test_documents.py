@@ -18,10 +18,6 @@ from service import errors
 ROOT = Path(__file__).parent.parent
 MAX_README_LINES = 120
 MAX_README_COLUMNS = 120
-# Read by docker-compose.yml itself, for the port on the host.
-COMPOSE_ONLY = {"DDPM_PUBLISH"}
-# Read by the client and the command, which call a service.
-CLIENT_ONLY = {"DDPM_URL", "DDPM_API_KEY"}
 
 DOCUMENTS = sorted(
     path.relative_to(ROOT).as_posix()
@@ -131,13 +127,23 @@ def test_every_metric_has_its_row_in_operations():
     [*DOCUMENTS, "Dockerfile", "docker-compose.yml", "docker/compose.gpu.yml", "docker/healthcheck.py"],
 )
 def test_no_file_names_a_setting_that_does_not_exist(file):
-    assert named(file, "DDPM_") - settings() - COMPOSE_ONLY - CLIENT_ONLY == set()
+    from service.settings import ELSEWHERE
+
+    assert named(file, "DDPM_") - settings() - ELSEWHERE == set()
 
 
 @pytest.mark.parametrize("file", [*DOCUMENTS, "docker/alerts.yml", "docker/alerts_test.yml"])
 def test_no_file_names_a_metric_that_does_not_exist(file):
     found = {re.sub(r"_(bucket|sum|count)$", "", name) for name in named(file, "ddpm_")}
     assert found - metrics() == set()
+
+
+def test_every_alert_has_its_row_in_operations():
+    (table,) = tables(text("docs/operations.md"), "Alert")
+    (group,) = yaml.safe_load(text("docker/alerts.yml"))["groups"]
+    severity = {row.split("|")[1].strip(" `"): row.split("|")[2].strip() for row in table}
+    for rule in group["rules"]:
+        assert severity[rule["alert"]] == rule["labels"]["severity"]
 
 
 def test_a_name_must_be_whole():
