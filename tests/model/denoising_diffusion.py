@@ -32,6 +32,11 @@ from denoising_diffusion_pytorch import GaussianDiffusion, LearnedGaussianDiffus
 from denoising_diffusion_pytorch import classifier_free_guidance as conditional  # noqa: E402
 from ema_pytorch import EMA  # noqa: E402
 
+if ENVIRONMENT:  # others look for the real one, and would use what the stand-in lacks
+    sys.path.remove(STAND_INS)
+    for name in [each for each in sys.modules if each.partition(".")[0] == "torchvision"]:
+        del sys.modules[name]
+
 __all__ = ["ENVIRONMENT", "LearnedGaussianDiffusion", "conditional"]
 
 TINY: dict[str, Any] = {"dim": 8, "dim_mults": (1, 2)}
