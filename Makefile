@@ -1,11 +1,12 @@
 # Two commands matter: `make serve` and `make test`. Both work from a fresh clone with Python 3.11 or newer.
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check train evaluate simulate bench rules lock clean
+.PHONY: help install serve test fuzz check train evaluate simulate bench rules lock clean
 
 PYTHON ?=
 DATA   ?= /usr/share/datasets/fashion-mnist
 OUT    ?= weights/fashion-mnist
 ARGS   ?=
+FUZZ_EXAMPLES ?= 200
 
 VENV := .venv
 RUN  := $(VENV)/bin/python
@@ -45,6 +46,9 @@ serve: install ## run the service on http://127.0.0.1:8000 (flags in ARGS)
 
 test: install ## run the tests, in as many processes as there are cores
 	$(RUN) -m pytest --numprocesses auto $(ARGS)
+
+fuzz: install ## ask every route for what it does not expect (FUZZ_EXAMPLES of each: minutes)
+	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(RUN) -m pytest tests/service/test_fuzz.py tests/service/tasks/test_uploads_fuzz.py $(ARGS)
 
 check: install ## formatting, lint, types, container, Kubernetes and alert files
 	$(RUN) -m ruff format --check .

@@ -8,6 +8,7 @@ from model.likelihood import DEFAULT_TERMS
 from model.samplers import SAMPLERS, SINGLE_STEP
 from service import __version__
 from service.engine.messages import EngineInfo
+from service.http.openapi import lists, objects, typed
 from service.settings import Settings
 from service.tasks import edit, interpolate, score
 from service.tasks.images import MODES, formats_of, picture_size
@@ -18,6 +19,99 @@ from service.tasks.sampling import (
     ModelCapabilities,
 )
 from service.tasks.uploads import FORMATS, MAX_PIXELS
+
+NAMES = {"type": "string"}
+INFO = objects(
+    "What is served.",
+    version=typed("of the service"),
+    model=objects(
+        "The model.",
+        name=typed("its name"),
+        classes=lists("names of its classes, by index", NAMES),
+        guidance=typed("whether classifier-free guidance is possible", "boolean"),
+        classifier=typed("whether classifier guidance is possible", "boolean"),
+        condition=lists("what it takes beside noise: pictures or masks", NAMES),
+        channels=typed("of a sample", "integer"),
+        height=typed("of a sample", "integer"),
+        width=typed("of a sample", "integer"),
+        picture=objects(
+            "A sample as a picture.",
+            height=typed("in pixels", "integer"),
+            width=typed("in pixels", "integer"),
+        ),
+        formats=lists("of answers, the default first", NAMES),
+        parameters=typed("how many the network has", "integer"),
+        sha256=typed("of its files"),
+        timesteps=typed("T", "integer"),
+        prediction_type=typed("what the network predicts"),
+    ),
+    samplers=lists("their names", NAMES),
+    defaults=objects(
+        "What is assumed of a request that does not say.",
+        sampler=typed("the model's own"),
+        num_inference_steps=typed("with that sampler", "integer"),
+        steps_by_sampler=typed("with each of them", "object", additionalProperties={"type": "integer"}),
+        eta=typed("η of DDIM", "number"),
+        guidance_scale=typed("of classifier-free guidance", "number"),
+        guidance_sigma_min=typed("lowest noise level with guidance", "number"),
+        guidance_sigma_max={"type": ["number", "null"], "description": "highest noise level with guidance"},
+        classifier_scale=typed("of classifier guidance", "number"),
+        timestep_spacing=typed("which timesteps are taken"),
+        output_format=typed("of pictures"),
+    ),
+    editing=objects(
+        "Defaults and limits of requests with pictures.",
+        pictures=objects(
+            "What may be uploaded.",
+            formats=lists("of files", NAMES),
+            max_pixels=typed("of a file", "integer"),
+        ),
+        edit=objects("/edit.", strength=typed("the default", "number")),
+        inpainting=objects(
+            "/edit with a mask.",
+            samplers=lists("that can do it", NAMES),
+            jump_length=typed("the default", "integer"),
+            jump_n_sample=typed("the default", "integer"),
+            max_rows=typed("most steps with all jumps", "integer"),
+        ),
+        interpolation=objects(
+            "/interpolate.",
+            methods=lists("their names", NAMES),
+            points=typed("the default", "integer"),
+            strength=typed("the default", "number"),
+            inversion_steps=typed("the default", "integer"),
+        ),
+    ),
+    scoring=objects(
+        "/score.",
+        max_images=typed("per request", "integer"),
+        terms=typed("the default", "integer"),
+        typicality=typed("whether the model has the statistics", "boolean"),
+    ),
+    limits=objects(
+        "Of this instance.",
+        max_images=typed("per request", "integer"),
+        max_batch=typed("rows per network call", "integer"),
+        max_queue=typed("images in flight", "integer"),
+        deadline_s=typed("longest a request may take, in seconds", "number"),
+    ),
+    runtime=objects(
+        "What runs the network.",
+        name=typed("the runtime"),
+        device=typed("where"),
+        dtype=typed("in which precision"),
+        step_seconds=typed(
+            "seconds of a network call, by its rows", "object", additionalProperties={"type": "number"}
+        ),
+    ),
+    batch_invariance=objects(
+        "How far batch neighbours change a result, measured at start-up.",
+        invariant=typed("whether they change nothing", "boolean"),
+        max_abs_difference=typed("the largest difference", "number"),
+        batch_sizes=lists("that were compared", {"type": "integer"}),
+    ),
+)
+"""The schema of the answer of `/info`."""
 
 
 def describe(capabilities: ModelCapabilities, settings: Settings, engine: EngineInfo) -> dict[str, Any]:

@@ -5,6 +5,7 @@ The codes of each status come from the error tree and the one table of statuses,
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -80,43 +81,81 @@ def _problem(status: int) -> dict[str, Any]:
     }
 
 
-def _text(description: str, kind: str = "string") -> dict[str, Any]:
-    return {"type": kind, "description": description}
+def typed(description: str, kind: str = "string", **more: Any) -> dict[str, Any]:
+    """The schema of a value of one JSON type. more: its other keywords."""
+    return {"type": kind, "description": description, **more}
 
 
-def _object(description: str, **properties: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "object", "description": description, "properties": properties}
+def objects(description: str, *, optional: Sequence[str] = (), **properties: Any) -> dict[str, Any]:
+    """The schema of an object that has these properties, and may have others. optional: those it may lack."""
+    required = [name for name in properties if name not in optional]
+    return {"type": "object", "description": description, "properties": properties, "required": required}
 
 
-RESULT = _object(
+def lists(description: str, items: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """The schema of an array. more: its other keywords."""
+    return {"type": "array", "description": description, "items": items, **more}
+
+
+def described(schema: Mapping[str, Any]) -> Responses:
+    """The `responses` of a route whose answer is JSON of this schema."""
+    return {200: {"description": schema["description"], "content": {JSON: {"schema": schema}}}}
+
+
+def events(description: str, names: Sequence[str]) -> dict[str, Any]:
+    """The description of a stream of server-sent events, with the names that they may have.
+
+    `itemSchema` is OpenAPI 3.2's; FastAPI writes it into its 3.1, too.
+    """
+    data = typed("JSON", contentMediaType="application/json", contentSchema={"type": "object"})
+    event = typed("what it is", enum=list(names))
+    sent = objects(description, event=event, id=typed("to be sent as Last-Event-ID"), data=data)
+    return {"itemSchema": sent}
+
+
+RESULT = objects(
     "The results of a job, with all that is needed to repeat it.",
-    id=_text("the job"),
-    model=_text("name of the model"),
-    images={
-        "type": "array",
-        "description": "the images; not from /score",
-        "items": _object(
+    optional=("images", "scores"),
+    id=typed("the job"),
+    model=typed("name of the model"),
+    images=lists(
+        "the images; not from /score",
+        objects(
             "One image.",
-            index=_text("its place in the answer", "integer"),
-            seed=_text("the seed that gives this image alone", "integer"),
-            b64_json=_text("the picture, or the array, in base64"),
-            media_type=_text("its format"),
+            index=typed("its place in the answer", "integer"),
+            seed=typed("the seed that gives this image alone", "integer"),
+            b64_json=typed("the picture, or the array, in base64"),
+            media_type=typed("its format"),
         ),
-    },
-    scores={
-        "type": "array",
-        "description": "from /score instead of images: the bound of each picture and its terms",
-        "items": _text("docs/api.md has its keys", "object"),
-    },
-    parameters=_text("the request with every default filled in", "object"),
-    timings=_object(
+    ),
+    scores=lists(
+        "from /score instead of images: the bound of each picture and its terms",
+        typed("docs/api.md has its keys", "object"),
+    ),
+    parameters=typed("the request with every default filled in", "object"),
+    timings=objects(
         "Seconds.",
-        queue_s=_text("until the first step", "number"),
-        run_s=_text("from the first step to the last", "number"),
-        total_s=_text("both", "number"),
+        queue_s=typed("until the first step", "number"),
+        run_s=typed("from the first step to the last", "number"),
+        total_s=typed("both", "number"),
     ),
 )
 """The JSON of an answer."""
+STATE = objects(
+    "How far a job is, or what it has ended with.",
+    optional=("position", "eta_s", "progress", "previews", "result", "error"),
+    id=typed("the job"),
+    state=typed("what it does", enum=["waiting", "running", "finished", "failed", "cancelled"]),
+    position={"type": ["integer", "null"], "description": "how many are ahead of it while it waits"},
+    eta_s={"type": ["number", "null"], "description": "seconds until it should be finished"},
+    progress=typed("share of its network evaluations that is done", "number"),
+    previews=lists("the latest x₀ predictions, where they were asked for", {"type": "object"}),
+    result={**RESULT, "description": "as its POST would have answered"},
+    error={**Problem.model_json_schema(), "description": "why there is no result"},
+)
+"""The JSON of a job that is asked about."""
+JOB_STATE = {JSON: {"schema": STATE}}
+JOB_EVENTS = events(EVENTS_OF_A_JOB, ("queued", "preview", "completed", "error"))
 REFUSALS = problems(401, 406, 413, 422, 429, 499, 500, 503, 504)
 """Of a route that takes a body and runs a job."""
 ANSWERS: Responses = {
@@ -125,7 +164,7 @@ ANSWERS: Responses = {
         "content": {
             JSON: {"schema": RESULT},
             **{media: {"schema": {"type": "string", "format": "binary"}} for media in MEDIA_TYPES.values()},
-            EVENTS: {"schema": _text(EVENTS_OF_A_JOB)},
+            EVENTS: JOB_EVENTS,
         },
     },
     **REFUSALS,
@@ -133,7 +172,10 @@ ANSWERS: Responses = {
 """Of such a route that negotiates the form of its answer."""
 OUTCOMES: Responses = {
     **ANSWERS,
-    202: {"description": "With `Prefer: respond-async`: `Location` is the job's address"},
+    202: {
+        "description": "With `Prefer: respond-async`: `Location` is the job's address",
+        "content": JOB_STATE,
+    },
 }
 """Of a POST that may go on without its client."""
 CACHED_PICTURE: Responses = {
@@ -142,7 +184,7 @@ CACHED_PICTURE: Responses = {
 }
 """Of a route that answers with a picture by its address, and takes no body."""
 EVENT_STREAM: Responses = {
-    200: {"description": "The job's events", "content": {EVENTS: {"schema": _text(EVENTS_OF_A_JOB)}}},
+    200: {"description": "The job's events", "content": {EVENTS: JOB_EVENTS}},
     204: {"description": "Nothing is left of the stream that was to be continued"},
     **problems(401, 422, 429, 499, 500, 503, 504),
 }

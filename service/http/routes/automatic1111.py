@@ -19,6 +19,7 @@ from service.engine.messages import Picture
 from service.http.answers import JSON, encoded
 from service.http.forms import HALVES, body_schema, read_body
 from service.http.middleware import UploadRoute
+from service.http.openapi import MEANINGS, Responses, described, lists, objects, typed
 from service.http.problems import ErrorFormats, Problem
 from service.http.progress import Run, Runs, owner_of
 from service.http.state import app_state
@@ -36,8 +37,31 @@ from service.tasks.images import encode
 from service.tasks.sampling import PreparedRequest
 
 PREFIX = "/sdapi"
+ERROR = objects(
+    "An error, as clients of that API show it.",
+    error=typed("stable; the `code` of our own routes"),
+    detail=typed("in words"),
+    errors=typed("the same"),
+    body=typed("always empty"),
+)
+IMAGES = objects(
+    "The images.",
+    images=lists("PNG files in base64", {"type": "string"}),
+    parameters=typed("the request", "object"),
+    info=typed("JSON: seeds, and the text in each picture", contentMediaType="application/json"),
+)
+
+
+def problems(*statuses: int) -> Responses:
+    """The `responses` of a route for these statuses."""
+    content = {JSON: {"schema": ERROR}}
+    return {status: {"description": MEANINGS[status], "content": content} for status in statuses}
+
+
+JOB: Responses = {**described(IMAGES), **problems(401, 404, 413, 422, 429, 499, 500, 503, 504)}
+"""Of a route that makes images."""
 router = APIRouter(prefix=f"{PREFIX}/v1", tags=["automatic1111"], route_class=UploadRoute)
-get_router = APIRouter(prefix=f"{PREFIX}/v1", tags=["automatic1111"])
+get_router = APIRouter(prefix=f"{PREFIX}/v1", tags=["automatic1111"], responses=problems(401))
 
 
 class Options(BaseModel):
@@ -68,6 +92,7 @@ def error_format(problem: Problem, headers: Mapping[str, str]) -> Response:
 
 @router.post(
     "/txt2img",
+    responses=JOB,
     openapi_extra=body_schema(TextToImage, {"an image of a class": {"prompt": "an ankle boot", "steps": 20}}),
 )
 async def txt2img(request: Request) -> Response:
@@ -81,6 +106,7 @@ async def txt2img(request: Request) -> Response:
 
 @router.post(
     "/img2img",
+    responses=JOB,
     openapi_extra=body_schema(ImageToImage, {"image to image": {"init_images": [HALVES], "width": 64}}),
 )
 async def img2img(request: Request) -> Response:
@@ -126,7 +152,7 @@ def _base64(picture: Picture, text: str, scale: int) -> str:
 # ── While they are made ────────────────────────────────────────────────────────────────────────
 
 
-@get_router.get("/progress")
+@get_router.get("/progress", responses=problems(422))
 async def progress(
     request: Request,
     skip_current_image: Annotated[bool, Query(description="leave current_image out")] = False,
@@ -170,7 +196,7 @@ async def _current_image(run: Run) -> str | None:
     return base64.b64encode(await encoded(sheet, pictures, "png", scale)).decode()
 
 
-@router.post("/interrupt")
+@router.post("/interrupt", responses=problems(401))
 async def interrupt(request: Request) -> Response:
     """End the client's jobs where they are. Their requests are answered with the latest x₀ predictions."""
     _runs(request).interrupt(owner_of(request), app_state(request))
@@ -185,13 +211,13 @@ def _runs(request: Request) -> Runs:
 # ── What there is ──────────────────────────────────────────────────────────────────────────────
 
 
-@get_router.get("/options")
+@get_router.get("/options", responses=problems(503))
 async def options(request: Request) -> dict[str, Any]:
     """The settings that clients read at their start."""
     return {"sd_model_checkpoint": app_state(request).capabilities.name, "samples_format": "png"}
 
 
-@router.post("/options", openapi_extra=body_schema(Options, {}))
+@router.post("/options", responses=problems(401, 404, 413, 422, 503), openapi_extra=body_schema(Options, {}))
 async def set_options(request: Request) -> Response:
     """Accept the settings as they are, and no other model."""
     body = await read_body(request, Options)
@@ -200,7 +226,7 @@ async def set_options(request: Request) -> Response:
     return JSONResponse(None)
 
 
-@get_router.get("/sd-models")
+@get_router.get("/sd-models", responses=problems(503))
 async def sd_models(request: Request) -> list[dict[str, str | None]]:
     """The model, the only one."""
     name = app_state(request).capabilities.name

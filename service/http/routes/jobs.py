@@ -14,7 +14,7 @@ from service.http.answers import EVENTS, JSON, StreamPresenter, encoded
 from service.http.bodies import bodies_of
 from service.http.jobs import not_found, state_body
 from service.http.negotiation import negotiate
-from service.http.openapi import ANSWERS, Responses, problems
+from service.http.openapi import ANSWERS, JOB_STATE, Responses, problems
 from service.http.problems import to_problem
 from service.http.respond import EventStream, finished, presenter_of
 from service.http.state import AppState, app_state
@@ -24,7 +24,11 @@ router = APIRouter(tags=["jobs"])
 HEADERS = {"Cache-Control": "no-store", "Vary": "Accept"}
 LONGEST_RETRY_S = 120
 JOB: Responses = {
-    200: {**ANSWERS[200], "description": "Its state, or its result as its POST would have answered"},
+    200: {
+        "description": "Its state, or its result as its POST would have answered",
+        "content": {**ANSWERS[200]["content"], **JOB_STATE},
+    },
+    202: {"description": "Its state, where a picture is wanted and it is not finished", "content": JOB_STATE},
     **problems(401, 404, 406, 422, 499, 500, 503, 504),
 }
 JobId = Annotated[str, Path(description="as `X-Job-ID` and the ids of events have it")]

@@ -8,8 +8,8 @@ from fastapi import APIRouter, Request, Response
 
 from service.engine.worker import Phase
 from service.errors import EngineDeadError, LoadingError
-from service.http.info import describe
-from service.http.openapi import problems
+from service.http.info import INFO, describe
+from service.http.openapi import described, problems
 from service.http.state import app_state
 
 router = APIRouter(tags=["operations"])
@@ -42,7 +42,7 @@ async def metrics(request: Request) -> Response:
     )
 
 
-@router.get("/info", responses=problems(401, 503))
+@router.get("/info", responses={**described(INFO), **problems(401, 503)})
 async def info(request: Request) -> dict[str, Any]:
     """The model, the samplers, defaults, limits, the device, and how far batch neighbours change a result."""
     state = app_state(request)
