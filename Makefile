@@ -1,6 +1,6 @@
 # Two commands matter: `make serve` and `make test`. Both work from a fresh clone with Python 3.11 or newer.
 .DEFAULT_GOAL := help
-.PHONY: help install serve test fuzz check train evaluate simulate bench rules lock clean
+.PHONY: help install serve test fuzz sbom audit check train evaluate simulate bench rules lock clean
 
 PYTHON ?=
 DATA   ?= /usr/share/datasets/fashion-mnist
@@ -15,6 +15,11 @@ STAMP := $(VENV)/requirements.installed
 # The servers that `make bench` compares with have an environment, a lock and a stamp of their own.
 PEERS       := .venv-bench
 PEERS_STAMP := $(PEERS)/requirements.installed
+
+# So have the programs that look at the dependencies from outside.
+AUDIT       := .venv-audit
+AUDIT_STAMP := $(AUDIT)/installed
+AUDITORS    := 'cyclonedx-bom>=7,<8' 'pip-audit>=2.9,<3'
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +54,19 @@ test: install ## run the tests, in as many processes as there are cores
 
 fuzz: install ## ask every route for what it does not expect (FUZZ_EXAMPLES of each: minutes)
 	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(RUN) -m pytest tests/service/test_fuzz.py tests/service/tasks/test_uploads_fuzz.py $(ARGS)
+
+sbom: $(AUDIT_STAMP) ## list what the service is made of, as CycloneDX: build/sbom.json
+	mkdir -p build
+	$(AUDIT)/bin/cyclonedx-py requirements requirements-serve.txt --pyproject pyproject.toml \
+		--output-reproducible --output-format JSON --output-file build/sbom.json
+
+audit: $(AUDIT_STAMP) ## look for known vulnerabilities of what is served (needs the internet)
+	$(AUDIT)/bin/pip-audit --requirement requirements-serve.txt --no-deps --disable-pip --strict
+
+$(AUDIT_STAMP): | install
+	$(RUN) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --disable-pip-version-check $(AUDITORS)
+	touch $@
 
 check: install ## formatting, lint, types, container, Kubernetes and alert files
 	$(RUN) -m ruff format --check .
@@ -103,5 +121,5 @@ lock: ## rewrite the lock files from pyproject.toml and what .venv and .venv-ben
 	$(RUN) -m tests.locks requirements.txt requirements-serve.txt
 	if [ -x $(PEERS)/bin/python ]; then $(PEERS)/bin/python -m tests.locks requirements-bench.txt; fi
 
-clean: ## remove .venv, .venv-bench and the tools' caches
-	rm -rf $(VENV) $(PEERS) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+clean: ## remove the environments and the tools' caches
+	rm -rf $(VENV) $(PEERS) $(AUDIT) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

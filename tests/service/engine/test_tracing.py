@@ -78,6 +78,7 @@ def test_a_request_has_a_span_with_the_time_it_waited_and_was_computed(
 ) -> None:
     process, client = traced
     headers = {"traceparent": f"00-{PARENT}-b7ad6b7169203331-01", "X-Request-ID": "first"}
+    headers["Authorization"] = "Bearer a-key"
     body = {"n": 2, "num_inference_steps": 3, "seed": 1}
     answer = client.post("/generate", json=body, headers=headers)
     assert answer.status_code == 200
@@ -101,6 +102,7 @@ def test_a_request_has_a_span_with_the_time_it_waited_and_was_computed(
     assert (queue.end - queue.start) / 1e9 == pytest.approx(timings["queue_s"], abs=2e-3)
     assert (compute.end - compute.start) / 1e9 == pytest.approx(timings["run_s"], abs=2e-3)
 
+    assert "a-key" not in str([span.attributes for span in receiver.spans])
     line = line_of(process, "first")
     assert (line["trace_id"], line["span_id"]) == (PARENT, request.id)
     assert line["job_id"] == answer.headers["X-Job-ID"]

@@ -24,6 +24,8 @@ def test_the_pages_and_their_files(serve: Serve) -> None:
         policy = page.headers["content-security-policy"].split("; ")
         assert {"default-src 'none'", "script-src 'self'", "frame-ancestors 'none'"} <= set(policy)
         assert page.headers["referrer-policy"] == "no-referrer"
+        assert page.headers["cross-origin-opener-policy"] == "same-origin"
+        assert page.headers["cross-origin-resource-policy"] == "same-origin"
     script = client.get("/web/app.js")
     assert script.status_code == 200
     assert "javascript" in script.headers["content-type"]
@@ -56,3 +58,10 @@ def test_no_answer_is_taken_for_anything_else(serve: Serve) -> None:
     answers.append(client.post("/generate", json={"n": 1}, headers={"Authorization": "Bearer sesame"}))
     assert {answer.status_code for answer in answers} == {200, 401}
     assert [answer.headers["x-content-type-options"] for answer in answers] == ["nosniff"] * len(answers)
+
+
+def test_a_picture_may_be_shown_by_any_page(serve: Serve) -> None:
+    """An `<img>` of another origin is a use of `GET /generate`."""
+    picture = serve().client.get("/generate", params={"seed": 7, "num_inference_steps": 2})
+    assert picture.headers["content-type"] == "image/png"
+    assert "cross-origin-resource-policy" not in picture.headers
