@@ -259,6 +259,28 @@ def test_every_error_code_is_in_the_api_reference():
 
 
 # ----------------------------------------------------------------------------------------------------
+# Security: each defence has its test.
+
+
+def named_tests(file: str) -> set[str]:
+    """The names of tests in a document."""
+    return set(re.findall(r"`(test_\w+)`", text(file)))
+
+
+def defined_tests() -> set[str]:
+    """The names of all tests that there are."""
+    files = (ROOT / "tests").rglob("test_*.py")
+    return {
+        name for file in files for name in re.findall(r"^(?:async )?def (test_\w+)", file.read_text(), re.M)
+    }
+
+
+def test_every_test_that_the_security_review_names_exists():
+    assert len(named_tests("docs/security.md")) > 50
+    assert named_tests("docs/security.md") - defined_tests() == set()
+
+
+# ----------------------------------------------------------------------------------------------------
 # The README is short, the index is complete, and every link leads somewhere.
 
 
