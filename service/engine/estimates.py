@@ -18,15 +18,23 @@ class StepTimes:
     def __init__(self, points: Sequence[tuple[int, float]]) -> None:
         known = dict(sorted(points))
         self._sizes, self._seconds = list(known), list(known.values())
+        self._least = list(known.values())
 
     def observe(self, batch_size: int, seconds: float) -> None:
         """Move the estimate at `batch_size` by a tenth towards what was just measured."""
         old = self.at(batch_size)
         place = bisect_left(self._sizes, batch_size)
         if place == len(self._sizes) or self._sizes[place] != batch_size:
+            self._least.insert(place, min(old, self.quickest.at(batch_size)))
             self._sizes.insert(place, batch_size)
             self._seconds.insert(place, old)
         self._seconds[place] = old + 0.1 * (seconds - old)
+        self._least[place] = min(self._least[place], self._seconds[place])
+
+    @property
+    def quickest(self) -> StepTimes:
+        """The lowest estimates so far: what the device has shown that it can do."""
+        return StepTimes(list(zip(self._sizes, self._least, strict=True)))
 
     def at(self, batch_size: int) -> float:
         """Expected seconds of a step; beyond the last point, in proportion."""

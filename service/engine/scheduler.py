@@ -98,6 +98,9 @@ class Scheduler:
         queued = Queued(job.id, self._ahead(job)[0], self.eta(job))
         alone = estimates.shortest(job, self.times, self.max_batch_size)
         if spec.deadline is not None and now + alone > spec.deadline:
+            # A pause of the machine must not refuse all work for good: certain is what was never quicker.
+            alone = estimates.shortest(job, self.times.quickest, self.max_batch_size)
+        if spec.deadline is not None and now + alone > spec.deadline:
             reason = f"The deadline cannot be met: the request takes {alone:.1f} s even when alone."
             return [Failed(job.id, DeadlineError(reason))]
         self._arrivals += 1

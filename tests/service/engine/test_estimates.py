@@ -45,3 +45,15 @@ def test_the_knee_is_the_smallest_size_near_the_best_rate() -> None:
     assert StepTimes([(1, 1.0), (2, 1.0), (4, 1.0), (8, 2.0), (16, 4.0)]).knee() == 4
     assert StepTimes([(1, 1.0), (2, 1.94), (4, 3.85)]).knee() == 1
     assert StepTimes([(1, 1.0), (2, 1.5), (4, 2.9)]).knee() == 2
+
+
+def test_the_quickest_steps_are_remembered_through_a_pause() -> None:
+    times = StepTimes([(1, 1.0), (4, 4.0)])
+    times.observe(2, 100.0)
+    assert times.at(2) == pytest.approx(11.8)
+    assert times.quickest.at(2) == pytest.approx(2.0)
+    for _ in range(200):
+        times.observe(2, 1.0)
+    assert times.quickest.at(2) == pytest.approx(1.0)
+    times.observe(4, 100.0)
+    assert times.quickest.at(4) == 4.0

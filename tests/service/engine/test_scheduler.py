@@ -414,6 +414,18 @@ def test_a_deadline_that_can_just_be_met_is_not() -> None:
     assert isinstance(event, Queued)
 
 
+def test_a_pause_of_the_machine_refuses_nothing_for_good() -> None:
+    """Refused work takes no step, so an estimate that refuses everything would never be corrected."""
+    under = scheduler()
+    for _ in range(3):
+        under.times.observe(1, 3600.0)
+    assert under.times.at(1) > 900
+    (event,) = under.add(counting_job("afterwards", steps=10, deadline=300.0), now=0.0)
+    assert isinstance(event, Queued)
+    (event,) = under.add(counting_job("late", steps=10, deadline=9.5), now=0.0)
+    assert isinstance(event, Failed)
+
+
 @pytest.mark.parametrize("running", [False, True])
 def test_expired_work_is_dropped_before_it_is_computed(running: bool) -> None:
     under = scheduler()
