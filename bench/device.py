@@ -38,6 +38,7 @@ from service.engine.messages import EngineConfig
 from service.engine.worker import ProcessConnection
 from service.server import serve
 from service.settings import Settings
+from service.startup import bind
 
 SAMPLERS = {"dpmpp_2m": 20, "ddpm": 50}
 """With their numbers of steps: the first draws no noise after its start, the second in every step."""
@@ -215,7 +216,7 @@ def _serve(args: argparse.Namespace) -> int:
     settings = Settings(_env_file=None, port=args.serve, device=devices, max_queue=QUEUE, stream_grace_s=0.0)
     command = (sys.executable, "-m", "bench.device", *_device(args), "--engine")
     app = create_app(settings, lambda config: ProcessConnection(config, command))
-    return serve(app, app.state.ddpm, settings)
+    return serve(app, app.state.ddpm, settings, bind(settings.host, settings.port))
 
 
 def _be_engine(args: argparse.Namespace) -> None:

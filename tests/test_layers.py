@@ -28,8 +28,10 @@ SERVICE = {
     "service": "",
     # Wiring: the one place where all layers meet.
     "service.__main__": (
-        "service.app service.engine.worker service.server service.settings service.telemetry"
+        "service.app service.engine.messages service.engine.worker service.server service.settings"
+        " service.startup service.telemetry"
     ),
+    "service.startup": "",
     "service.app": (
         "service service.engine.client service.engine.messages service.engine.streams service.engine.worker"
         " service.http.answers"
@@ -40,7 +42,7 @@ SERVICE = {
     ),
     "service.server": (
         "service.engine.worker service.errors service.heap service.http.state service.settings"
-        " httptools uvicorn starlette"
+        " service.startup httptools uvicorn starlette"
     ),
     "service.heap": "",
     "service.settings": "service.engine.messages model.unet_config pydantic pydantic_core pydantic_settings",

@@ -204,9 +204,13 @@ class EngineClient:
         self.drain()
         _, running = await asyncio.wait(self._tasks, timeout=0 if self._in_flight else STOP_S)
         if running:
-            for worker in self._workers:
-                worker.kill()
+            self.kill()
             await asyncio.wait(running, timeout=STOP_S)
+
+    def kill(self) -> None:
+        """End the engines now, whatever is in flight."""
+        for worker in self._workers:
+            worker.kill()
 
     def alive(self, now: float | None = None) -> bool:
         """False when the engines are dead, or one has been silent for long, and was not replaced for it."""

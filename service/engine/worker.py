@@ -14,8 +14,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
+from signal import SIGKILL, Signals
 from socket import MSG_PEEK, SO_RCVBUF, SO_SNDBUF, SOL_SOCKET, socket, socketpair
 from typing import Protocol
 
@@ -70,6 +72,17 @@ class Connection(Protocol):
         """Its exit code, once it has ended."""
 
 
+def environment() -> dict[str, str]:
+    """The variables of an engine's process.
+
+    It imports from where this process does, not from the folder that it happens to be started in. It does
+    not leave out docstrings, which OpenVINO reads, or assertions.
+    """
+    path = os.pathsep.join(each for each in sys.path if each)
+    ours = {name: value for name, value in os.environ.items() if name != "PYTHONOPTIMIZE"}
+    return {**ours, "PYTHONPATH": path}
+
+
 class ProcessConnection:
     """An engine in a process of its own, started by making this. command: is given a file descriptor."""
 
@@ -79,22 +92,28 @@ class ProcessConnection:
             end.setsockopt(SOL_SOCKET, SO_SNDBUF, BUFFER)
             end.setsockopt(SOL_SOCKET, SO_RCVBUF, BUFFER)
         with theirs:
-            # It imports from where this process does, not from the folder that it happens to be started in.
-            path = os.pathsep.join(each for each in sys.path if each)
             self._process = subprocess.Popen(
                 [*command, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                env={**os.environ, "PYTHONPATH": path},
+                env=environment(),
             )
-        ours.sendall(to_bytes(config))
+        with suppress(ConnectionError):  # it has ended already, which is found where it is waited for
+            ours.sendall(to_bytes(config))
         self._socket: socket = ours
         self._ends: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._unsent: list[bytes] = []
 
     def wait_until_loaded(self) -> int | None:
         """Wait until the engine has its model. Returns an exit code if it ends without: its own, or 1."""
-        return None if self._socket.recv(1, MSG_PEEK) else max(1, self._process.wait())
+        with suppress(ConnectionResetError):  # it ended before it had read its config
+            if self._socket.recv(1, MSG_PEEK):
+                return None
+        code = self._process.wait()
+        if code < 0:  # nobody else says so
+            cause = "often too little memory" if -code == SIGKILL else "a fault in a library, or somebody's"
+            logger.error("the engine was ended by %s while it loaded: %s", Signals(-code).name, cause)
+        return max(1, code)
 
     @property
     def pid(self) -> int:

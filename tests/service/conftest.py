@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -35,11 +35,11 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def launch() -> Iterator[Callable[..., Process]]:
-    """Starts `python -m service` with flags and environment."""
+    """Starts `python -m service`, or another command, with flags and environment."""
     running: list[Process] = []
 
-    def start(*flags: str, **env: str) -> Process:
-        running.append(Process(list(flags), env))
+    def start(*flags: str, command: Sequence[str] = ("-m", "service"), **env: str) -> Process:
+        running.append(Process(list(flags), env, command))
         return running[-1]
 
     yield start

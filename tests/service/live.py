@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -149,17 +149,18 @@ def sse(response: httpx.Response) -> Iterator[Sse]:
 
 @dataclass
 class Process:
-    """`python -m service` with these flags, on a free port."""
+    """`python -m service`, or another command for Python, with these flags, on a free port."""
 
     flags: list[str]
     env: dict[str, str] = field(default_factory=dict)
+    command: Sequence[str] = ("-m", "service")
 
     def __post_init__(self) -> None:
         self.lines: list[str] = []
         # Variables of the tests' own environment are blanked, so that a developer's .env changes nothing.
         blank = {f"DDPM_{name}".upper(): "" for name in Settings.model_fields}
         self.popen = subprocess.Popen(
-            [sys.executable, "-m", "service", "--port", "0", *self.flags],
+            [sys.executable, *self.command, "--port", "0", *self.flags],
             env={**os.environ, **blank, "OMP_NUM_THREADS": "1", **self.env},
             cwd=ROOT,
             stderr=subprocess.PIPE,

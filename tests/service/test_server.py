@@ -21,7 +21,7 @@ from service.engine.worker import Phase
 from service.server import FLUSH_S, MAX_HEAD_BYTES
 from tests.service.fakes import PATIENCE_S, FakeDenoiser, job_of, until
 from tests.service.http.test_problems import problem
-from tests.service.live import Process, Serve, Threaded, sse
+from tests.service.live import ROOT, Process, Serve, Threaded, sse
 
 Launch = Callable[..., Process]
 
@@ -172,6 +172,49 @@ def test_a_second_sigterm_leaves_at_once(launch: Launch, tiny_folder: Path) -> N
         with pytest.raises(httpx.RemoteProtocolError):
             list(events)  # cut, not ended
     assert process.wait() == 0
+    assert "Traceback" not in process.log
+
+
+def test_a_terminal_that_is_closed_is_a_drain(launch: Launch, tiny_folder: Path) -> None:
+    """The system and the shell may both say so, and to the engine as well."""
+    process, client = tiny_process(launch, tiny_folder)
+    with closing(client), client.stream("GET", f"{SLOW}8") as stream:
+        events = sse(stream)
+        next(events)
+        engine_of(process).send_signal(signal.SIGHUP)
+        process.popen.send_signal(signal.SIGHUP)
+        until(lambda: "draining" in process.log, "the drain")
+        process.popen.send_signal(signal.SIGHUP)
+        (last,) = events
+        assert last.name == "completed"
+    assert process.wait() == 0
+
+
+HANGING = """
+import sys, threading
+from service import __main__, server
+server.LEAVE_S = float(sys.argv.pop(1))
+threading.Thread(target=threading.Event().wait).start()  # no daemon: the interpreter waits for it
+sys.exit(__main__.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_thread_that_hangs_does_not_keep_the_process(
+    launch: Launch, tiny_folder: Path, signals: int
+) -> None:
+    """It is left after a while, or for a second signal."""
+    leave_s = "0.5" if signals == 1 else "1000"
+    flags = "--model", str(tiny_folder), "--runtime", "torch", "--max-batch", "1"
+    process = launch(*flags, command=("-c", HANGING, leave_s), PYTHONPATH=str(ROOT))
+    with closing(process.connect()):
+        pass
+    process.popen.send_signal(signal.SIGTERM)
+    until(lambda: "Finished server process" in process.log, "the drain's end")
+    if signals == 2:
+        process.popen.send_signal(signal.SIGTERM)
+    assert process.wait() == 0
+    assert ("something hangs" in process.log) == (signals == 1)
 
 
 def test_what_cannot_be_used_ends_it_with_3(launch: Launch, tiny_folder: Path) -> None:
