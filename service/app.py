@@ -16,6 +16,7 @@ from service.engine.messages import EngineConfig
 from service.engine.streams import Streams
 from service.engine.worker import Connection, ProcessConnection
 from service.http.answers import StreamPresenter
+from service.http.callers import AllowHosts, AllowSites, hosts_of
 from service.http.middleware import Authorise, Head, Observe, is_probe
 from service.http.openai import openai_error
 from service.http.openapi import DocumentedApp
@@ -101,6 +102,7 @@ def create_app(
         docs_url=None,  # a page of ours: FastAPI's loads its files from elsewhere
         redoc_url=None,
         telemetry={"exclude": is_probe},
+        needs_key=(lambda path: not is_open(path)) if settings.api_keys else None,
     )
     app.state.ddpm = AppState(engine, streams, telemetry, settings)
     app.state.error_formats = ErrorFormats()
@@ -115,6 +117,7 @@ def create_app(
     # The last one added is the outermost: a refusal is counted too, and pages of other origins may read it.
     if settings.api_keys:
         app.add_middleware(Authorise, keys=settings.api_keys, is_open=is_open)
+    app.add_middleware(AllowSites, origins=settings.cors_origins, works=WORKING_PATHS.__contains__)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -130,6 +133,9 @@ def create_app(
                 "X-Request-ID",
             ],
         )
+    hosts = hosts_of(settings.allowed_hosts, settings.host, keys=bool(settings.api_keys))
+    if hosts is not None:
+        app.add_middleware(AllowHosts, hosts=hosts, is_exempt=is_probe)
     app.add_middleware(Head, unless=WORKING_PATHS.__contains__)
     app.add_middleware(Prefix, root_path=settings.root_path)
     app.add_middleware(Observe, telemetry=telemetry, access_log=settings.access_log)

@@ -3,6 +3,9 @@
 ServiceError
 ├── InvalidRequestError        the request asks for something impossible; `field` says where
 ├── UnauthorizedError          no key, or an unknown one
+├── ForbiddenError             a browser says that another site's page asks, or by a name that is not ours
+│   ├── HostError
+│   └── CrossSiteError
 ├── NotAcceptableError         the client accepts none of our media types
 ├── JobNotFoundError           no job of this id, or not any more
 ├── RefusedError               not accepted now: `retry_after_s` says when to try again
@@ -46,6 +49,24 @@ class UnauthorizedError(ServiceError):
     """The route asks for an API key."""
 
     code = "unauthorized"
+
+
+class ForbiddenError(ServiceError):
+    """A browser should not have been led to ask this."""
+
+    code = "forbidden"
+
+
+class HostError(ForbiddenError):
+    """The service is not called by this name."""
+
+    code = "host_not_allowed"
+
+
+class CrossSiteError(ForbiddenError):
+    """A page of another site may not ask this."""
+
+    code = "cross_site"
 
 
 class NotAcceptableError(ServiceError):

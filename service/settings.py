@@ -47,6 +47,7 @@ class Settings(BaseSettings):
 
     model: str = Field(
         str(INCLUDED),
+        pattern=r"^[^\x00]+$",
         description="model folder in diffusers layout, or hf:owner/name@revision on the Hugging Face Hub",
     )
     sample_size: str = Field(
@@ -90,6 +91,9 @@ class Settings(BaseSettings):
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         (), description="accepted bearer keys, comma-separated; none leaves the service open"
     )
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="names this may be called by (the Host header), comma-separated; * is any"
+    )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="origins whose pages may call, comma-separated"
     )
@@ -101,17 +105,33 @@ class Settings(BaseSettings):
         description="pad torch's batches, so that batch neighbours change nothing; without it, TF32 too",
     )
 
-    @field_validator("api_keys", "cors_origins", mode="before")
+    @field_validator("api_keys", "allowed_hosts", "cors_origins", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
 
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _some_keys(cls, value: object) -> object:
+        # Before `_split`: the last one in a class is the first to see a value.
+        if isinstance(value, str) and not value.replace(",", "").strip():
+            raise ValueError("there is no key in it, and without one the service would be open")
+        return value
+
     @field_validator("root_path", mode="after")
     @classmethod
     def _unslashed(cls, value: str) -> str:
         return value.rstrip("/")
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _as_hosts_say(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for each in value:
+            if not re.fullmatch(r"\*|(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*|\[[0-9A-Fa-f:.]+\]", each):
+                raise ValueError("a host is a name, *.name, or an address, without a port; an IPv6 one in []")
+        return tuple(each.lower() for each in value)
 
     @field_validator("cors_origins")
     @classmethod
@@ -232,3 +252,7 @@ def read(arguments: Sequence[str] | None = None, program: str | None = None) -> 
             for found in error.errors(include_input=False)
         ]
         raise SettingsError("\n".join(lines)) from error
+    except OSError as error:
+        raise SettingsError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{Settings.model_config['env_file']}: not a text file in UTF-8") from error

@@ -247,7 +247,7 @@ def test_every_route_is_in_the_api_reference():
 def codes(kind: type[errors.ServiceError] = errors.ServiceError) -> set[str]:
     """The codes of all errors that are raised: those of the tree's leaves and of every class with its own."""
     below = {code for child in kind.__subclasses__() for code in codes(child)}
-    abstract = kind in (errors.ServiceError, errors.RefusedError)
+    abstract = kind in (errors.ServiceError, errors.ForbiddenError, errors.RefusedError)
     return below if abstract else below | {kind.code}
 
 

@@ -34,7 +34,7 @@ SERVICE = {
     "service.startup": "",
     "service.app": (
         "service service.engine.client service.engine.messages service.engine.streams service.engine.worker"
-        " service.http.answers"
+        " service.http.answers service.http.callers"
         " service.http.middleware service.http.openai service.http.openapi service.http.prefix"
         " service.http.problems service.http.routes.*"
         " service.http.state"
@@ -150,8 +150,8 @@ MODEL = {
     ),
     "model.checkpoint": (
         "model.condition model.denoising_diffusion model.encoder model.files model.folder model.layout"
-        " model.network model.pipeline model.schedule model.scheduler_config model.typicality model.unet"
-        " model.unet_config model.weights"
+        " model.network model.pipeline model.schedule model.scheduler_config model.typicality"
+        " model.unet model.unet_config model.weights"
     ),
     "model.runtimes": (
         "model.runtimes.base model.runtimes.load model.runtimes.openvino model.runtimes.queues"

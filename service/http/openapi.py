@@ -5,7 +5,7 @@ The codes of each status come from the error tree and the one table of statuses,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -20,8 +20,11 @@ Responses = dict[int | str, dict[str, Any]]
 PROBLEM_JSON = "application/problem+json"
 BESIDE = {404: ("not_found",), 413: ("content_too_large",), 500: ("internal",)}
 """Codes that are no error of the tree: Starlette's own, and a bug's."""
+ABSTRACT = ("forbidden", "refused")
+"""Codes of errors that only their kinds are raised as."""
 MEANINGS = {
     401: "No API key, or an unknown one, where the service has keys",
+    403: "The service is not called by this name, or a page of another site asks",
     404: "There is no such thing",
     406: "The Accept header names none of our media types",
     413: "The body is too large",
@@ -32,16 +35,28 @@ MEANINGS = {
     503: "Loading, draining or failed; Retry-After says when to try again",
     504: "The deadline has passed or cannot be met",
 }
+KEY_SCHEMES = {
+    "key": {"type": "http", "scheme": "bearer", "description": "one of DDPM_API_KEYS"},
+    "password": {"type": "http", "scheme": "basic", "description": "a key as the password of any user"},
+}
 EVENTS_OF_A_JOB = "`queued`, `preview` …, then `completed` with the JSON answer, or `error` with a problem"
 
 
 class DocumentedApp(FastAPI):
-    """FastAPI, without the form of 422 that it lists by itself and that none of our routes answers."""
+    """FastAPI, without the form of 422 that it lists by itself and that none of our routes answers.
+
+    needs_key(path): whether a path needs a key; None where the service has no keys.
+    """
+
+    def __init__(self, *, needs_key: Callable[[str], bool] | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self.needs_key = needs_key
 
     def openapi(self) -> dict[str, Any]:
         """The description, made at the first call."""
         if self.openapi_schema is None:
             found = super().openapi()
+            self._add_security(found)
             schemas = found.get("components", {}).get("schemas", {})
             if schemas.pop("HTTPValidationError", None):
                 schemas.pop("ValidationError", None)
@@ -49,6 +64,18 @@ class DocumentedApp(FastAPI):
                     if "HTTPValidationError" in str(operation["responses"].get("422")):
                         del operation["responses"]["422"]
         return super().openapi()
+
+    def _add_security(self, description: dict[str, Any]) -> None:
+        """Say how a key is sent, and where one is needed; where the service has none, it may be sent."""
+        for path, operations in description["paths"].items():
+            schemes: list[dict[str, list[str]]] = [
+                {name: []} for name in KEY_SCHEMES if name == "key" or path.startswith("/sdapi/")
+            ]
+            needed = self.needs_key is not None and self.needs_key(path)
+            for operation in operations.values():
+                operation["security"] = schemes if needed else [{}, *schemes]
+                known = description.setdefault("components", {}).setdefault("securitySchemes", {})
+                known.update({name: KEY_SCHEMES[name] for scheme in schemes for name in scheme})
 
 
 def codes_of(status: int) -> list[str]:
@@ -58,7 +85,7 @@ def codes_of(status: int) -> list[str]:
     for kind in kinds:
         kinds += kind.__subclasses__()
         nearest = next(STATUS[base] for base in kind.__mro__ if base in STATUS)
-        if nearest == status and kind.code != "refused":  # which only its kinds are raised as
+        if nearest == status and kind.code not in ABSTRACT:
             found.append(kind.code)
     return found
 
@@ -156,7 +183,7 @@ STATE = objects(
 """The JSON of a job that is asked about."""
 JOB_STATE = {JSON: {"schema": STATE}}
 JOB_EVENTS = events(EVENTS_OF_A_JOB, ("queued", "preview", "completed", "error"))
-REFUSALS = problems(401, 406, 413, 422, 429, 499, 500, 503, 504)
+REFUSALS = problems(401, 403, 406, 413, 422, 429, 499, 500, 503, 504)
 """Of a route that takes a body and runs a job."""
 ANSWERS: Responses = {
     200: {
@@ -186,6 +213,6 @@ CACHED_PICTURE: Responses = {
 EVENT_STREAM: Responses = {
     200: {"description": "The job's events", "content": {EVENTS: JOB_EVENTS}},
     204: {"description": "Nothing is left of the stream that was to be continued"},
-    **problems(401, 422, 429, 499, 500, 503, 504),
+    **problems(401, 403, 422, 429, 499, 500, 503, 504),
 }
 """Of a route that streams, whatever the client accepts, and takes no body."""

@@ -22,6 +22,7 @@ from service.errors import (
     CancelledError,
     ComputeError,
     DeadlineError,
+    ForbiddenError,
     InvalidRequestError,
     JobNotFoundError,
     NotAcceptableError,
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 STATUS: dict[type[ServiceError], int] = {
     InvalidRequestError: 422,
     UnauthorizedError: 401,
+    ForbiddenError: 403,
     NotAcceptableError: 406,
     JobNotFoundError: 404,
     QueueFullError: 429,

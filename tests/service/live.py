@@ -33,8 +33,8 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def settings(**values: Any) -> Settings:
-    """Settings that neither the environment nor a .env file has a say in."""
-    return Settings(_env_file=None, **{"port": 0, **values})
+    """Settings that neither the environment nor a .env file has a say in; any `Host` will do."""
+    return Settings(_env_file=None, **{"port": 0, "allowed_hosts": ("*",), **values})
 
 
 class Threaded:

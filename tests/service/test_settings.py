@@ -10,7 +10,14 @@ import psutil
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from service.settings import CommandLine, Settings, service_link, unknown_variables
+from service.settings import (
+    CommandLine,
+    Settings,
+    SettingsError,
+    read,
+    service_link,
+    unknown_variables,
+)
 from tests.model.hub_server import REPOSITORY, Hub, files_of, serving
 from tests.service.fakes import until
 from tests.service.live import ROOT, Process
@@ -148,6 +155,46 @@ def test_what_is_no_origin_is_refused(monkeypatch: pytest.MonkeyPatch, given: st
     monkeypatch.setenv("DDPM_CORS_ORIGINS", given)
     with pytest.raises(ValidationError, match="an origin is scheme://host"):
         Settings()
+
+
+# ── Keys and hosts ─────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("given", [",", " , ", " "])
+def test_a_list_without_a_key_does_not_leave_the_service_open(
+    monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    monkeypatch.setenv("DDPM_API_KEYS", given)
+    with pytest.raises(SettingsError, match=r"^DDPM_API_KEYS: .*there is no key in it"):
+        read([])
+
+
+def test_hosts_are_names_or_addresses_without_a_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DDPM_ALLOWED_HOSTS", "Ddpm.example.org, *.lan,10.0.0.1,[fd00::1],*")
+    assert Settings().allowed_hosts == ("ddpm.example.org", "*.lan", "10.0.0.1", "[fd00::1]", "*")
+    for malformed in ("a.example:8000", "https://a.example", "a.*", "fd00::1", "a b"):
+        monkeypatch.setenv("DDPM_ALLOWED_HOSTS", malformed)
+        with pytest.raises(SettingsError, match=r"^DDPM_ALLOWED_HOSTS: "):
+            read([])
+
+
+@pytest.mark.parametrize("content", [b"DDPM_PORT=\xff\xfe", b"DDPM_MODEL=a\0b"])
+def test_a_binary_file_is_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / ".env").write_bytes(content)
+    with pytest.raises(SettingsError) as found:
+        read([])
+    assert "\n" not in str(found.value)
+
+
+def test_a_file_that_cannot_be_read_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("DDPM_PORT=9001")
+
+    def unreadable(*_: object, **__: object) -> None:  # permissions do not stop root
+        raise PermissionError(13, "Permission denied", ".env")
+
+    monkeypatch.setattr("dotenv.main.open", unreadable, raising=False)
+    with pytest.raises(SettingsError, match=r"^\.env: cannot be read \(Permission denied\)$"):
+        read([])
 
 
 # ── Variables with our prefix that are no settings ────────────────────────────────────────────────

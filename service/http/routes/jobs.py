@@ -29,7 +29,7 @@ JOB: Responses = {
         "content": {**ANSWERS[200]["content"], **JOB_STATE},
     },
     202: {"description": "Its state, where a picture is wanted and it is not finished", "content": JOB_STATE},
-    **problems(401, 404, 406, 422, 499, 500, 503, 504),
+    **problems(401, 403, 404, 406, 422, 499, 500, 503, 504),
 }
 JobId = Annotated[str, Path(description="as `X-Job-ID` and the ids of events have it")]
 
@@ -56,7 +56,7 @@ async def job(
     return await _over(stream.last, stream.context, state.capabilities.name, media_type)
 
 
-@router.delete("/jobs/{job_id}", status_code=204, response_class=Response, responses=problems(401, 404))
+@router.delete("/jobs/{job_id}", status_code=204, response_class=Response, responses=problems(401, 403, 404))
 async def delete(job_id: JobId, request: Request) -> Response:
     """Cancel a job in flight, whoever waits for it; forget the result of one that is over."""
     app_state(request).jobs.delete(job_id)

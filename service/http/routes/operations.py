@@ -42,7 +42,7 @@ async def metrics(request: Request) -> Response:
     )
 
 
-@router.get("/info", responses={**described(INFO), **problems(401, 503)})
+@router.get("/info", responses={**described(INFO), **problems(401, 403, 503)})
 async def info(request: Request) -> dict[str, Any]:
     """The model, the samplers, defaults, limits, the device, and how far batch neighbours change a result."""
     state = app_state(request)

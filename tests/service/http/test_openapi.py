@@ -84,6 +84,22 @@ def test_a_route_lists_its_problems(name: str) -> None:
         assert set(schema["properties"]["code"]["enum"]) == set(codes_of(status)) != set()
 
 
+@pytest.mark.parametrize("keys", [(), ("sesame",)])
+def test_keys_are_a_security_scheme_and_needed_where_the_service_has_any(keys: tuple[str, ...]) -> None:
+    described = create_app(settings(a1111=True, api_keys=keys)).openapi()
+    assert described["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
+    for path, methods in described["paths"].items():
+        for operation in methods.values():
+            found = list(operation["security"])
+            assert ({} in found) == (not keys or is_open(path))
+            assert ({"password": []} in found) == path.startswith("/sdapi/")
+            assert {"key": []} in found
+
+
+def test_a_scheme_that_no_route_has_is_not_listed() -> None:
+    assert create_app(settings()).openapi()["components"]["securitySchemes"].keys() == {"key"}
+
+
 def test_every_error_is_of_some_status() -> None:
     found = [code for status in {*STATUS.values(), 404, 413} for code in codes_of(status)]
     assert len(found) == len(set(found))
