@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from model import layout, pipeline, typicality, weights
+from model import layout, memory, pipeline, typicality, weights
 from model.condition import ConditionError, Part, channels_of, parts_of
 from model.denoising_diffusion import CLASS_NAMES, DenoisingDiffusionConfig, DenoisingDiffusionUnet
 from model.encoder import EncoderConfig, NoiseClassifier
@@ -93,6 +93,7 @@ def load(path: Path, *, sample_size: tuple[int, int] | None = None) -> Checkpoin
 def read(found: Layout, sample_size: tuple[int, int] | None = None) -> Checkpoint:
     """Load a model whose files have been found. Raises CheckpointError when anything is wrong with them."""
     root = found.root
+    _check_memory(found)
     check_manifest(root, partial=layout.is_snapshot(root.resolve()))
     scheduler_config = read_json(found.scheduler_config)
     content = read_json(found.config)
@@ -126,6 +127,14 @@ def read(found: Layout, sample_size: tuple[int, int] | None = None) -> Checkpoin
         condition,
         _checksum(found),
     )
+
+
+def _check_memory(found: Layout) -> None:
+    """Raise CheckpointError for a network that would have the system end this process while it is loaded."""
+    takes, left = memory.needed(found.weights.files), memory.available()
+    if left is not None and takes > left:
+        sizes = f"{takes / 1e9:.2f} GB of memory for its weights, and only {left / 1e9:.2f} GB are available"
+        raise CheckpointError(f"{found.weights.path}: the network takes {sizes}")
 
 
 def _checksum(found: Layout) -> str:

@@ -141,6 +141,7 @@ MODEL = {
     # Model folders: what lies where, what it is, and what of it is loaded.
     "model.folder": "",
     "model.pipeline": "model.denoising_diffusion model.folder",
+    "model.memory": "safetensors",
     "model.weights": "model.files model.folder torch safetensors",
     "model.layout": "model.folder model.pipeline model.unet_config model.weights",
     "model.hub": "model.folder model.layout model.pipeline huggingface_hub",
@@ -150,7 +151,7 @@ MODEL = {
     ),
     "model.checkpoint": (
         "model.condition model.denoising_diffusion model.encoder model.files model.folder model.layout"
-        " model.network model.pipeline model.schedule model.scheduler_config model.typicality"
+        " model.memory model.network model.pipeline model.schedule model.scheduler_config model.typicality"
         " model.unet model.unet_config model.weights"
     ),
     "model.runtimes": (

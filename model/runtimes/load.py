@@ -9,7 +9,7 @@ import torch
 
 from model.checkpoint import Checkpoint
 from model.runtimes.base import DtypeName, Runtime, RuntimeName, RuntimeUnavailableError
-from model.runtimes.openvino import OpenVinoRuntime
+from model.runtimes.openvino import OpenVinoRuntime, check_dtype
 from model.runtimes.torch import TorchRuntime
 
 
@@ -31,7 +31,7 @@ def count_devices(device: torch.device) -> int:
     return torch.cuda.device_count() if device.type == "cuda" else 1
 
 
-def check_available(runtime: str, device: str) -> None:
+def check_available(runtime: str, device: str, dtype: str = "auto") -> None:
     """Raise RuntimeUnavailableError for what this machine cannot run, without loading anything."""
     place = choose_device(device)
     if runtime != "openvino":
@@ -40,6 +40,7 @@ def check_available(runtime: str, device: str) -> None:
         raise RuntimeUnavailableError(f"openvino runs on the CPU here, not on {place!r}")
     if importlib.util.find_spec("openvino") is None:
         raise RuntimeUnavailableError("openvino is not installed: pip install openvino")
+    check_dtype(dtype)
 
 
 def keep_torch_off(runtime: Runtime) -> None:
@@ -66,7 +67,7 @@ def load_runtime(
     float32 to TF32, which is several times as fast; without it float32 is as exact as on a processor.
     Raises RuntimeUnavailableError for what this machine cannot run.
     """
-    check_available(runtime, device)
+    check_available(runtime, device, dtype)
     place = choose_device(device)
     if dtype == "auto" and model.schedule.prediction_type == "posterior_mean":
         dtype = "float32"

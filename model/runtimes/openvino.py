@@ -21,6 +21,12 @@ from model.runtimes.queues import ThreadQueue
 from model.unet import UNet
 
 
+def check_dtype(dtype: str) -> None:
+    """Raise RuntimeUnavailableError for a precision that this runtime does not have."""
+    if dtype == "float16":
+        raise RuntimeUnavailableError("openvino on a CPU runs float32 or bfloat16, not float16")
+
+
 class OpenVinoRuntime:
     """The network compiled by OpenVINO for this CPU. Bitwise independent of batch size and position.
 
@@ -43,8 +49,7 @@ class OpenVinoRuntime:
             import openvino as ov  # an optional extra, and heavy
         except ImportError as error:
             raise RuntimeUnavailableError("openvino is not installed: pip install openvino") from error
-        if dtype == "float16":
-            raise RuntimeUnavailableError("openvino on a CPU runs float32 or bfloat16, not float16")
+        check_dtype(dtype)
         self._core = ov.Core()
         native = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         self.device = torch.device("cpu")

@@ -63,7 +63,7 @@ def load(config: EngineConfig) -> Checkpoint:
     Raises CheckpointError for a folder that cannot be used, RuntimeUnavailableError for what the machine
     cannot do.
     """
-    check_available(config.runtime, config.device)
+    check_available(config.runtime, config.device, config.dtype)
     return checkpoint.load(Path(config.model), sample_size=config.sample_size)
 
 

@@ -218,7 +218,7 @@ def test_a_thread_that_hangs_does_not_keep_the_process(
 
 
 def test_what_cannot_be_used_ends_it_with_3(launch: Launch, tiny_folder: Path) -> None:
-    # Found out only while the network is being built: OpenVINO has no float16 on a CPU.
+    # OpenVINO has no float16 on a CPU, and its libraries are not loaded to find that out.
     process = launch("--model", str(tiny_folder), "--runtime", "openvino", "--dtype", "float16")
     assert process.wait() == 3
     assert "float16" in process.log
