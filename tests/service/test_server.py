@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import resource
 import signal
 import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 import httpx
@@ -188,19 +189,26 @@ def test_a_terminal_that_is_closed_is_a_drain(launch: Launch, tiny_folder: Path)
         (last,) = events
         assert last.name == "completed"
     assert process.wait() == 0
+    assert "the engine has ended" not in process.log
 
 
 HANGING = """
-import sys, threading
+import asyncio, sys, threading
 from service import __main__, server
+from service.engine.client import EngineClient
+
+async def stop(self):
+    await asyncio.Event().wait()
+
 server.LEAVE_S = float(sys.argv.pop(1))
+EngineClient.stop = stop
 threading.Thread(target=threading.Event().wait).start()  # no daemon: the interpreter waits for it
 sys.exit(__main__.main(sys.argv[1:]))
 """
 
 
 @pytest.mark.parametrize("signals", [1, 2])
-def test_a_thread_that_hangs_does_not_keep_the_process(
+def test_what_hangs_after_a_drain_does_not_keep_the_process(
     launch: Launch, tiny_folder: Path, signals: int
 ) -> None:
     """It is left after a while, or for a second signal."""
@@ -210,7 +218,7 @@ def test_a_thread_that_hangs_does_not_keep_the_process(
     with closing(process.connect()):
         pass
     process.popen.send_signal(signal.SIGTERM)
-    until(lambda: "Finished server process" in process.log, "the drain's end")
+    until(lambda: "Waiting for application shutdown" in process.log, "the drain's end")
     if signals == 2:
         process.popen.send_signal(signal.SIGTERM)
     assert process.wait() == 0
@@ -223,6 +231,23 @@ def test_what_cannot_be_used_ends_it_with_3(launch: Launch, tiny_folder: Path) -
     assert process.wait() == 3
     assert "float16" in process.log
     assert "Traceback" not in process.log
+
+
+def test_more_clients_than_open_files_do_not_fill_the_log(launch: Launch, tiny_folder: Path) -> None:
+    process, client = tiny_process(launch, tiny_folder)
+    with closing(client):
+        resource.prlimit(process.popen.pid, resource.RLIMIT_NOFILE, (64, 64))
+        with ExitStack() as connected:
+            for _ in range(100):
+                connected.enter_context(
+                    socket.create_connection((client.base_url.host, client.base_url.port))
+                )
+            until(lambda: psutil.Process(process.popen.pid).num_fds() >= 63, "the limit")
+            begun = time.monotonic()
+            until(lambda: time.monotonic() - begun > 1.5, "a second attempt to let them in")
+        until(lambda: psutil.Process(process.popen.pid).num_fds() < 63, "their end")
+        assert client.get("/readyz").status_code == 200
+    assert len(process.lines) < 20
 
 
 # ── The engine's process ───────────────────────────────────────────────────────────────────────

@@ -114,6 +114,13 @@ def test_a_folder_that_is_not_there_is_found_before_an_engine_is_started(tmp_pat
         check_model(str(tmp_path / "file" / "model"), "auto")
 
 
+def test_an_interpreter_that_leaves_out_docstrings_serves(launch: Launch, tiny_folder: Path) -> None:
+    """OpenVINO reads its own."""
+    flags = "--model", str(tiny_folder), "--runtime", "openvino", "--max-batch", "1"
+    with closing(launch(*flags, PYTHONOPTIMIZE="2").connect()) as client:
+        assert client.get("/info").json()["runtime"]["name"] == "openvino"
+
+
 # ── Signals ────────────────────────────────────────────────────────────────────────────────────
 
 

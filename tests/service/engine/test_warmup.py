@@ -441,7 +441,14 @@ def test_a_folder_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
         load(config(model=str(tmp_path)))
 
 
-@pytest.mark.parametrize("values", [{"device": "cuda:99"}, {"device": "meta", "runtime": "openvino"}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"device": "cuda:99"},
+        {"device": "meta", "runtime": "openvino"},
+        {"runtime": "openvino", "dtype": "float16"},
+    ],
+)
 def test_what_the_machine_cannot_do_is_said_before_anything_is_loaded(values: dict[str, str]) -> None:
     with pytest.raises(RuntimeUnavailableError):
         load(config(model="nowhere", **values))
