@@ -9,7 +9,7 @@ them, which comes last: a step that fails changes nothing. It is queued and not 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Protocol
@@ -29,10 +29,8 @@ from model.noise import NoiseStream
 from model.runtimes import Pending, Runtime, to_device
 from model.samplers import COEFFICIENTS
 from model.schedule import DATA_RANGE, DataRange, NoiseSchedule
-from model.state import INTEGERS, Row, Slots, SnapshotKind, pack, place
+from model.state import INTEGERS, Columns, Row, Slots, SnapshotKind, pack, place, places_of, unpack
 
-Columns = Mapping[str, Tensor]
-"""Of an upload: INTEGERS each [R] int64, COEFFICIENTS each [R, 1, 1, 1] float32."""
 Places = list[int] | slice
 """Rows that something is done for; all of them where shapes are fixed."""
 ALL = slice(None)
@@ -245,6 +243,18 @@ class Denoiser:
         """Step again after one has failed. What was launched before this stays skipped."""
         self.runtime.queue.recover()
 
+    def probe(self) -> None:
+        """Call the network once, for no sample. Raises whatever that does: then no sample is to blame."""
+        self.runtime.queue.submit(self._probe).result()
+
+    @torch.inference_mode()
+    def _probe(self) -> Sequence[Tensor]:
+        given = self.slots.x[:1]
+        if self.slots.condition is not None:
+            given = torch.cat((given, self.slots.condition[:1]), 1)
+        zero = torch.zeros(1, dtype=torch.int64, device=self.slots.device)
+        return [self.runtime.forward(given, zero, zero if self.conditional else None)]
+
     @torch.inference_mode()
     def _step(self, rows: Sequence[Row], upload: Tensor, parts: _Parts) -> Sequence[Tensor]:
         """The whole step: (finite [B], pictures [P, H, W, C], arrays [A, C, H, W])."""
@@ -278,10 +288,9 @@ class Denoiser:
 
     def _forget(self) -> None:
         """Free the recordings, once none of them is running."""
-        if self._recordings:
-            if self.runtime.device.type == "cuda":
-                torch.cuda.synchronize()
-            self._recordings.clear()
+        if self._recordings and self.runtime.device.type == "cuda":
+            torch.cuda.synchronize()
+        self._recordings.clear()
 
     def _begin(self, rows: Sequence[Row]) -> None:
         """Put samples that begin into their slots."""
@@ -294,17 +303,17 @@ class Denoiser:
                 slots.put(row.slot, self.start(row.chain, row.carried))
         plain = [row for row in rows if row.chain.start is None]
         if plain:
-            drawn = as_int64([row.chain.seed for row in plain]), _places_of(plain)
+            drawn = as_int64([row.chain.seed for row in plain]), places_of(plain)
             seeds, places = to_device(torch.stack(drawn), slots.device)
             steps = torch.full_like(seeds, noise.START)
             slots.x.index_copy_(0, places, self._normals(seeds, steps, NoiseStream.STEP))
         if rows:  # whatever was there, NaN included
-            slots.x0.index_fill_(0, to_device(_places_of(rows), slots.device), 0.0)
+            slots.x0.index_fill_(0, to_device(places_of(rows), slots.device), 0.0)
 
     def _update(self, upload: Tensor, parts: _Parts) -> _Updated:
         """Gather, network, guidance, update, scatter. upload: as `pack` made it, on the device."""
         slots, count = self.slots, parts.samples
-        columns = _columns(upload)
+        columns = unpack(upload)
         target = columns["target"][:count]
         x = given = slots.x.index_select(0, columns["source"])
         if slots.condition is not None:
@@ -325,6 +334,10 @@ class Denoiser:
         x0 += term
         if parts.classified:
             x0[parts.classified] += self._class_term(before, columns, parts.classified)
+        # Before it is bounded, which would make a picture of an infinity. A sum is finite if all of it is.
+        total = x0.sum((1, 2, 3))
+        if variance_frac is not None:
+            total = total + variance_frac[:count].sum((1, 2, 3))
         new = columns["c_x"] * before
         if some := parts.unclipped:
             new[some] += columns["c_u"][some] * x0[some]
@@ -346,8 +359,7 @@ class Denoiser:
             new[some] += z.mul_(scale)
         if parts.known:
             new[parts.known] = self._with_known(new, columns, parts.known)
-        # Not finite if any value of either is not; one pass over each.
-        finite = torch.add(new, x0, out=term).flatten(1).sum(1).isfinite()
+        finite = (total + new.sum((1, 2, 3))).isfinite()
         slots.x.index_copy_(0, target, new)
         slots.x0.index_copy_(0, target, x0)
         return _Updated(before, new, x0, finite)
@@ -392,21 +404,10 @@ class Denoiser:
         return torch.where(self.slots.mask[place], known, x[some])
 
 
-def _places_of(rows: Sequence[Row]) -> Tensor:
-    """[N] int64, in host memory."""
-    return torch.tensor([place(row.slot) for row in rows])
-
-
 def _places(coefficients: NDArray[np.float32], name: str) -> Places:
     """The rows that have a coefficient."""
     some = np.flatnonzero(coefficients[:, COEFFICIENTS.index(name)]).tolist()
     return ALL if len(some) == len(coefficients) else some
-
-
-def _columns(upload: Tensor) -> dict[str, Tensor]:
-    integers = dict(zip(INTEGERS, upload[:, : len(INTEGERS)].unbind(1), strict=True))
-    floats = upload.view(torch.float32)[:, 2 * len(INTEGERS) :, None, None, None].unbind(1)
-    return integers | dict(zip(COEFFICIENTS, floats, strict=False))
 
 
 def _picked(done: _Updated, rows: Sequence[Row], kinds: Sequence[Sequence[SnapshotKind]]) -> Tensor:

@@ -6,7 +6,7 @@ known. Everything else that a step needs to know of its samples is small, and go
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +25,8 @@ SnapshotKind = Literal["x0", "xt", "before"]
 INTEGERS = ("source", "target", "pair", "t", "y", "seed", "step")
 FLOATS = len(COEFFICIENTS) + len(COEFFICIENTS) % 2
 """float32 values of a row: two share the place of an integer."""
+Columns = Mapping[str, Tensor]
+"""Of an upload: INTEGERS each [R] int64, COEFFICIENTS each [R, 1, 1, 1] float32."""
 
 
 @dataclass(eq=False, slots=True)
@@ -113,6 +115,11 @@ def place(slot: int) -> int:
     return slot + 1
 
 
+def places_of(rows: Sequence[Row]) -> Tensor:
+    """[N] int64, in host memory."""
+    return torch.tensor([place(row.slot) for row in rows])
+
+
 def pack(
     rows: Sequence[Row], coefficients: NDArray[np.float32], guided: Sequence[int], null: int, size: int
 ) -> NDArray[np.int64]:
@@ -149,3 +156,10 @@ def pack(
     upload[count:, INTEGERS.index("target")] = 0
     upload[count:, INTEGERS.index("pair")] = np.arange(count, size)
     return upload
+
+
+def unpack(upload: Tensor) -> dict[str, Tensor]:
+    """The columns of an upload, as views of it."""
+    integers = dict(zip(INTEGERS, upload[:, : len(INTEGERS)].unbind(1), strict=True))
+    floats = upload.view(torch.float32)[:, 2 * len(INTEGERS) :, None, None, None].unbind(1)
+    return integers | dict(zip(COEFFICIENTS, floats, strict=False))

@@ -302,18 +302,92 @@ def test_a_step_gives_what_is_asked_for_of_each_row() -> None:
     np.testing.assert_array_equal(third.arrays["xt"], after[2].x)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_rows_that_are_not_finite_are_found(value: float) -> None:
+NON_FINITE = pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+
+
+def finite_with(
+    value: float, chains: Sequence[Chain], channel: int = 0, channels: int = 1, **options: Any
+) -> list[bool]:
+    """Which rows are finite where the network puts a value among those of its row 1."""
+
     class OneRow(FakeRuntime):
         def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-            out = super().forward(x, t, y)
-            out[1, 0, 3, 4] = value
+            out = super().forward(x, t, y).repeat(1, channels, 1, 1)
+            out[1, channel, 3, 4] = value
             return out
 
-    loose = NoiseSchedule(linear_betas(1000), clip=float("inf"))
-    denoiser = Denoiser(OneRow(), SHAPE, conditional=True, null_class=3)
-    rows = [Row(Chain(build_plan(loose, "ddpm", 3), seed), seed, 0) for seed in range(3)]
-    assert [stepped.finite for stepped in denoiser.launch(rows).read()] == [True, False, True]
+    denoiser = Denoiser(OneRow(), SHAPE, conditional=True, null_class=3, **options)
+    read = denoiser.launch([Row(each, slot, 0) for slot, each in enumerate(chains)]).read()
+    return [stepped.finite for stepped in read]
+
+
+@NON_FINITE
+@pytest.mark.parametrize("clip", [1.0, math.inf])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m"])
+@pytest.mark.parametrize("ratio", [0.0, 0.8])
+def test_rows_that_are_not_finite_are_found(value: float, clip: float, sampler: str, ratio: float) -> None:
+    """Though bounding x₀ makes a picture of an infinity."""
+    schedule = NoiseSchedule(linear_betas(1000), clip=clip, dynamic_thresholding_ratio=ratio)
+    chains = [Chain(build_plan(schedule, sampler, 3), seed) for seed in range(3)]
+    assert finite_with(value, chains) == [True, False, True]
+
+
+@NON_FINITE
+def test_an_output_of_either_branch_of_guidance_that_is_not_finite_is_found(value: float) -> None:
+    guided = [chain("ddim", 3, seed=seed, label=1, guidance_scale=2.0) for seed in range(3)]
+    assert finite_with(value, guided) == [True, False, True]
+    # Row 1 of the call is then the unconditional row of the only sample.
+    assert finite_with(value, guided[:1]) == [False]
+
+
+@NON_FINITE
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_a_predicted_variance_that_is_not_finite_is_found(value: float, sampler: str) -> None:
+    """Even one of -∞, which would mean no noise, and one that the sampler does not look at."""
+    chains = [Chain(build_plan(LEARNED, sampler, 3), seed) for seed in range(3)]
+    assert finite_with(value, chains, 1, 2, schedule=LEARNED) == [True, False, True]
+
+
+@NON_FINITE
+def test_a_measurement_of_what_is_not_finite_is_found(value: float) -> None:
+    chains = [measuring(build_measurement(SCHEDULE, [90, 0]), IMAGE, seed) for seed in range(3)]
+    assert finite_with(value, chains, schedule=SCHEDULE) == [True, False, True]
+
+
+@NON_FINITE
+def test_a_gradient_of_the_classifier_that_is_not_finite_is_found(value: float) -> None:
+    class Gradient:
+        def gradient(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            found = torch.zeros_like(x)
+            found[1, 0, 3, 4] = value
+            return found
+
+    guidance = Guidance(classifier_scale=1.0)
+    plan = build_plan(SCHEDULE, "ddpm", 3, guidance=guidance)
+    chains = [Chain(plan, seed, 1) for seed in range(3)]
+    assert finite_with(0.0, chains, classifier=Gradient()) == [True, False, True]
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_a_probe_calls_the_network_for_no_sample(conditional: bool) -> None:
+    denoiser = fake(conditional)
+    denoiser.launch([Row(chain(seed=1), 0, 0)]).read()
+    before = denoiser.latent(0)
+    denoiser.probe()
+    _, t, y = denoiser.runtime.calls[-1]  # type: ignore[attr-defined]
+    assert len(denoiser.runtime.calls) == 2  # type: ignore[attr-defined]
+    assert (len(t), y is not None) == (1, conditional)
+    assert torch.equal(denoiser.latent(0).x, before.x)
+
+
+def test_a_probe_of_a_broken_device_raises() -> None:
+    class Lost(FakeRuntime):
+        def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+            raise RuntimeError("CUDA error: unspecified launch failure")
+
+    denoiser = Denoiser(Lost(), SHAPE, conditional=False, null_class=None)
+    with pytest.raises(RuntimeError, match="unspecified launch failure"):
+        denoiser.probe()
 
 
 def test_rows_beyond_the_samples_are_written_where_nobody_looks() -> None:
