@@ -93,9 +93,12 @@ SERVICE = {
         " model.samplers model.scheduler_config model.state numpy torch"
     ),
     "service.engine.engine": (
-        "service.engine.isolation service.engine.jobs service.engine.messages service.engine.scheduler"
+        "service.engine.flight service.engine.isolation service.engine.jobs service.engine.messages"
+        " service.engine.scheduler service.engine.width"
         " service.errors model.chain model.denoiser model.runtimes model.state msgspec"
     ),
+    "service.engine.flight": "service.engine.jobs model.chain model.denoiser model.state",
+    "service.engine.width": "",
     "service.engine.isolation": "service.engine.jobs service.errors model.runtimes torch",
     "service.engine.scheduler": (
         "service.engine.estimates service.engine.jobs service.engine.messages service.engine.order"

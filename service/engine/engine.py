@@ -6,26 +6,28 @@ dropped when they are read.
 
 A fault reaches the job that causes it and no other. A step that raises changes nothing and is retried in
 halves until the culprit alone fails; so is the measuring that follows it. Running out of memory also lowers
-the batch size for good. Batch neighbours of a failed sample continue, bit for bit as without it.
+the batch size for a while, unless a sample does alone. Batch neighbours of a failed sample continue, bit for
+bit as without it.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from time import monotonic, perf_counter
 from traceback import clear_frames
-from typing import Protocol
 
 from msgspec.structs import replace
 
-from model.chain import Chain, Image
+from model.chain import Image
 from model.denoiser import Stepped
 from model.runtimes import SkippedError
 from model.state import Row
 from model.state import SnapshotKind as Shown
+from service.engine.flight import Denoises, Flight, Raised, Reads, size_of
 from service.engine.isolation import isolate
 from service.engine.jobs import Job, Sample, SnapshotKind
 from service.engine.messages import (
@@ -43,7 +45,10 @@ from service.engine.messages import (
     Terminal,
 )
 from service.engine.scheduler import Scheduler
+from service.engine.width import BatchLimit
 from service.errors import NonFiniteError
+
+logger = logging.getLogger(__name__)
 
 PREVIEW_INTERVAL_S = 0.1
 """Between a job's previews where it does not ask for certain steps; more where there are many jobs."""
@@ -54,38 +59,6 @@ PREVIEWS_PER_S = 1000
 LEAD_S = 0.002
 """How long before the device is expected to be free the next step is launched, beside what that takes and how
 far the expectation may be off."""
-
-
-class Reads(Protocol):
-    """A step on its way."""
-
-    def read(self) -> Sequence[Stepped]:
-        """Wait for it. What it left, in order of its rows."""
-
-
-class Denoises(Protocol):
-    """What the engine needs of `model.denoiser.Denoiser`; tests put a fake in its place."""
-
-    def launch(self, rows: Sequence[Row]) -> Reads:
-        """Queue one step of each row."""
-
-    def recover(self) -> None:
-        """Step again after a step has failed; what was queued before this is skipped."""
-
-    def measure(
-        self, chains: Sequence[Chain], steps: Sequence[int], x0_preds: Sequence[Image]
-    ) -> Sequence[tuple[float, float]]:
-        """(bits per dimension, mean squared error) of x₀ predictions, in order."""
-
-
-@dataclass(frozen=True)
-class _Raised:
-    """A step that could not even be queued."""
-
-    error: Exception
-
-    def read(self) -> Sequence[Stepped]:
-        raise self.error
 
 
 @dataclass
@@ -105,28 +78,18 @@ class _Progress:
     carried: tuple[Image, ...] = ()
 
 
-@dataclass(eq=False)
-class Flight:
-    """A step on its way. rows: by sample, in order. previews: the samples whose step is to be shown."""
-
-    rows: dict[Sample, Row]
-    size: int
-    previews: set[Sample]
-    step: Reads
-    launched: float
-
-
 @dataclass
 class Engine:
     """Carries out commands and runs the scheduler's batches. All of it happens on one thread.
 
-    on_batch_limit: called with the most rows that a network call has from now on, after one ran out of
-    memory.
+    on_batch_limit: called with the most rows that a network call has from now on, whenever that changes.
+    widest: what it may grow to while running, if more than the scheduler's at the start.
     """
 
     denoiser: Denoises
     scheduler: Scheduler
     on_batch_limit: Callable[[int], None] = lambda _size: None
+    widest: int = 0
     _progress: dict[str, _Progress] = field(default_factory=dict)
     _watched: set[str] = field(default_factory=set)  # jobs with previews
     _free: list[int] = field(default_factory=list)  # slots that were in use
@@ -134,6 +97,9 @@ class Engine:
     _flight: Flight | None = None
     _read: float = 0.0  # when the latest results were there
     _launching_s: float = 0.0  # what a launch takes the host, on average
+
+    def __post_init__(self) -> None:
+        self._limit = BatchLimit(self.scheduler.max_batch_size, self.widest)
 
     @property
     def load(self) -> Load:
@@ -209,8 +175,8 @@ class Engine:
             previews = self._due(batch.samples, begun)
             rows = {sample: self._row(sample, preview=sample in previews) for sample in batch.samples}
             # Behind a step that was not queued nothing may be either: it would run without it.
-            behind = before is not None and isinstance(before.step, _Raised)
-            step = _Raised(SkippedError()) if behind else self._begin(list(rows.values()))
+            behind = before is not None and isinstance(before.step, Raised)
+            step = Raised(SkippedError()) if behind else self._begin(list(rows.values()))
             self._flight = Flight(rows, batch.size, previews, step, perf_counter())
             self.scheduler.commit(batch.samples)
             self._launching_s += 0.1 * (perf_counter() - begun - self._launching_s)
@@ -220,7 +186,7 @@ class Engine:
         try:
             return self.denoiser.launch(rows)
         except Exception as error:  # noqa: BLE001 (as if it had happened on the device)
-            return _Raised(error)
+            return Raised(error)
 
     def _begin_again(self, flight: Flight) -> None:
         """Queue a step that was skipped once more, in its turn, for the jobs that have not ended."""
@@ -228,7 +194,7 @@ class Engine:
         if flight.rows:
             self.denoiser.recover()
             flight.step = self._begin(list(flight.rows.values()))
-            flight.size, flight.launched = _size(flight.rows.values()), perf_counter()
+            flight.size, flight.launched = size_of(flight.rows.values()), perf_counter()
 
     def _due(self, samples: Sequence[Sample], now: float) -> set[Sample]:
         """Samples whose step somebody wants to see: the first, the last, and some of those between.
@@ -276,15 +242,30 @@ class Engine:
         events: list[Event] = []
         samples = [sample for sample in flight.rows if not sample.job.over]
         recovered = False
+        ran_out: list[tuple[Sequence[Sample], int]] = []
 
-        def again(samples: Sequence[Sample]) -> Sequence[Stepped]:
+        def recover() -> None:
             nonlocal recovered
             recovered = True
             self.denoiser.recover()
+
+        def again(samples: Sequence[Sample]) -> Sequence[Stepped]:
+            recover()
             return self._begin([flight.rows[sample] for sample in samples]).read()
 
-        def out_of_memory(samples: Sequence[Sample]) -> None:
-            self._lower_batch_limit([flight.rows[sample] for sample in samples])
+        def probe() -> None:
+            recover()
+            self.denoiser.probe()
+
+        def out_of_memory(samples: Sequence[Sample]) -> bool:
+            size = size_of(flight.rows[sample] for sample in samples)
+            # A lone sample may not have fitted because its call was padded to the limit.
+            fits = max(1, size // 2) if len(samples) > 1 else size
+            narrower = fits < self.scheduler.max_batch_size
+            ran_out.append((samples, fits if narrower else 0))
+            if narrower:  # for the next try, to begin with
+                self._set_batch_limit(fits)
+            return narrower
 
         def first(samples: Sequence[Sample]) -> Sequence[Stepped]:
             try:
@@ -302,14 +283,21 @@ class Engine:
             with suppress(Exception):
                 flight.step.read()
         try:
-            done, failures = isolate(first, samples, out_of_memory, again)
+            done, failures = isolate(first, samples, out_of_memory, again, probe)
         except SkippedError:  # the step before it had failed, and has been dealt with
-            done, failures = isolate(again, samples, out_of_memory)
+            done, failures = isolate(again, samples, out_of_memory, probe=probe)
         now = perf_counter()
         seconds = now - max(flight.launched, self._read)
         self._read = now
         if done and not failures:  # a step that was skipped for good took no time
             self.scheduler.times.observe(flight.size, seconds)
+            self._limit.made(flight.size, seconds, more=self.scheduler.waiting > 0)
+        # What a sample that does not fit alone was in does not say how many of the others do.
+        alone = {samples[0] for samples, fits in ran_out if not fits}
+        for samples, fits in ran_out:
+            if alone.isdisjoint(samples):
+                self._limit.ran_out(fits)
+        self._set_batch_limit(self._limit.rows)
 
         broken = [sample for sample, stepped in done.items() if not stepped.finite]
         failures |= {each: NonFiniteError("The network gave a NaN or an infinity.") for each in broken}
@@ -328,11 +316,11 @@ class Engine:
             self._begin_again(self._flight)
         return StepReport(events, flight.size, len(done), seconds, len(broken))
 
-    def _lower_batch_limit(self, rows: Sequence[Row]) -> None:
-        """Half of what these samples took is the most of a network call from now on."""
-        fits = max(1, _size(rows) // 2)
-        self.scheduler.max_batch_size = min(self.scheduler.max_batch_size, fits)
-        self.on_batch_limit(self.scheduler.max_batch_size)
+    def _set_batch_limit(self, rows: int) -> None:
+        if rows != self.scheduler.max_batch_size:
+            logger.info("%d rows per step at most, not %d", rows, self.scheduler.max_batch_size)
+            self.scheduler.max_batch_size = rows
+            self.on_batch_limit(rows)
 
     def _measure(
         self, samples: Sequence[Sample], flight: Flight, done: dict[Sample, Stepped]
@@ -411,11 +399,6 @@ class Engine:
         if sample.slot is not None:
             self._free.append(sample.slot)
             sample.slot = None
-
-
-def _size(rows: Iterable[Row]) -> int:
-    """Network evaluations of a step of these."""
-    return sum(row.chain.plan.evaluations[row.step] for row in rows)
 
 
 def _by_job(samples: Sequence[Sample]) -> dict[Job, list[Sample]]:

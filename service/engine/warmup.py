@@ -140,12 +140,18 @@ def warm_up(model: Checkpoint, settings: EngineConfig) -> Warm:
         "independent" if invariance.holds else f"within {invariance.max_abs_difference:.1e}",
     )  # fmt: skip
 
+    # Where a result depends on the one shape that all calls have, that is left as it is.
+    shapes = runtime.batch_sizes
+    widest = max_batch_size if settings.max_batch or len(shapes) == 1 else max(sizes)
+    if len(shapes) > 1:
+        shapes = tuple(sizes)
+
     def on_batch_limit(size: int) -> None:
-        if runtime.batch_sizes:  # or a smaller batch would be padded to what did not fit
-            runtime.batch_sizes = (*(each for each in runtime.batch_sizes if each < size), size)
+        if shapes:  # or a smaller batch would be padded to what did not fit
+            runtime.batch_sizes = (*(each for each in shapes if each < size), size)
 
     scheduler = Scheduler(max_batch_size, StepTimes(points), cast("Policy", settings.policy))
-    engine = Engine(denoiser, scheduler, on_batch_limit)
+    engine = Engine(denoiser, scheduler, on_batch_limit, widest)
     engine_info = EngineInfo(
         model.name,
         runtime.name,

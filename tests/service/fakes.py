@@ -133,13 +133,15 @@ class FakeDenoiser:
     """Computes each sample by itself, so that batch neighbours change nothing; and only when it is read.
 
     raises, gives_nan: seeds whose samples do so in every step. rows_that_fit: a larger call runs out of
-    memory. seen: every x, by seed and step. carried: what chains were started with, by seed.
+    memory. lost: what it raises from now on, whatever it is given. probed: how often it was called for no
+    sample. seen: every x, by seed and step. carried: what chains were started with, by seed.
     """
 
     gate: Gate = field(default_factory=Gate)
     raises: dict[int, type[Exception]] = field(default_factory=dict)
     gives_nan: set[int] = field(default_factory=set)
     rows_that_fit: float = math.inf
+    lost: Exception | None = None
     widths: list[int] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     seen: dict[tuple[int, int], bytes] = field(default_factory=dict)
@@ -148,6 +150,7 @@ class FakeDenoiser:
     launched: list[list[Row]] = field(default_factory=list)
     epoch: int = 0
     failed: int = -1
+    probed: int = 0
 
     def launch(self, rows: Sequence[Row]) -> FakeStep:
         self.launched.append(list(rows))
@@ -155,6 +158,12 @@ class FakeDenoiser:
 
     def recover(self) -> None:
         self.epoch += 1
+
+    def probe(self) -> None:
+        assert self.epoch != self.failed, "it is still skipping what it is given"
+        self.probed += 1
+        if self.lost is not None:
+            raise self.lost
 
     def start(self, chain: Chain, carried: Sequence[Image] = ()) -> Latent:
         self.starts.append(chain.seed)
@@ -166,6 +175,8 @@ class FakeDenoiser:
     def step(self, rows: Sequence[Row]) -> list[Stepped]:
         """What a step does once its turn has come. The slots change last."""
         self.gate.come_through()
+        if self.lost is not None:
+            raise self.lost
         width = sum(row.chain.plan.evaluations[row.step] for row in rows)
         self.widths.append(width)
         if width > self.rows_that_fit:

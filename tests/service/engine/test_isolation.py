@@ -222,7 +222,7 @@ def test_a_sample_whose_start_raises_fails_alone() -> None:
 
 @PROMPT
 @pytest.mark.parametrize(("fit", "limit"), [(7, 4), (4, 4), (3, 2), (2, 2), (1, 1)])
-def test_out_of_memory_lowers_the_batch_size_for_good(fit: int, limit: int, prompt: bool) -> None:
+def test_out_of_memory_lowers_the_batch_size(fit: int, limit: int, prompt: bool) -> None:
     denoiser = Device(prompt=prompt, rows_that_fit=fit)
     engine = engine_with(denoiser, *(job_of(f"job{seed}", [seed]) for seed in SEEDS))
     limits: list[int] = []
@@ -243,7 +243,21 @@ def test_a_sample_that_never_fits_fails() -> None:
     (event,) = drain(engine)
     assert isinstance(event, Failed)
     assert "OutOfMemoryError" in event.error.detail
-    assert engine.scheduler.max_batch_size == 1
+    assert engine.scheduler.max_batch_size == 16
+
+
+@PROMPT
+def test_a_job_that_never_fits_does_not_narrow_the_steps_of_others(prompt: bool) -> None:
+    denoiser = Device(prompt=prompt, raises={3: torch.OutOfMemoryError})
+    engine = engine_with(denoiser, *(job_of(f"job{seed}", [seed], steps=4) for seed in SEEDS))
+    limits: list[int] = []
+    engine.on_batch_limit = limits.append
+    events = drain(engine)
+    assert {event.job_id for event in events if isinstance(event, Failed)} == {"job3"}
+    assert len(results(events)) == 7
+    assert engine.scheduler.max_batch_size == limits[-1] == 16
+    assert denoiser.widths[-2:] == [7, 7]
+    assert nothing_is_held(engine)
 
 
 def test_a_lost_device_is_fatal() -> None:
@@ -260,6 +274,49 @@ def test_a_lost_device_is_fatal_even_beside_a_cancelled_job() -> None:
     engine.handle(CancelJob("gone"))
     with pytest.raises(FatalError):
         engine.step()
+
+
+CUDA_ERROR = RuntimeError("CUDA error: an illegal memory access was encountered")
+"""As torch raises it where it has no class of its own for it."""
+
+
+@PROMPT
+def test_a_device_that_fails_without_any_sample_is_fatal(prompt: bool) -> None:
+    """Whatever it raises, and before any job is blamed for it."""
+    denoiser = Device(prompt=prompt)
+    engine = engine_with(denoiser, *(job_of(f"job{seed}", [seed]) for seed in SEEDS))
+    engine.step()
+    denoiser.lost = CUDA_ERROR
+    with pytest.raises(FatalError, match="illegal memory access"):
+        drain(engine)
+
+
+def test_a_device_that_works_is_asked_before_a_sample_is_blamed() -> None:
+    denoiser = Device(raises={2: RuntimeError}, gives_nan={4})
+    events = drain(engine_with(denoiser, *(job_of(f"job{seed}", [seed]) for seed in SEEDS)))
+    assert {event.job_id for event in events if isinstance(event, Failed)} == {"job2", "job4"}
+    assert denoiser.probed == 1
+
+
+def test_a_probe_that_runs_out_of_memory_does_not_end_the_engine() -> None:
+    class Cramped(Device):
+        def probe(self) -> None:
+            super().probe()
+            raise torch.OutOfMemoryError("nothing is left")
+
+    denoiser = Cramped(raises={2: RuntimeError})
+    events = drain(engine_with(denoiser, job_of("a", [1]), job_of("b", [2])))
+    assert [type(event) for event in events] == [Failed, Finished]
+    assert denoiser.probed == 1
+
+
+def test_a_failed_step_is_logged_with_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    denoiser = Device(raises={2: KeyError})
+    drain(engine_with(denoiser, job_of("fine", [1]), job_of("culprit", [2])))
+    together, alone = caplog.records
+    assert "2 images failed together, KeyError" in together.getMessage()
+    assert "seed 2 in job culprit" in alone.getMessage()
+    assert "raise self.raises" in caplog.text
 
 
 # ── NaN ────────────────────────────────────────────────────────────────────────────────────────

@@ -174,7 +174,8 @@ def test_a_short_plan_is_timed_as_far_as_it_goes() -> None:
     assert denoiser.widths == [1]
 
 
-def test_out_of_memory_lowers_the_padding_too(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("seeds", [[1, 2, 3], [1]], ids=["three", "a single one, which is padded"])
+def test_out_of_memory_lowers_the_padding_too(monkeypatch: pytest.MonkeyPatch, seeds: list[int]) -> None:
     found = warm(max_batch=4)
     runtime = runtime_of(found)
     real, widths = type(runtime).forward, []
@@ -187,7 +188,7 @@ def test_out_of_memory_lowers_the_padding_too(monkeypatch: pytest.MonkeyPatch) -
         return real(runtime, x, t, y)
 
     monkeypatch.setattr(runtime, "forward", cramped)
-    job = job_of("a", [1, 2, 3], steps=1)
+    job = job_of("a", seeds, steps=1)
     found.engine.handle(AddJob(job))
     events = drain(found)
     assert [type(event) for event in events] == [Finished], events
@@ -195,13 +196,39 @@ def test_out_of_memory_lowers_the_padding_too(monkeypatch: pytest.MonkeyPatch) -
     assert runtime.batch_sizes == (found.engine.scheduler.max_batch_size,)
 
 
-def test_out_of_memory_leaves_the_smaller_shapes() -> None:
+def test_another_batch_limit_leaves_the_smaller_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a GPU has them where invariance is not asked for: small batches are not padded to the limit."""
+    monkeypatch.setattr(warmup, "_recorded", lambda _runtime, sizes: tuple(sizes))
     found = warm(max_batch=8, batch_invariant=False)
     runtime: Any = runtime_of(found)
-    runtime.batch_sizes = (1, 2, 4, 8)
+    assert runtime.batch_sizes == (1, 2, 4, 8)
     found.engine.on_batch_limit(3)
-    assert tuple(runtime.batch_sizes) == (1, 2, 3)
+    assert runtime.batch_sizes == (1, 2, 3)
+    found.engine.on_batch_limit(6)
+    assert runtime.batch_sizes == (1, 2, 4, 6)
+
+
+def test_the_one_shape_of_all_calls_comes_back_with_the_batch_limit() -> None:
+    found = warm(max_batch=8)
+    runtime: Any = runtime_of(found)
+    for limit in (4, 8):
+        found.engine.on_batch_limit(limit)
+        assert runtime.batch_sizes == (limit,)
+
+
+@pytest.mark.parametrize(
+    ("options", "grows"),
+    [({"runtime": "openvino"}, True), ({"runtime": "openvino", "max_batch": 2}, False), ({}, False)],
+    ids=["measured", "set", "one shape"],
+)
+def test_a_limit_that_was_measured_may_grow(
+    options: dict[str, Any], grows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine that is busy at the start small batches look best. No result may depend on it, though."""
+    monkeypatch.setattr(warmup, "_time_step", lambda _denoiser, chains, **_: max(0.001, len(chains) - 1.5))
+    found = warm(**options)
+    assert found.engine.scheduler.max_batch_size in (1, 2)
+    assert found.engine.widest == (max(warmup.cpu_batch_sizes()) if grows else found.info.max_batch_size)
 
 
 def test_a_batch_that_does_not_fit_is_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
