@@ -293,9 +293,9 @@ class Engine:
             self.scheduler.times.observe(flight.size, seconds)
             self._limit.made(flight.size, seconds, more=self.scheduler.waiting > 0)
         # What a sample that does not fit alone was in does not say how many of the others do.
-        alone = {samples[0] for samples, fits in ran_out if not fits}
-        for samples, fits in ran_out:
-            if alone.isdisjoint(samples):
+        alone = {together[0] for together, fits in ran_out if not fits}
+        for together, fits in ran_out:
+            if alone.isdisjoint(together):
                 self._limit.ran_out(fits)
         self._set_batch_limit(self._limit.rows)
 

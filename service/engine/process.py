@@ -77,7 +77,7 @@ class EngineLoop:
     def run(self) -> None:
         """Build, then step until drained. The last report says how it ended.
 
-        Raises nothing, but for SystemExit from `build` and EOFError from the inbox.
+        Raises nothing, but for SystemExit, and EOFError from the inbox.
         """
         try:
             warm = self._build()
@@ -85,9 +85,9 @@ class EngineLoop:
             self._send(Ready(warm.info, warm.model, warm.devices))
             while not (self._draining and self._engine.idle):
                 self._tick()
-        except EOFError:
+        except (EOFError, SystemExit):
             raise
-        except Exception:
+        except BaseException:  # libraries written in Rust panic with one
             logger.exception("the engine has failed")
             self._send(Stopped(failed=True))
         else:
@@ -203,10 +203,13 @@ def _end_with_parent(parent: int) -> None:
 def main(serve: Callable[[socket], int] = run, arguments: Sequence[str] | None = None) -> None:
     """Run as a process. Ends it without waiting for threads that may be inside the network."""
     (fd,) = sys.argv[1:] if arguments is None else arguments
+    code = FAILED
     try:
         code = serve(socket(fileno=int(fd)))
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else FAILED
+    except BaseException:
+        logger.exception("the engine's process has failed")
     logging.shutdown()
     os._exit(code)
 

@@ -42,7 +42,7 @@ from service.engine.messages import (
     Stopped,
 )
 from service.engine.wire import read_report, to_bytes
-from service.errors import EngineKilledError
+from service.errors import DeadlineError, EngineKilledError
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +53,10 @@ DEATHS, WINDOW_S = 5, 600.0
 """After so many deaths of one engine in so many seconds it is given up."""
 BACKOFF_S, LONGEST_BACKOFF_S = 0.5, 30.0
 """Before the second start in that time; each further one waits twice as long."""
+DEADLINE_S = 0.5
+"""How long after its deadline a job is ended here: its engine does it between two steps, unless it hangs."""
+UNANSWERED_S = 4.0
+"""An engine that has not answered a command for so long when it is killed counts as hung."""
 BUFFER = 4 << 20
 
 
@@ -207,6 +211,9 @@ class Worker:
     _suspects: dict[str, Assigned] = field(default_factory=dict)
     _deaths: list[float] = field(default_factory=list)
     _unreported: int = 0
+    _asked: float | None = None  # when the first command was sent since the engine's latest report
+    _abandoned: bool = False  # whether it has a job that was ended here, and has not been heard of since
+    _drain_sent: bool = False
     _connection: Connection | None = None
     _ready: bool = False
     _draining: bool = False
@@ -222,7 +229,7 @@ class Worker:
 
     def add(self, spec: JobSpec) -> None:
         """Run a job."""
-        if not self._jobs:
+        if not self._jobs and not self._abandoned:
             self.heard = time.monotonic()  # being idle was no delay
         self._jobs[spec.id] = self._unsent[spec.id] = Assigned(spec)
         self._unreported += spec.evaluations
@@ -259,37 +266,43 @@ class Worker:
     def send(self, command: Command) -> None:
         """Pass a command on, if there is an engine; one that is being replaced has no jobs yet."""
         if self._connection is not None and self._ready:
+            self._asked = self._asked or time.monotonic()
             self._connection.send(command)
 
     def drain(self) -> None:
         """End when the jobs have ended: at once where there are none."""
         self._draining = True
-        if self._jobs:
-            self.send(Drain())
-        elif self._connection is not None and not self._ready:
+        if not self._jobs and self._connection is not None and not self._ready:
             self._connection.kill()
-        else:
-            self.send(Drain())
+        self._feed()
 
     def kill(self) -> None:
         """End now, whatever is in flight."""
         self._draining = self._killed = True
+        if self._asked is not None and time.monotonic() - self._asked > UNANSWERED_S:
+            logger.error("the engine does not answer: it is killed")
+            self.exit_code = self.exit_code or 1
         if self._connection is not None:
             self._connection.kill()
 
     async def run(self) -> None:
         """Keep an engine running until it has been drained or is given up."""
+        deadlines = asyncio.create_task(self._keep_deadlines())
         try:
             while self.phase not in (Phase.STOPPED, Phase.DEAD):
                 if self._over:
                     self._set(Phase.STOPPED)
                 else:
                     await self._live()
-        except Exception:
+        except BaseException as error:  # whatever it is: nobody would run what is accepted after it
             logger.exception("the engine's worker has failed")
             self.exit_code = 1
             self.kill()
             self._set(Phase.DEAD)
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            deadlines.cancel()
 
     @property
     def _over(self) -> bool:
@@ -300,20 +313,23 @@ class Worker:
         """One engine, from its start to its end."""
         connection = self._connection = self.start(self.config)
         self.heard = time.monotonic()
+        self._asked, self._abandoned, self._drain_sent = None, False, False
         watch = asyncio.create_task(self._watch(connection))
         stopped: Stopped | None = None
-        while (report := await connection.receive()) is not None:
-            self.heard = time.monotonic()
-            if isinstance(report, Stopped):
-                stopped = report
-            else:
-                self._take(report)
-                # A report wakes many readers. They come first, or a pile of reports would hold up all else.
-                await asyncio.sleep(0)
-        watch.cancel()
+        try:
+            while (report := await connection.receive()) is not None:
+                self.heard, self._asked, self._abandoned = time.monotonic(), None, False
+                if isinstance(report, Stopped):
+                    stopped = report
+                else:
+                    self._take(report)
+                    # A report wakes many readers. They come first, or reports would hold up all else.
+                    await asyncio.sleep(0)
+        finally:
+            watch.cancel()
         code = await connection.wait()
         loaded, self._ready, self._connection = self._ready, False, None
-        if (stopped is not None and not stopped.failed) or self._over:
+        if (stopped is not None and not stopped.failed and not self._jobs) or self._over:
             self._set(Phase.STOPPED)
         elif code == UNUSABLE and not loaded:
             self.exit_code = UNUSABLE
@@ -328,8 +344,6 @@ class Worker:
                 self.on_report(report)
                 self._set(Phase.DRAINING if self._draining else Phase.READY)
                 self._feed()
-                if self._draining:
-                    self.send(Drain())
             case Loaded(
                 folder
             ):  # whatever becomes of a branch on the Hub, the next engine has the same model
@@ -348,7 +362,7 @@ class Worker:
                 self._feed()
 
     def _feed(self) -> None:
-        """Send what may be sent: suspects one at a time, and all else after them."""
+        """Send what may be sent: suspects one at a time, all else after them, and last that it may end."""
         if not self._ready or self._connection is None:
             return
         for job_id, assigned in list(self._suspects.items()):
@@ -360,7 +374,10 @@ class Worker:
         for job_id, assigned in [*self._suspects.items()][:1] or [*self._unsent.items()]:
             assigned.sent = True
             del self._unsent[job_id]
-            self._connection.send(AddJob(assigned.spec))
+            self.send(AddJob(assigned.spec))
+        if self._draining and not self._unsent and not self._drain_sent:
+            self._drain_sent = True
+            self.send(Drain())
 
     async def _died(self, code: int, *, loaded: bool) -> None:
         """Blame, and wait before the next start; or give up."""
@@ -393,11 +410,28 @@ class Worker:
         if again >= 0:
             await asyncio.sleep(min(LONGEST_BACKOFF_S, BACKOFF_S * 2**again))
 
+    async def _keep_deadlines(self) -> None:
+        """End jobs that have become too late, should their engine not do so."""
+        while True:
+            await asyncio.sleep(DEADLINE_S / 2)
+            late = time.monotonic() - DEADLINE_S
+            for job_id, assigned in list(self._jobs.items()):
+                if assigned.spec.deadline is not None and assigned.spec.deadline < late:
+                    if assigned.sent:
+                        self._abandoned = self._ready
+                        self.send(CancelJob(job_id))
+                    error = DeadlineError("The deadline has passed.")
+                    self.on_end(Failed(job_id, error, started=self.has_begun(job_id)))
+
     async def _watch(self, connection: Connection) -> None:
         """Kill an engine that has work but says nothing."""
         while True:
             await asyncio.sleep(min(1.0, self.stall_s / 4))
-            if self._ready and self._jobs and time.monotonic() - self.heard > self.stall_s:
+            if (
+                self._ready
+                and (self._jobs or self._abandoned)
+                and time.monotonic() - self.heard > self.stall_s
+            ):
                 logger.error("the engine has not answered for %.0f s: it is killed", self.stall_s)
                 connection.kill()
                 return

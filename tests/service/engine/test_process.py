@@ -75,6 +75,15 @@ def test_a_lost_device_ends_the_loop(caplog: pytest.LogCaptureFixture) -> None:
     assert "the engine has failed" in caplog.text
 
 
+def test_whatever_is_raised_ends_the_loop(caplog: pytest.LogCaptureFixture) -> None:
+    class Panic(BaseException):
+        """As libraries written in Rust raise it."""
+
+    denoiser = FakeDenoiser(raises={1: Panic})  # type: ignore[dict-item]
+    assert run(denoiser, AddJob(job_of("a", [1])))[-1] == Stopped(failed=True)
+    assert "Panic" in caplog.text
+
+
 def test_a_network_that_cannot_be_built_ends_the_loop(caplog: pytest.LogCaptureFixture) -> None:
     def build() -> Warm:
         raise RuntimeError("no such device")

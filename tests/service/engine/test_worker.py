@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 
 import pytest
 import torch
 from msgspec.structs import replace
 
-from service.engine import worker
+from service.engine import client, worker
 from service.engine.jobs import JobSpec
 from service.engine.messages import (
     Cancelled,
@@ -27,7 +30,7 @@ from service.engine.messages import (
 )
 from service.engine.warmup import Warm
 from service.engine.worker import Phase, Worker
-from service.errors import EngineDeadError, LoadingError
+from service.errors import DeadlineError, DrainingError, EngineDeadError, LoadingError
 from tests.service.engine.test_client import Served, Start, start
 from tests.service.fakes import PATIENCE_S, FakeDenoiser, fake_engine, fake_info, fake_model, job_of, until
 from tests.service.threads import ThreadConnection
@@ -289,6 +292,122 @@ def test_a_drain_while_an_engine_is_replaced_needs_no_other(
     served.client.drain()
     until(lambda: served.client.phase is Phase.STOPPED)
     assert len(served.connections) == 2
+
+
+@pytest.mark.parametrize("drained_first", [True, False])
+def test_a_drain_does_not_end_an_engine_before_it_has_got_all_jobs(start: Start, drained_first: bool) -> None:
+    """Suspects get the next engine one after the other; each of these is over after a step."""
+    engines = Engines(first := shut())
+    served = started(start, engines)
+    jobs = [job_of(f"job{seed}", [seed], steps=1) for seed in range(3)]
+    for job in jobs:
+        served.client.submit(job)
+    first.gate.wait_for_arrival(1)
+    engines.may_be_made.clear()
+    if drained_first:
+        served.client.drain()
+    served.connections[0].kill()
+    until(lambda: len(served.connections) == 2)
+    if not drained_first:
+        served.client.drain()
+    engines.may_be_made.set()
+    assert [type(served.end_of(job)) for job in jobs] == [Finished] * 3
+    until(lambda: served.client.phase is Phase.STOPPED)
+    assert len(served.connections) == 2
+    assert served.client.exit_code == 0
+
+
+def late_job() -> JobSpec:
+    return job_of("late", [1], deadline=time.monotonic() + 0.1)
+
+
+def test_a_deadline_holds_while_the_engine_hangs(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "DEADLINE_S", 0.05)
+    served = started(start, Engines(hung := shut()))
+    served.client.submit(job := late_job())
+    hung.gate.wait_for_arrival(1)
+    end = served.end_of(job)
+    assert isinstance(end, Failed)
+    assert (end.error.code, end.started) == (DeadlineError.code, True)
+    assert served.metric("ddpm_engine_restarts_total") == 0
+    hung.gate.open()  # what it says of that job then is not passed on
+    served.client.submit(job := job_of("next", [2]))
+    assert isinstance(served.end_of(job), Finished)
+    assert Counter(e.job_id for e in served.events if isinstance(e, Terminal)) == {"late": 1, "next": 1}
+
+
+def test_a_deadline_holds_while_an_engine_is_replaced(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "DEADLINE_S", 0.05)
+    served = started(start, engines := Engines(first := shut()))
+    served.client.submit(job := job_of("late", [1], deadline=time.monotonic() + 0.5))
+    first.gate.wait_for_arrival(1)
+    engines.may_be_made.clear()
+    served.connections[0].kill()
+    end = served.end_of(job)
+    engines.may_be_made.set()
+    assert isinstance(end, Failed)
+    assert end.error.code == DeadlineError.code
+
+
+@pytest.mark.parametrize("jobs", [1, 30])
+def test_an_engine_that_hangs_is_replaced_though_its_jobs_were_too_late(
+    start: Start, monkeypatch: pytest.MonkeyPatch, jobs: int
+) -> None:
+    """One, or one after the other for much longer than an engine may be silent."""
+    monkeypatch.setattr(worker, "DEADLINE_S", 0.02)
+    served = started(start, engines := Engines(shut()), stall_s=1.0)
+    with suppress(LoadingError):  # as soon as it is replaced
+        for number in range(jobs):
+            job = job_of(f"late{number}", [1], deadline=time.monotonic() + 0.1)
+            served.client.submit(job)
+            assert isinstance(served.end_of(job), Failed)
+        assert jobs == 1, "it was never replaced"
+    until(lambda: len(engines.denoisers) == 2)
+    assert served.metric("ddpm_engine_restarts_total") == 1
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_service_whose_engine_hangs_does_not_end_as_if_all_were_well(
+    start: Start, monkeypatch: pytest.MonkeyPatch, hangs: bool
+) -> None:
+    monkeypatch.setattr(worker, "UNANSWERED_S", 0.1)
+    monkeypatch.setattr(client, "STOP_S", 0.5)
+    served = started(start, engines := Engines(shut()))
+    served.client.submit(job := job_of("a", [1]))
+    engines.denoisers[0].gate.wait_for_arrival(1)
+    served.client.drain()
+    served.client.abort(DrainingError("The service stopped before this was finished.", 5.0))
+    if not hangs:
+        engines.denoisers[0].gate.open()
+    served.client.stop()
+    end = served.end_of(job)
+    assert isinstance(end, Failed)
+    assert end.error.code == DrainingError.code
+    assert served.client.exit_code == int(hangs)
+
+
+class Panic(BaseException):
+    """As libraries written in Rust raise it."""
+
+
+def test_an_engine_is_replaced_whatever_it_raises(start: Start) -> None:
+    engines = Engines(FakeDenoiser(raises={1: Panic}))  # type: ignore[dict-item]
+    served = started(start, engines)
+    served.client.submit(job := job_of("a", [1]))
+    assert isinstance(served.end_of(job), Finished)
+    assert len(engines.denoisers) == 2
+
+
+def test_a_worker_that_fails_is_not_ready_for_ever(caplog: pytest.LogCaptureFixture) -> None:
+    def panics(_: EngineConfig) -> ThreadConnection:
+        raise Panic
+
+    phases: list[Phase] = []
+    failing = Worker(panics, EngineConfig("tiny"), print, lambda: phases.append(failing.phase), print)
+    with pytest.raises(Panic):
+        asyncio.run(failing.run())
+    assert (phases, failing.exit_code) == ([Phase.DEAD], 1)
+    assert "worker has failed" in caplog.text
 
 
 # ── Several ────────────────────────────────────────────────────────────────────────────────────
