@@ -9,13 +9,12 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from service.engine.estimates import StepTimes, shortest
 from service.engine.jobs import Job, JobSpec, State
-from service.engine.messages import Cancelled, Event, Failed, Located, Queued, Terminal
+from service.engine.messages import Cancelled, Failed, Located, Queued
 from service.engine.scheduler import Batch, Policy, Scheduler
-from service.errors import ComputeError, DeadlineError
+from service.errors import DeadlineError
 from tests.service.fakes import counting_job, counting_stage
 
 STEP_S = 1.0
@@ -87,158 +86,6 @@ def steps_until(under: Scheduler, job: Job, limit: int = 100_000) -> int:
         if job.over:
             return count
     raise AssertionError(f"{job.id} is not over after {limit} steps")
-
-
-# ── Whatever happens, in whatever order ────────────────────────────────────────────────────────
-
-
-class Life(RuleBasedStateMachine):
-    """Jobs come, are cancelled, fail and expire while none, one or two steps are on their way."""
-
-    @initialize(
-        max_batch_size=st.integers(1, 9),
-        policy=st.sampled_from(["remaining", "fifo", "sharing"]),
-        fifo_interval=st.integers(2, 5),
-    )
-    def begin(self, max_batch_size: int, policy: Policy, fifo_interval: int) -> None:
-        self.under = scheduler(max_batch_size, policy, fifo_interval)
-        self.now = 0.0
-        self.names: list[str] = []
-        self.jobs: dict[str, Job] = {}  # those that were accepted
-        self.ends: Counter[str] = Counter()
-        self.flights: list[Batch] = []  # launched and not read
-
-    def take(self, events: list[Event]) -> None:
-        for event in events:
-            if isinstance(event, Terminal):
-                self.ends[event.job_id] += 1
-                assert event.job_id not in self.jobs or self.jobs[event.job_id].over
-
-    @rule(
-        stages=st.lists(
-            st.tuples(st.integers(1, 12), st.integers(1, 6), st.integers(1, 2)), min_size=1, max_size=3
-        ),
-        patience=st.none() | st.floats(0, 40),
-    )
-    def add(self, stages: list[tuple[int, int, int]], patience: float | None) -> None:
-        name = f"job{len(self.names)}"
-        deadline = None if patience is None else self.now + patience
-        spec = JobSpec(name, "ddim", tuple(counting_stage(*shape) for shape in stages), deadline)
-        events = self.under.add(spec, self.now)
-        assert len(events) == 1
-        assert isinstance(events[0], Queued | Failed)
-        self.names.append(name)
-        if isinstance(events[0], Queued):
-            self.jobs[name] = self.under._jobs[name]
-        self.take(events)
-
-    @precondition(lambda self: self.names)
-    @rule(data=st.data())
-    def cancel(self, data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from(self.names))
-        was_over = name not in self.jobs or self.jobs[name].over
-        events = self.under.cancel(name)
-        assert events == ([] if was_over else [Cancelled(name)])
-        self.take(events)
-
-    @precondition(lambda self: self.names)
-    @rule(data=st.data())
-    def fail(self, data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from(self.names))
-        was_over = name not in self.jobs or self.jobs[name].over
-        events = self.under.fail(name, ComputeError("on request"))
-        assert len(events) == (not was_over)
-        self.take(events)
-
-    @rule()
-    def cancel_all(self) -> None:
-        alive = [name for name, job in self.jobs.items() if not job.over]
-        events = self.under.cancel_all()
-        assert events == [Cancelled(name) for name in alive]
-        self.take(events)
-
-    @rule(seconds=st.floats(0, 10))
-    def wait(self, seconds: float) -> None:
-        self.now += seconds
-        self.take(self.under.expire(self.now))
-        for job in self.jobs.values():
-            assert job.over or job.spec.deadline is None or job.spec.deadline >= self.now
-
-    @rule()
-    def lower_the_batch_limit(self) -> None:
-        self.under.max_batch_size = max(1, self.under.max_batch_size // 2)
-
-    @precondition(lambda self: len(self.flights) < 2)
-    @rule()
-    def launch(self) -> None:
-        to_do = [job for job in self.jobs.values() if not job.over and not self.under.stage_done(job)]
-        done = len(self.under) - len(to_do)
-        before = {sample: sample.step for job in self.jobs.values() for sample in job.samples}
-        batch = self.under.schedule(self.now)
-        assert batch.size == sum(sample.evaluations for sample in batch.samples)
-        alone_at_one = self.under.max_batch_size == 1 and len(batch.samples) == 1
-        assert batch.size <= self.under.max_batch_size or (alone_at_one and batch.size == 2)
-        assert len(set(batch.samples)) == len(batch.samples) == self.under.running
-        assert all(s.step < s.steps and s.job.state is State.RUNNING for s in batch.samples)
-        # The look ahead is bounded: jobs that wait for their results can fill it where the limit has fallen.
-        assert bool(batch.samples) == bool(to_do) or done >= 4 * self.under.max_batch_size
-        backlog = self.under.backlog
-        advanced = self.under.commit(batch.samples)
-        assert [sample for its in advanced.values() for sample in its] == sorted(
-            batch.samples, key=lambda sample: list(advanced).index(sample.job)
-        )
-        assert backlog - self.under.backlog == batch.size
-        self.under.in_flight = batch.size
-        self.flights.append(batch)
-        for sample, step in before.items():
-            assert sample.step == step + (sample in batch.samples)
-
-    @precondition(lambda self: self.flights)
-    @rule()
-    def read(self) -> None:
-        before = self.under.backlog, self.under._steps
-        batch = self.flights.pop(0)
-        for name in read(self.under, batch, self.flights):
-            self.ends[name] += 1
-            assert self.jobs[name].state is State.FINISHED
-            assert self.jobs[name].remaining == 0
-        assert (self.under.backlog, self.under._steps) == before  # it has been counted
-
-    @invariant()
-    def counters_equal_a_recount(self) -> None:
-        if not hasattr(self, "jobs"):
-            return
-        alive = [job for job in self.jobs.values() if not job.over]
-        unfinished = [s for job in alive for s in job.samples if s.step < s.steps]
-        assert len(self.under) == len(alive)
-        assert self.under.backlog == sum(job.remaining for job in alive)
-        assert self.under.running + self.under.waiting == len(unfinished)
-        assert min(self.under.running, self.under.waiting) >= 0
-        for job in alive:
-            later = sum(stage.evaluations for stage in job.spec.stages[job.place + 1 :])
-            assert job.remaining == sum(s.remaining for s in job.samples) + later
-            assert self.under.stage_done(job) == all(s.step == s.steps for s in job.samples)
-            if self.under.stage_done(job):  # then a step of it has not been read
-                assert any(sample.job is job for batch in self.flights for sample in batch.samples)
-            assert self.under.eta(job) > 0 or job.remaining == self.under.in_flight == 0
-            assert self.under.eta(job) >= (STEP_S if self.under.in_flight else 0.0)
-        assert self.ends == Counter(
-            name for name in self.names if name not in self.jobs or self.jobs[name].over
-        )
-
-    def teardown(self) -> None:
-        if not hasattr(self, "jobs"):
-            return
-        while self.flights:
-            self.read()
-        for _ in range(self.under.backlog):
-            self.ends.update(step(self.under, self.now))
-        assert len(self.under) == self.under.backlog == 0
-        assert self.ends == Counter(dict.fromkeys(self.names, 1))
-
-
-TestLife = Life.TestCase
-TestLife.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
 
 
 # ── Who waits for whom ─────────────────────────────────────────────────────────────────────────

@@ -356,12 +356,14 @@ def test_an_engine_that_hangs_is_replaced_though_its_jobs_were_too_late(
     """One, or one after the other for much longer than an engine may be silent."""
     monkeypatch.setattr(worker, "DEADLINE_S", 0.02)
     served = started(start, engines := Engines(shut()), stall_s=1.0)
-    with suppress(LoadingError):  # as soon as it is replaced
+    ends = []
+    with suppress(LoadingError):  # while it is replaced
         for number in range(jobs):
             job = job_of(f"late{number}", [1], deadline=time.monotonic() + 0.1)
             served.client.submit(job)
-            assert isinstance(served.end_of(job), Failed)
-        assert jobs == 1, "it was never replaced"
+            ends.append(type(served.end_of(job)))
+    assert ends[0] is Failed
+    assert jobs == 1 or len(ends) < jobs or Finished in ends, "it was never replaced"
     until(lambda: len(engines.denoisers) == 2)
     assert served.metric("ddpm_engine_restarts_total") == 1
 
