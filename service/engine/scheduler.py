@@ -44,7 +44,7 @@ class Batch:
 
 @dataclass
 class Scheduler:
-    """Holds every job from arrival to end. `max_batch_size` may be lowered while running (out of memory).
+    """Holds every job from arrival to end. `max_batch_size` may change while running.
 
     in_flight: rows of a step whose samples are committed, but whose results are not there yet.
     """

@@ -137,6 +137,19 @@ class Life(RuleBasedStateMachine):
 
     @precondition(lambda self: len(self.flights) < 2)
     @rule()
+    def cancel_between_schedule_and_commit(self) -> None:
+        batch = self.under.schedule(self.now)
+        for name in dict.fromkeys(sample.job.id for sample in batch.samples[:1]):
+            self.take(self.under.cancel(name))
+        left = [sample for sample in batch.samples if not sample.job.over]
+        backlog = self.under.backlog
+        self.under.commit(batch.samples)
+        assert backlog - self.under.backlog == sum(s.chain.plan.evaluations[s.step - 1] for s in left)
+        self.under.in_flight = batch.size
+        self.flights.append(batch)
+
+    @precondition(lambda self: len(self.flights) < 2)
+    @rule()
     def launch(self) -> None:
         to_do = [job for job in self.jobs.values() if not job.over and not self.under.stage_done(job)]
         done = len(self.under) - len(to_do)
@@ -250,6 +263,11 @@ class EngineLife(RuleBasedStateMachine):
         self.shown: Counter[tuple[str, int]] = Counter()  # previews since the engine began, by job and step
         self.fit = 16
         self.prompt = False
+        self.engine = self.started()
+
+    @initialize(prompt=st.booleans())
+    def begin(self, prompt: bool) -> None:
+        self.prompt = prompt
         self.engine = self.started()
 
     def started(self) -> Engine:
