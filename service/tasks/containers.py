@@ -7,6 +7,7 @@ others only the orientation in an EXIF block is read.
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from dataclasses import dataclass
@@ -26,6 +27,11 @@ WITHOUT_LENGTH = {0x01, *range(0xD0, 0xDA)}
 COLOUR_SEGMENTS = {0xE0, 0xEE}
 """JFIF and Adobe: which colour space the components are."""
 SHORTEST_COLOUR_SEGMENT = 16
+END = 0xD9
+MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
+"""What ends the coded data of a scan (§B.1.1.2): zeros are stuffed, and restarts belong to it."""
+MAX_PARTS = 10_000
+"""Chunks, or segments and scans, of a file: encoders write one for every 8 KiB, or fewer."""
 EXIF = b"Exif\0\0"
 ORIENTATION = 0x0112
 SHORT, LONG = 3, 4
@@ -37,16 +43,22 @@ class PixelData:
 
     orientation: how it is to be turned, from 1, not at all, to 8 (EXIF 2.32, §4.6.4). bits: of a PNG's value.
     key: the value or the values of a grey or RGB PNG that are transparent; its tRNS chunk is taken out.
+    scans: of a JPEG, each of which may go over the whole picture.
     """
 
     data: bytes
     orientation: int = 1
     bits: int = 8
     key: tuple[int, ...] | None = None
+    scans: int = 1
+
+
+class TooManyPartsError(ValueError):
+    """A file has more than MAX_PARTS, so that reading it would take long, however small it is."""
 
 
 def pixel_data(file: bytes) -> PixelData | None:
-    """A PNG, a JPEG or a WebP without its metadata; None for any other file."""
+    """A PNG, a JPEG or a WebP without its metadata; None for any other file. Raises TooManyPartsError."""
     if file.startswith(PNG):
         return _png(file)
     if file.startswith(JPEG):
@@ -58,8 +70,9 @@ def pixel_data(file: bytes) -> PixelData | None:
 
 def _png(file: bytes) -> PixelData:
     kept, exif, key, bits, at = [PNG], b"", None, 8, len(PNG)
-    colour_type = -1
+    colour_type, parts = -1, 0
     while at < len(file):
+        parts = _another(parts)
         size, kind = int.from_bytes(file[at : at + 4]), file[at + 4 : at + 8]
         chunk = file[at : at + 12 + size]
         content = chunk[8:-4]
@@ -80,8 +93,9 @@ def _png(file: bytes) -> PixelData:
 
 
 def _jpeg(file: bytes) -> PixelData:
-    kept, exif, at = [file[:2]], b"", 2
+    kept, exif, at, parts = [file[:2]], b"", 2, 0
     while file[at : at + 1] == b"\xff" and at + 1 < len(file):
+        parts = _another(parts)
         marker = file[at + 1]
         if marker == 0xFF:  # any number of them may precede a marker
             at += 1
@@ -96,12 +110,34 @@ def _jpeg(file: bytes) -> PixelData:
         if colour or (marker not in APPLICATION and marker != COMMENT):
             kept.append(segment)
         at += len(segment)
-    return PixelData(b"".join(kept) + file[at:], orientation(exif))
+    return PixelData(b"".join(kept) + file[at:], orientation(exif), scans=_scans(file, at, parts))
+
+
+def _scans(file: bytes, at: int, parts: int) -> int:
+    """How many scans follow, up to the picture's end. at: where the first begins. parts: those before it."""
+    scans = 0
+    while (found := MARKER.search(file, at)) is not None:
+        parts = _another(parts)
+        at, marker = found.end(), file[found.end() - 1]
+        if marker == END:
+            break
+        scans += marker == SCAN
+        if marker not in WITHOUT_LENGTH:
+            at += int.from_bytes(file[at : at + 2])
+    return max(scans, 1)
+
+
+def _another(parts: int) -> int:
+    """One part more. Raises TooManyPartsError."""
+    if parts >= MAX_PARTS:
+        raise TooManyPartsError
+    return parts + 1
 
 
 def _webp(file: bytes) -> PixelData:
-    kept, exif, at = [], b"", 12
+    kept, exif, at, parts = [], b"", 12, 0
     while at < len(file):
+        parts = _another(parts)
         kind, size = file[at : at + 4], int.from_bytes(file[at + 4 : at + 8], "little")
         chunk = file[at : at + 8 + size + size % 2]
         if kind == b"EXIF":

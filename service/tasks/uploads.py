@@ -24,7 +24,7 @@ from pydantic import WithJsonSchema
 from service.engine.messages import Pixels
 from service.errors import InvalidRequestError
 from service.tasks.arrays import decode_npy, is_npy
-from service.tasks.containers import PixelData, pixel_data
+from service.tasks.containers import PixelData, TooManyPartsError, pixel_data
 from service.tasks.images import MODES
 from service.tasks.masks import to_regenerate
 from service.tasks.png import encode_png
@@ -32,6 +32,11 @@ from service.tasks.png import encode_png
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 1 << 24
 """Of a picture before it is fitted: a photograph of 16 megapixels, 64 MiB in memory."""
+MAX_SCANS = 100
+"""Of a JPEG: encoders write about ten of a progressive one, and libjpeg itself sets no limit."""
+MAX_SCANNED = 20 * MAX_PIXELS
+"""Pixels times scans, which is what a JPEG takes to decode, whatever its bytes: a second or two."""
+TOO_SLOW = "It is made of too many parts: saved again as a PNG, or as a baseline JPEG, it is accepted."
 TOO_LARGE = f"A picture has at most {MAX_PIXELS} pixels."
 ACCEPTED = "PNG, JPEG, WebP or NumPy (.npy) file"
 OTHER_FORMATS = {
@@ -59,6 +64,8 @@ Upload = Annotated[
     WithJsonSchema({"type": "string", "contentEncoding": "base64", "contentMediaType": "image/png"}),
 ]
 """A PNG, JPEG, WebP or .npy: in JSON as base64 or a data URL, in a form also as a file."""
+MAX_PREFIX = 1000
+"""Characters of a data URL before its data."""
 DATA_URL = re.compile(r"data:[^,;]{0,100}(;[^,;]{0,100})*;base64,", re.IGNORECASE)
 URL_SAFE = str.maketrans("-_", "+/")
 
@@ -71,7 +78,7 @@ def unpack(upload: str | bytes, field: str = "image") -> bytes:
     """
     if isinstance(upload, bytes):
         return upload
-    head = DATA_URL.match(upload)
+    head = DATA_URL.match(upload, 0, MAX_PREFIX)
     text = upload[head.end() :] if head else upload
     try:
         return _base64(text)
@@ -179,13 +186,18 @@ def _opened(data: bytes, field: str, channels: int = 3) -> tuple[Image.Image, in
             field,
             f"This model has {channels} channels: send a NumPy (.npy) file of [height, width, {channels}].",
         )
-    found = pixel_data(data)
+    try:
+        found = pixel_data(data)
+    except TooManyPartsError:
+        raise InvalidRequestError(field, TOO_SLOW) from None
     if found is None:
         raise InvalidRequestError(field, _no_picture(data))
     try:
         with Image.open(BytesIO(found.data), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise InvalidRequestError(field, TOO_LARGE)
+            if found.scans > MAX_SCANS or found.scans * image.width * image.height > MAX_SCANNED:
+                raise InvalidRequestError(field, TOO_SLOW)
             if getattr(image, "is_animated", False):
                 raise InvalidRequestError(field, "It is animated; a single picture is needed.")
             return _plain(image, found), found.orientation

@@ -404,3 +404,50 @@ def test_a_mask_that_will_not_do(mask: bytes, reason: str) -> None:
     with pytest.raises(InvalidRequestError, match=reason) as refused:
         decode_masked(file(halves()), mask, GREY)
     assert refused.value.field == "mask"
+
+
+# ── What takes long ────────────────────────────────────────────────────────────────────────────
+
+
+def scanned(times: int, size: int = 8) -> bytes:
+    """A progressive JPEG whose last scan comes so many times more."""
+    data = file(Image.new("RGB", (size, size)), "jpeg", progressive=True)
+    last = data.rfind(b"\xff\xda")
+    return data[:last] + data[last:-2] * (times + 1) + data[-2:]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        scanned(100),
+        scanned(200_000),
+        b"\xff\xd8" + b"\xff\xfe\0\2" * 100_000 + scanned(1)[2:],
+        scanned(1)[:-2] + b"\xff\xfe\0\2" * 100_000 + b"\xff\xd9",
+        b"\x89PNG\r\n\x1a\n" + chunk(b"teXt", b"") * 100_000,
+        b"RIFF\0\0\0\0WEBP" + b"EXIF\0\0\0\0" * 100_000,
+    ],
+    ids=["scans", "very many scans", "segments", "segments between scans", "PNG chunks", "WebP chunks"],
+)
+def test_a_file_of_too_many_parts_is_not_decoded(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads, "_plain", lambda *_: pytest.fail("it is decoded"))
+    assert "too many parts" in refusal(data)
+
+
+def test_more_scans_are_allowed_of_a_small_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert decode(scanned(50), GREY).shape == (8, 8, 1)
+    monkeypatch.setattr(uploads, "MAX_SCANNED", 20 * 64)
+    assert decode(scanned(5), GREY).shape == (8, 8, 1)  # beside the ten that it has
+    assert "too many parts" in refusal(scanned(20))
+
+
+def test_what_follows_a_jpeg_or_lies_inside_a_segment_is_no_scan_of_it() -> None:
+    assert decode(scanned(0) + b"\xff\xda" * 1000, GREY).shape == (8, 8, 1)
+    comment = b"\xff\xfe" + (2 + 2000).to_bytes(2) + b"\xff\xda" * 1000
+    data = scanned(0)
+    last = data.rfind(b"\xff\xda")
+    assert decode(data[:last] + comment + data[last:], GREY).shape == (8, 8, 1)
+
+
+def test_a_data_urls_head_is_only_looked_for_at_the_beginning() -> None:
+    with pytest.raises(InvalidRequestError):
+        unpack("data:" + ";" * uploads.MAX_PREFIX + ";base64,AAAA")
