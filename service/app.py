@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -66,6 +67,8 @@ OPEN_PATHS = frozenset(
 )
 """What needs no key where keys are set, beside the pages' files; everything else does."""
 
+LAG_S = 60.0
+"""For which the worst lag of the event loop is shown: scrapes are a minute apart at most."""
 WORKING_PATHS = frozenset({"/stream", "/generate"})
 """Where GET starts a job, which nobody wants for the sake of its headers: HEAD is left to the route."""
 
@@ -84,6 +87,7 @@ def create_app(
         capacity=settings.max_queue,
         stall_s=settings.stall_s,
     )
+    state = AppState(engine, streams, telemetry, settings)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -92,6 +96,7 @@ def create_app(
         yield
         lag.cancel()
         await engine.stop()
+        state.decoders.close()
         streams.close()
 
     app = DocumentedApp(
@@ -104,7 +109,7 @@ def create_app(
         telemetry={"exclude": is_probe},
         needs_key=(lambda path: not is_open(path)) if settings.api_keys else None,
     )
-    app.state.ddpm = AppState(engine, streams, telemetry, settings)
+    app.state.ddpm = state
     app.state.error_formats = ErrorFormats()
     app.state.error_formats.register("/v1", openai_error)
     for router in ROUTERS:
@@ -148,8 +153,10 @@ def is_open(path: str) -> bool:
 
 
 async def _watch_lag(telemetry: Telemetry, every_s: float = 0.5) -> None:
-    """Export how late the event loop is."""
+    """Export how late the event loop has been at worst, for long enough that a scrape sees it."""
+    latest: deque[float] = deque(maxlen=round(LAG_S / every_s))
     while True:
         due = time.perf_counter() + every_s
         await asyncio.sleep(every_s)
-        telemetry.loop_lag.set(max(0.0, time.perf_counter() - due))
+        latest.append(max(0.0, time.perf_counter() - due))
+        telemetry.loop_lag.set(max(latest))

@@ -88,6 +88,12 @@ class Settings(BaseSettings):
     result_bytes: int = Field(
         64 << 20, ge=0, description="of the pixels of those results; the oldest are dropped first"
     )
+    body_bytes: int = Field(
+        256 << 20, ge=8 << 20, description="of all request bodies at once; more are refused with 429"
+    )
+    read_s: float = Field(
+        30.0, gt=0, description="seconds for a request's head, and for a body beside its size at 16 KiB/s"
+    )
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         (), description="accepted bearer keys, comma-separated; none leaves the service open"
     )

@@ -114,7 +114,9 @@ class Telemetry:
             "ddpm_last_step_timestamp_seconds", "Unix time of the latest step.", registry=registry
         )
         self.loop_lag = Gauge(
-            "ddpm_event_loop_lag_seconds", "How late the event loop last woke up.", registry=registry
+            "ddpm_event_loop_lag_seconds",
+            "How late the event loop has woken up at worst, in the last minute.",
+            registry=registry,
         )
         self.model = Gauge(
             "ddpm_model_info",

@@ -70,7 +70,7 @@ SERVICE = {
         "service.tasks.* service.engine.jobs service.engine.messages service.errors model.chain"
         " model.class_names model.condition model.interpolation model.likelihood model.samplers"
         " model.schedule model.sheets"
-        " model.typicality numpy PIL pydantic"
+        " model.typicality numpy PIL pydantic pydantic_core"
     ),
     # The engine: no HTTP. The API's end of it first, which knows no tensors; then the engine's own process.
     "service.engine": "",

@@ -260,7 +260,7 @@ def process() -> list[TimeSeries]:
     return [
         lines(
             "Event loop lag",
-            "How late the event loop last woke up. Above 0.1 s clients notice.",
+            "How late the event loop has woken up at worst, in the last minute. Above 0.1 s clients notice.",
             "s",
             [(f"max by (instance) (ddpm_event_loop_lag_seconds{{{CHOSEN}}})", "{{instance}}")],
         ),

@@ -144,12 +144,16 @@ class EngineClient:
         """Whether no job is in flight."""
         return not self._in_flight
 
-    def submit(self, spec: JobSpec) -> None:
-        """Reserve slots for a job and hand it over. Raises a RefusedError, and keeps nothing then."""
-        refusal = self.refusal() or self._full(spec.slots)
+    def check_room(self, slots: int = 1) -> None:
+        """Raise the RefusedError that a job of so many slots would meet now, and count it."""
+        refusal = self.refusal() or self._full(slots)
         if refusal is not None:
             self._telemetry.rejected.labels(refusal.code).inc()
             raise refusal
+
+    def submit(self, spec: JobSpec) -> None:
+        """Reserve slots for a job and hand it over. Raises a RefusedError, and keeps nothing then."""
+        self.check_room(spec.slots)
         ready = [worker for worker in self._workers if worker.phase is Phase.READY]
         worker = min(ready, key=lambda each: each.backlog)
         self._in_flight[spec.id] = _InFlight(spec, worker, Located(spec.id), JobSpan.begin(spec))

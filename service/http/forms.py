@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
+from starlette.datastructures import Headers
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
 from service.errors import CancelledError
+from service.tasks.texts import misread
 
 MAX_PARTS = 100
+MAX_VALUES = 10_000
+"""Commas and colons of a JSON body, which is about how many values it has."""
+CHARSET = re.compile(r";\s*charset\s*=\s*(\"[^\"]*\"|[^;]*)", re.IGNORECASE)
 HALVES = (  # black on the left, white on the right
     "data:image/png;base64,"
     "iVBORw0KGgoAAAANSUhEUgAAAAIAAAACAQAAAABazTCJAAAADElEQVR42mNwYHAAAAEEAIFW8NEDAAAAAElFTkSuQmCC"
@@ -49,12 +55,9 @@ async def read_body(request: Request, model: type[Model]) -> Model:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     try:
         if kind == "application/json":
-            content = (await request.body()).removeprefix(codecs.BOM_UTF8)  # PowerShell and .NET write one
-            if not content.strip():
-                raise _invalid(NO_BODY)
-            return model.model_validate_json(content)
+            return model.model_validate_json(await _json(request))
         if kind == "multipart/form-data":
-            return model.model_validate(await _form(request), strict=False)
+            return model.model_validate(_numbers(model, await _form(request)), strict=False)
     except ClientDisconnect:
         raise CancelledError("The client disconnected.") from None
     except MultiPartException as error:
@@ -69,8 +72,21 @@ def _invalid(reason: str) -> RequestValidationError:
     return RequestValidationError([{"loc": ("body",), "msg": reason}])
 
 
+async def _json(request: Request) -> bytes:
+    """A JSON body. It is bounded before it is parsed, since each value of it may be an error of its own."""
+    content = b"".join([chunk async for chunk in request.stream()])  # which nobody keeps, unlike body()
+    content = content.removeprefix(codecs.BOM_UTF8)  # PowerShell and .NET write one
+    if not content.strip():
+        raise _invalid(NO_BODY)
+    if content.count(b",") + content.count(b":") > MAX_VALUES:
+        raise _invalid(f"The body has more than {MAX_VALUES} commas and colons.")
+    return content
+
+
 async def _form(request: Request) -> dict[str, object]:
-    parser = _InMemory(request.headers, request.stream(), max_files=MAX_PARTS, max_fields=MAX_PARTS)
+    # Without a charset: it means nothing in a form (RFC 7578, §5.1.2), and may name any of Python's codecs.
+    headers = Headers({"Content-Type": CHARSET.sub("", request.headers["content-type"])})
+    parser = _InMemory(headers, request.stream(), max_files=MAX_PARTS, max_fields=MAX_PARTS)
     form = await parser.parse()
     values: dict[str, list[str | bytes]] = {}
     for name, part in form.multi_items():
@@ -80,6 +96,17 @@ async def _form(request: Request) -> dict[str, object]:
             values.setdefault(name, []).append(await part.read())
     await form.close()
     return {name: found[0] if len(found) == 1 else found for name, found in values.items()}
+
+
+def _numbers(model: type[BaseModel], values: dict[str, object]) -> dict[str, object]:
+    """The fields of a form as they are. Raises RequestValidationError where a number is none."""
+    wrong = {name: kind for name, value in values.items() if (kind := misread(model, name, value))}
+    if wrong:
+        message = {"int": "Input should be a valid integer", "float": "Input should be a valid number"}
+        raise RequestValidationError(
+            [{"loc": ("body", name), "msg": message[kind]} for name, kind in wrong.items()]
+        )
+    return values
 
 
 def body_schema(model: type[BaseModel], examples: Mapping[str, object]) -> dict[str, Any]:

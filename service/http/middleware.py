@@ -23,8 +23,10 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import UnauthorizedError
+from service.http.intake import Intake
 from service.http.prefix import route_path
 from service.http.problems import on_service_error
+from service.http.state import AppState
 from service.telemetry import Telemetry, request_id, submitted_job, trace_ids
 
 access_logger = logging.getLogger("service.access")
@@ -55,21 +57,32 @@ class LimitedRoute(APIRoute):
             raise TypeError("an endpoint of this route is a coroutine function of `request`")
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request. An HTTPException is raised for another method, and for too large a body."""
+        """Answer one request.
+
+        Raises an HTTPException for another method and for too large a body, and QueueFullError where the
+        bodies in flight are too large together.
+        """
         allowed = self.methods or ()
         if scope["method"] not in allowed:
             raise HTTPException(405, headers={"Allow": ", ".join(allowed)})
+        state: AppState = scope["app"].state.ddpm
+        intake = scope["ddpm.intake"] = Intake(state.bodies)
         size = 0
 
         async def limited() -> Message:
             nonlocal size
             message = await receive()
-            size += len(message.get("body", b""))
+            length = len(message.get("body", b""))
+            size += length
             if size > self.max_body_bytes:
                 raise HTTPException(413, f"A body has at most {self.max_body_bytes} bytes.")
+            intake.take(length)
             return message
 
-        response: Response = await self.endpoint(Request(scope, limited))
+        try:
+            response: Response = await self.endpoint(Request(scope, limited))
+        finally:
+            intake.release()
         await response(scope, limited, send)
 
 
@@ -87,7 +100,9 @@ class Authorise:
     """
 
     def __init__(self, app: ASGIApp, keys: Sequence[SecretStr], is_open: Callable[[str], bool]) -> None:
-        self.app, self.keys, self.is_open = app, keys, is_open
+        self.app, self.is_open = app, is_open
+        # As the environment has them, which need not be UTF-8.
+        self.keys = [key.get_secret_value().encode(errors="surrogateescape") for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run one request, or answer it by 401."""
@@ -107,19 +122,20 @@ class Authorise:
 
     def _knows(self, scope: Scope) -> bool:
         scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
+        sent = given.encode("latin-1")  # as it came
         if scheme.lower() == "basic" and self._takes_basic(scope):
-            scheme, given = "bearer", _password(given)
+            scheme, sent = "bearer", _password(given)
         # Every key is compared, so that the time taken does not show which one was close.
-        matches = [hmac.compare_digest(given.encode(), key.get_secret_value().encode()) for key in self.keys]
+        matches = [hmac.compare_digest(sent, key) for key in self.keys]
         return scheme.lower() == "bearer" and any(matches)
 
 
-def _password(credentials: str) -> str:
+def _password(credentials: str) -> bytes:
     """The password of HTTP basic credentials (RFC 7617); empty where they are none."""
     try:
-        return b64decode(credentials, validate=True).decode().partition(":")[2]
+        return b64decode(credentials, validate=True).partition(b":")[2]
     except ValueError:
-        return ""
+        return b""
 
 
 class Head:

@@ -19,6 +19,8 @@ PIECES = {mark: re.compile(rf'(?:[^{mark}"]|"(?:[^"\\]|\\.)*"?)+') for mark in "
 """What stands between such marks, but for those inside quotes."""
 WEIGHT = re.compile(r"\d+\.?\d*|\.\d+", re.ASCII)
 """Of a media range. By the grammar a digit comes first; Java's client writes `.2`."""
+MAX_ACCEPT = 4096
+"""Characters; browsers send about 150."""
 NONE = 0, 0.0
 """The specificity and quality of no range."""
 
@@ -30,7 +32,7 @@ def negotiate(request: Request) -> str:
     LoadingError as long as it is not known what they are.
     """
     channels = app_state(request).capabilities.shape[0]
-    return choose_media_type(", ".join(request.headers.getlist("accept")), channels)
+    return choose_media_type(_accepted(request), channels)
 
 
 def negotiate_picture(request: Request, image_format: ImageFormat = "png") -> str:
@@ -40,9 +42,16 @@ def negotiate_picture(request: Request, image_format: ImageFormat = "png") -> st
     Otherwise as `negotiate`.
     """
     wanted = MEDIA_TYPES[image_format]
-    accept = ", ".join(request.headers.getlist("accept")) or "*/*"
+    accept = _accepted(request) or "*/*"
     acceptable = max(_quality(part, wanted) for part in accept.split(","))[1] > 0
     return wanted if acceptable else negotiate(request)
+
+
+def _accepted(request: Request) -> str:
+    accept = ", ".join(request.headers.getlist("accept"))
+    if len(accept) > MAX_ACCEPT:
+        raise NotAcceptableError(f"The Accept header has more than {MAX_ACCEPT} characters.")
+    return accept
 
 
 @lru_cache(256)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import Protocol, Self, TypeVar
 
 import msgspec
 from fastapi import Request, Response
@@ -15,7 +16,7 @@ from starlette.types import Message, Receive, Scope, Send
 from service.engine.jobs import JobSpec
 from service.engine.messages import Cancelled, Failed, Finished, Located, Preview, Terminal
 from service.engine.streams import SequencedEvent, Subscription
-from service.errors import CancelledError
+from service.errors import CancelledError, DeadlineError
 from service.http.answers import (
     EVENTS,
     JSON,
@@ -25,13 +26,49 @@ from service.http.answers import (
     Presenter,
     StreamPresenter,
 )
+from service.http.intake import intake_of, release_body
 from service.http.jobs import state_body
 from service.http.state import AppState, app_state
-from service.tasks.sampling import PreparedRequest
+from service.tasks.sampling import ModelCapabilities, PreparedRequest
 
 PING_S = 15.0
+Body = TypeVar("Body")
 UNBUFFERED = "no-cache, no-transform"
 """Of streams: proxies and development servers that compress answers would hold events back meanwhile."""
+
+
+class Dated(Protocol):
+    """What holds a job whose time counts from an arrival."""
+
+    def since(self, arrived: float) -> Self:
+        """The same, with its times counted from then."""
+
+
+Prepared = TypeVar("Prepared", bound=Dated)
+
+
+async def decoded(
+    prepare: Callable[[Body, ModelCapabilities], Prepared], body: Body, request: Request
+) -> Prepared:
+    """What a task makes of a body with pictures, by the threads that decode them.
+
+    The time that a request has counts from the arrival of its head. Nothing is decoded for a client that has
+    gone, nor while a job would be refused. Raises the task's errors, RefusedError, DeadlineError and, where
+    the client disconnects, CancelledError.
+    """
+    state, intake = app_state(request), intake_of(request)
+    state.engine.check_room()
+    most = state.capabilities.deadline_s
+    allowed = min(getattr(body, "deadline_s", None) or most, most)
+    in_time = asyncio.timeout(intake.arrived + allowed - time.monotonic())
+    try:
+        async with while_connected(request.receive), in_time:
+            prepared = await state.decoders.run(prepare, body, state.capabilities)
+    except TimeoutError:
+        if not in_time.expired():
+            raise
+        raise DeadlineError("The deadline has passed before the pictures were decoded.") from None
+    return prepared.since(intake.arrived)
 
 
 async def answer(media_type: str, prepared: PreparedRequest, request: Request) -> Response:
@@ -40,6 +77,7 @@ async def answer(media_type: str, prepared: PreparedRequest, request: Request) -
     Raises the error of a job that does not finish.
     """
     state = app_state(request)
+    release_body(request)  # the pictures are decoded, and their files are gone
     model = state.capabilities.name
     events = EventPresenter(prepared, model)
     if wants_async(request) and state.jobs.start(events, state.capabilities.shape):

@@ -12,6 +12,7 @@ from service.engine.messages import ModelInfo
 from service.engine.streams import Streams
 from service.errors import LoadingError
 from service.http.answers import StreamPresenter
+from service.http.intake import Bodies, Decoders
 from service.http.jobs import Jobs
 from service.settings import Settings
 from service.tasks.sampling import ModelCapabilities
@@ -23,18 +24,21 @@ class AppState:
     """The application's state, wired up in app.py.
 
     streams: each with the presenter of its events, for a client that reconnects, or None where a job is not
-    streamed.
+    streamed. decoders, bodies: what decodes pictures, and what is held of them before.
     """
 
     engine: EngineClient
     streams: Streams[StreamPresenter | None]
     telemetry: Telemetry
     settings: Settings
+    decoders: Decoders = field(default_factory=Decoders)
     jobs: Jobs = field(init=False)
+    bodies: Bodies = field(init=False)
     _capabilities: ModelCapabilities | None = None
 
     def __post_init__(self) -> None:
         ttl_s, most = self.settings.result_ttl_s, self.settings.result_bytes
+        self.bodies = Bodies(self.settings.body_bytes)
         self.jobs = Jobs(self.engine, self.streams, ttl_s=ttl_s, max_bytes=most)
 
     @property

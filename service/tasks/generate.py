@@ -20,6 +20,7 @@ from service.tasks.sampling import (
     resolve,
     sampling_request,
 )
+from service.tasks.texts import TextNumbers
 
 
 class GenerateRequest(SamplingRequest):
@@ -31,7 +32,7 @@ class GenerateRequest(SamplingRequest):
     )
 
 
-class StreamQuery(GenerateRequest):
+class StreamQuery(GenerateRequest, TextNumbers):
     """The same as query parameters, where every value arrives as text."""
 
     model_config = ConfigDict(extra="forbid", strict=False, allow_inf_nan=False, frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
@@ -105,6 +105,10 @@ class PreparedImages:
     size: str
     transparent: bool
 
+    def since(self, arrived: float) -> Self:
+        """As that of the job."""
+        return replace(self, job=self.job.since(arrived))
+
 
 def prepare_images(asked: ImagesRequest, capabilities: ModelCapabilities) -> PreparedImages:
     """A job for images by a prompt. Raises InvalidRequestError, by the names of these fields."""
@@ -131,11 +135,18 @@ def prepare_images(asked: ImagesRequest, capabilities: ModelCapabilities) -> Pre
     height, width = picture_size(capabilities.shape)
     return PreparedImages(
         job,
-        asked,
+        _without_files(asked),
         unused if asked.negative_prompt else understood.text,
         f"{width * scale}x{height * scale}",
         transparent,
     )
+
+
+def _without_files(asked: ImagesRequest) -> ImagesRequest:
+    """What an answer still needs, which would keep the files as long as the job takes."""
+    if not isinstance(asked, ImageEditRequest):
+        return asked
+    return asked.model_copy(update={"image": b"", "mask": None, "mask_image": None})
 
 
 def preview_steps(steps: int, partial_images: int) -> range:

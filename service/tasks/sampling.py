@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -157,6 +157,12 @@ class PreparedRequest:
     def extra(self, index: int) -> dict[str, Any]:
         """The extra fields of one image."""
         return self.per_image[index] if self.per_image else {}
+
+    def since(self, arrived: float) -> Self:
+        """The same, with the job's times counted from then: seconds on the machine's monotonic clock."""
+        spec = self.spec
+        deadline = None if spec.deadline is None else spec.deadline - spec.created + arrived
+        return replace(self, spec=replace(spec, created=arrived, deadline=deadline))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
 import math
@@ -22,6 +21,7 @@ from service.http.middleware import UploadRoute
 from service.http.openapi import MEANINGS, Responses, described, lists, objects, typed
 from service.http.problems import ErrorFormats, Problem
 from service.http.progress import Run, Runs, owner_of
+from service.http.respond import decoded
 from service.http.state import app_state
 from service.tasks.automatic1111 import (
     SAMPLERS,
@@ -115,8 +115,7 @@ async def img2img(request: Request) -> Response:
     _check_sampler(body)
     if not body.init_images:
         raise HTTPException(404, "Init image not found")
-    # Always in a thread: how large a picture is only shows once it is open.
-    prepared = await asyncio.to_thread(prepare_image_to_image, body, app_state(request).capabilities)
+    prepared = await decoded(prepare_image_to_image, body, request)
     return await _answer("img2img", body, prepared, request)
 
 

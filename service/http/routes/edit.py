@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from fastapi import APIRouter, Request, Response
 
 from service.http.forms import HALVES, body_schema, read_body
 from service.http.middleware import UploadRoute
 from service.http.negotiation import negotiate
 from service.http.openapi import OUTCOMES
-from service.http.respond import answer
-from service.http.state import app_state
+from service.http.respond import answer, decoded
 from service.tasks.edit import EditRequest, prepare_edit
 
 router = APIRouter(tags=["edit"], route_class=UploadRoute)
@@ -36,7 +33,6 @@ async def edit(request: Request) -> Response:
     chooses the answer as for `/generate`.
     """
     media_type = negotiate(request)
-    body = await read_body(request, EditRequest)
-    # Always in a thread: how large a picture is only shows once it is open.
-    prepared = await asyncio.to_thread(prepare_edit, body, app_state(request).capabilities)
+    # Nothing keeps the body while the job runs.
+    prepared = await decoded(prepare_edit, await read_body(request, EditRequest), request)
     return await answer(media_type, prepared, request)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from fastapi import APIRouter, Request, Response
 
 from service.http.forms import HALVES, body_schema, read_body
 from service.http.middleware import UploadRoute
 from service.http.negotiation import negotiate
 from service.http.openapi import OUTCOMES
-from service.http.respond import answer
-from service.http.state import app_state
+from service.http.respond import answer, decoded
 from service.tasks.interpolate import InterpolateRequest, prepare_interpolation
 
 router = APIRouter(tags=["edit"], route_class=UploadRoute)
@@ -31,6 +28,6 @@ async def interpolate(request: Request) -> Response:
     as for `/generate`.
     """
     media_type = negotiate(request)
-    body = await read_body(request, InterpolateRequest)
-    prepared = await asyncio.to_thread(prepare_interpolation, body, app_state(request).capabilities)
+    # Nothing keeps the body while the job runs.
+    prepared = await decoded(prepare_interpolation, await read_body(request, InterpolateRequest), request)
     return await answer(media_type, prepared, request)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from typing import Annotated, Any
 
@@ -10,12 +9,13 @@ from fastapi import APIRouter, HTTPException, Path, Request, Response
 
 from service.http.answers import EVENTS, JSON
 from service.http.forms import HALVES, body_schema, read_body
+from service.http.intake import release_body
 from service.http.middleware import LimitedRoute, UploadRoute
 from service.http.openai import ImagesEventPresenter, ImagesPresenter, OpenAIError
 from service.http.openapi import Responses, described, lists, objects, typed
-from service.http.respond import EventStream, result_of
+from service.http.respond import EventStream, decoded, result_of
 from service.http.state import AppState, app_state
-from service.tasks.openai import ImageEditRequest, ImageGenerationRequest, ImagesRequest, prepare_images
+from service.tasks.openai import ImageEditRequest, ImageGenerationRequest, PreparedImages, prepare_images
 
 STARTED = int(time.time())
 """Of this process: when its model was made is not known."""
@@ -108,7 +108,8 @@ EDITS = {"image to image": {"prompt": "a sneaker", "image": HALVES, "strength": 
 )
 async def generate(request: Request) -> Response:
     """Generate images in the form of OpenAI's API. The prompt names a class; its words mean nothing else."""
-    return await _answer(await read_body(request, ImageGenerationRequest), request)
+    asked = await read_body(request, ImageGenerationRequest)
+    return await _answer(prepare_images(asked, app_state(request).capabilities), request)
 
 
 @edits.post(
@@ -118,7 +119,9 @@ async def generate(request: Request) -> Response:
 )
 async def edit(request: Request) -> Response:
     """Edit a picture in the form of OpenAI's API: where the mask is transparent, or all of it (SDEdit)."""
-    return await _answer(await read_body(request, ImageEditRequest), request)
+    return await _answer(
+        await decoded(prepare_images, await read_body(request, ImageEditRequest), request), request
+    )
 
 
 @router.get("/v1/models", responses={**described(MODELS), **problems(401, 503)})
@@ -136,11 +139,11 @@ async def model(model: Annotated[str, Path(description="its name")], request: Re
     return found
 
 
-async def _answer(asked: ImagesRequest, request: Request) -> Response:
+async def _answer(prepared: PreparedImages, request: Request) -> Response:
     state = app_state(request)
-    prepared = await asyncio.to_thread(prepare_images, asked, state.capabilities)
+    release_body(request)
     name = state.capabilities.name
-    if asked.stream:
+    if prepared.asked.stream:
         return EventStream(ImagesEventPresenter(prepared, name), state, prepared.job.spec)
     return await ImagesPresenter(prepared, name).respond(await result_of(prepared.job, request))
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from fastapi import APIRouter, Request, Response
 
 from service.http.forms import HALVES, body_schema, read_body
 from service.http.middleware import UploadRoute
 from service.http.negotiation import negotiate
 from service.http.openapi import OUTCOMES
-from service.http.respond import answer
-from service.http.state import app_state
+from service.http.respond import answer, decoded
 from service.tasks.score import ScoreRequest, prepare_score
 
 router = APIRouter(tags=["score"], route_class=UploadRoute)
@@ -31,6 +28,6 @@ async def score(request: Request) -> Response:
     after more and more bits; events show the x₀ predictions as they are made.
     """
     media_type = negotiate(request)
-    body = await read_body(request, ScoreRequest)
-    prepared = await asyncio.to_thread(prepare_score, body, app_state(request).capabilities)
+    # Nothing keeps the body while the job runs.
+    prepared = await decoded(prepare_score, await read_body(request, ScoreRequest), request)
     return await answer(media_type, prepared, request)

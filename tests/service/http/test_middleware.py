@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 import threading
+from base64 import b64encode
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
@@ -294,3 +296,21 @@ def test_every_route_that_takes_a_body_has_a_limit(serve: Serve) -> None:
         large = b'{"image": "' + b"x" * MAX_UPLOAD_BYTES + b'"}'
         response = client.post(path, content=large, headers={"content-type": "application/json"})
         assert response.status_code == 413, path  # in whichever form its errors have
+
+
+# ── Keys ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("key", [b"\xff\xfe", "ключ".encode(), b"sesame"])
+def test_a_key_is_the_bytes_that_the_environment_has(serve: Serve, key: bytes) -> None:
+    client = serve(api_keys=os.fsdecode(key), a1111=True).client
+    basic = b64encode(b"anybody:" + key)
+    for path, given in (
+        ("/info", b"Bearer " + key),
+        ("/sdapi/v1/options", b"Basic " + basic),
+        ("/info", b"Bearer \xff"),
+        ("/sdapi/v1/options", b"Basic \xff"),
+        ("/sdapi/v1/options", b"Basic " + b64encode(b"anybody:\xff")),
+    ):
+        expected = 200 if key in given or basic in given else 401
+        assert client.get(path, headers={b"authorization": given}).status_code == expected, given

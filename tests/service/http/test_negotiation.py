@@ -9,7 +9,9 @@ from werkzeug.datastructures import MIMEAccept
 from werkzeug.http import parse_accept_header
 
 from service.errors import NotAcceptableError
-from service.http.negotiation import MEDIA, choose_media_type
+from service.http.negotiation import MAX_ACCEPT, MEDIA, choose_media_type
+from tests.service.http.test_problems import problem
+from tests.service.live import Serve
 
 
 @pytest.mark.parametrize(
@@ -139,3 +141,22 @@ def test_of_ranges_that_come_twice_the_same_one_counts(ranges: list[tuple[str, s
 def test_parameters_change_nothing(header: tuple[str, str]) -> None:
     """By the RFC, and for werkzeug, such a range is none of our types; but many clients send a charset."""
     assert chosen(header[0]) == expected(header[1])
+
+
+@pytest.mark.parametrize("path", ["/generate", "/edit", "/score", "/interpolate", "/jobs/a"])
+def test_a_very_long_header_is_refused_unread(
+    serve: Serve, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = serve().client
+    monkeypatch.setattr("service.http.negotiation.choose_media_type", lambda *_: pytest.fail("it is read"))
+    method = "GET" if path == "/jobs/a" else "POST"
+    for headers in ([("accept", "a/b," * MAX_ACCEPT)], 5 * [("accept", "a" * (MAX_ACCEPT // 4))]):
+        problem(client.request(method, path, headers=headers), 406, "not_acceptable")
+
+
+def test_a_header_of_a_picture_is_bounded_too(serve: Serve) -> None:
+    client = serve().client
+    refused = client.get("/generate", headers={"accept": "image/*," * MAX_ACCEPT})
+    problem(refused, 406, "not_acceptable")
+    padded = "image/*" + "," * (MAX_ACCEPT - 7)
+    assert client.get("/generate?num_inference_steps=1", headers={"accept": padded}).status_code == 200

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
+import time
 from collections.abc import Callable
 from contextlib import closing
 from http.client import HTTPConnection
@@ -10,8 +12,10 @@ from http.client import HTTPConnection
 import httpx
 import pytest
 
+from service import app
 from service.engine.messages import EngineConfig
 from service.engine.warmup import Warm
+from service.telemetry import Telemetry
 from tests.service.fakes import PATIENCE_S, FakeDenoiser, fake_warm, until
 from tests.service.live import Serve
 from tests.service.test_telemetry import DOCUMENTED, families
@@ -91,6 +95,29 @@ def test_metrics_are_prometheus_own_format(serve: Serve) -> None:
 def test_the_event_loops_lag_is_watched(serve: Serve) -> None:
     server = serve()
     until(lambda: server.metric("ddpm_event_loop_lag_seconds") > 0)
+
+
+def test_the_worst_lag_is_shown_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "LAG_S", 0.2)
+    telemetry, shown = Telemetry(), list[float]()
+
+    async def scenario() -> None:
+        enough = asyncio.Event()
+
+        def record(lag: float) -> None:
+            shown.append(lag)
+            if len(shown) > 12:
+                enough.set()
+
+        monkeypatch.setattr(telemetry.loop_lag, "set", record)
+        watch = asyncio.create_task(app._watch_lag(telemetry, 0.02))
+        await asyncio.sleep(0.01)
+        time.sleep(0.5)  # noqa: ASYNC251 (this is the lag)
+        await enough.wait()
+        watch.cancel()
+
+    asyncio.run(scenario())
+    assert [lag > 0.4 for lag in shown[:12]] == 10 * [True] + 2 * [False]
 
 
 def test_info(serve: Serve) -> None:
