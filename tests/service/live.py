@@ -23,7 +23,7 @@ from service.engine.messages import EngineConfig
 from service.engine.warmup import Warm
 from service.errors import CancelledError
 from service.http.state import AppState
-from service.server import DrainingServer, HttpProtocol
+from service.server import DrainingServer, http_protocol
 from service.settings import Settings
 from tests.service.fakes import PATIENCE_S, FakeDenoiser, fake_warm, until
 from tests.service.threads import ThreadConnection
@@ -49,7 +49,7 @@ class Threaded:
         config = uvicorn.Config(
             self.app,
             port=0,
-            http=HttpProtocol,
+            http=http_protocol(chosen),
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=2,

@@ -381,3 +381,116 @@ def test_a_target_may_be_absolute_as_a_proxy_is_asked(serve: Serve, target: str,
         received = b"".join(iter(lambda: connection.recv(65536), b""))
     assert received.startswith(b"HTTP/1.1 200 ")
     assert received.rstrip().endswith(answer)
+
+
+# ── Slow senders ───────────────────────────────────────────────────────────────────────────────
+
+POST = b"POST /edit HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+
+
+def until_closed(connection: socket.socket) -> bytes:
+    """All that comes before the end."""
+    received = b""
+    with suppress(ConnectionResetError):
+        while piece := connection.recv(1 << 16):
+            received += piece
+    return received
+
+
+@pytest.mark.parametrize(
+    ("sent", "answer"),
+    [
+        (b"", b""),
+        (b"\r\n", b"HTTP/1.1 408 "),
+        (b"GET /livez HTTP/1.1\r\nHost:", b"HTTP/1.1 408 "),
+        (POST + b"Content-Length: 5\r\n\r\n{", b"HTTP/1.1 408 "),
+        (POST + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n", b"HTTP/1.1 408 "),
+        (b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\nGET /livez HTTP/1.1\r\n", b"HTTP/1.1 200 "),
+    ],
+    ids=["nothing", "a line", "head", "body", "chunked body", "second head"],
+)
+def test_a_request_that_does_not_come_in_time_is_closed(serve: Serve, sent: bytes, answer: bytes) -> None:
+    server = serve(read_s=0.3)
+    with socket.create_connection(server.address, PATIENCE_S) as connection:
+        connection.sendall(sent)
+        received = until_closed(connection)
+    assert received.startswith(answer)
+    assert received.count(b"HTTP/1.1 ") == (1 if sent else 0)
+    until(lambda: server.state.bodies.held == 0, "the end of its body")
+
+
+def test_bytes_that_trickle_do_not_extend_it(serve: Serve) -> None:
+    server = serve(read_s=0.3)
+    for sent in (b"GET /livez HTTP/1.1\r\nX: ", POST + b"Content-Length: 1000000\r\n\r\n"):
+        with socket.create_connection(server.address, PATIENCE_S) as connection:
+            connection.sendall(sent)
+            connection.settimeout(0.02)
+            begun, received = time.monotonic(), b""
+            while not received and time.monotonic() < begun + PATIENCE_S:
+                with suppress(TimeoutError):
+                    connection.sendall(b" ")
+                    received = connection.recv(100)
+        assert received.startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_body_that_is_refused_is_not_taken_for_ever(serve: Serve) -> None:
+    server = serve(read_s=0.3)
+    with socket.create_connection(server.address, PATIENCE_S) as connection:
+        connection.sendall(POST + b"Content-Length: 99999999\r\n\r\n" + b" " * ((8 << 20) + 1))
+        assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
+        begun = time.monotonic()
+        with suppress(ConnectionError):
+            while time.monotonic() < begun + PATIENCE_S:
+                connection.sendall(b" ")
+                time.sleep(0.02)
+        assert time.monotonic() - begun < PATIENCE_S
+
+
+def test_a_body_that_comes_steadily_has_the_time_it_takes(serve: Serve) -> None:
+    server = serve(read_s=0.3)
+    body = b"{}" + b" " * (1 << 17)  # for which there are eight seconds
+    with socket.create_connection(server.address, PATIENCE_S) as connection:
+        connection.sendall(POST + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body))
+        begun = time.monotonic()
+        for start in range(0, len(body), 8192):
+            connection.sendall(body[start : start + 8192])
+            time.sleep(0.05)
+        assert time.monotonic() - begun > 0.6
+        assert until_closed(connection).startswith(b"HTTP/1.1 422 ")
+
+
+def test_an_answer_may_take_longer_than_its_request(serve: Serve) -> None:
+    server = serve(read_s=0.2)
+    server.gate.shut()
+    with server.client.stream("GET", "/stream?preview=none&num_inference_steps=2") as stream:
+        events = sse(stream)
+        next(events)
+        time.sleep(0.5)  # of which nothing is to be seen
+        server.gate.open()
+        assert [event.name for event in events] == ["completed"]
+
+
+def test_health_answers_beside_many_that_send_nothing_more(serve: Serve) -> None:
+    server = serve(read_s=2.0)
+    slow = []
+    try:
+        for index in range(200):
+            slow.append(socket.create_connection(server.address, PATIENCE_S))
+            slow[-1].sendall(b"GET /livez" if index % 2 else POST + b"Content-Length: 9\r\n\r\n{")
+        assert server.client.get("/livez").status_code == 200
+        assert server.client.post("/generate", json={"num_inference_steps": 1}).status_code == 200
+        assert all(until_closed(each).startswith(b"HTTP/1.1 408 ") for each in slow)
+    finally:
+        for each in slow:
+            each.close()
+    until(lambda: len(server.server.server_state.connections) <= 1, "their end")
+    assert server.client.get("/livez").status_code == 200
+
+
+def test_a_body_of_very_small_chunks_is_refused(serve: Serve) -> None:
+    server = serve()
+    head = POST + b"Transfer-Encoding: chunked\r\n\r\n"
+    with suppress(ConnectionError):  # closed with some of it unread
+        assert answer_to(server, head + b"1\r\n \r\n" * 10_000).startswith(b"HTTP/1.1 400 ")
+    fewer = head + b"1\r\n \r\n" * 1000 + b"2\r\n{}\r\n0\r\n\r\n"
+    assert answer_to(server, fewer).startswith(b"HTTP/1.1 422 ")
