@@ -13,15 +13,18 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
 
 from model import layout, memory, pipeline, typicality, weights
 from model.condition import ConditionError, Part, channels_of, parts_of
 from model.denoising_diffusion import CLASS_NAMES, DenoisingDiffusionConfig, DenoisingDiffusionUnet
 from model.encoder import EncoderConfig, NoiseClassifier
 from model.files import replace_text
-from model.folder import MANIFEST, CheckpointError, check_manifest, manifest_of, read_json, sha256
+from model.folder import MANIFEST, CheckpointError, check_manifest, is_there, manifest_of, read_json, sha256
 from model.layout import CONFIG, SCHEDULER_CONFIG, Layout
 from model.network import Network, NetworkConfig
 from model.schedule import NoiseSchedule
@@ -49,6 +52,8 @@ __all__ = [
 CLASSIFIER = "classifier"
 CLASSIFIER_WEIGHTS = "model.safetensors"
 Config = TypeVar("Config", UNetConfig, DenoisingDiffusionConfig)
+MAX_NAME = 500
+"""Characters of a class name. The longest of ImageNet has 122."""
 CONFIGS = {layout.INDEX, CONFIG, SCHEDULER_CONFIG}
 
 
@@ -94,25 +99,27 @@ def read(found: Layout, sample_size: tuple[int, int] | None = None) -> Checkpoin
     """Load a model whose files have been found. Raises CheckpointError when anything is wrong with them."""
     root = found.root
     _check_memory(found)
-    check_manifest(root, partial=layout.is_snapshot(root.resolve()))
+    check_manifest(root, _deciding(found), partial=layout.is_snapshot(root.resolve()))
     scheduler_config = read_json(found.scheduler_config)
     content = read_json(found.config)
     try:
         pipeline.check_network(content)
         options = {name: value for name, value in content.items() if name not in EMA_KEYS}
-        unet = _network(options, sample_size)
+        config = _config(options, sample_size)
+        with torch.device("meta"):
+            outline = _network(config)
     except (CheckpointError, ConfigError, TypeError) as error:
         raise CheckpointError(f"{found.config}: {error}") from error
     try:
         schedule = NoiseSchedule.from_diffusers(scheduler_config)
-        unet.config.check_timesteps(schedule.timesteps, schedule.timestep_scale)
-    except (TypeError, ValueError) as error:  # a ScheduleError, or something that is not a number
+        config.check_timesteps(schedule.timesteps, schedule.timestep_scale)
+    except (TypeError, ValueError, ArithmeticError) as error:  # a ScheduleError, or what is no number
         raise CheckpointError(f"{found.scheduler_config}: {error}") from error
-    condition = _condition(unet.config, schedule, found)
-    weights.fill(unet, found.weights)
-    names, null_class = _class_names(found.index, unet.config, root)
-    statistics = _load_typicality(found)
-    inputs, *size = unet.config.shape
+    condition = _condition(config, schedule, found)
+    unet = weights.build(outline, partial(_network, config), found.weights)
+    names, null_class = _class_names(found.index, config, root)
+    statistics = _load_typicality(found, schedule.timesteps)
+    inputs, *size = config.shape
     shape = channels_of(inputs, condition), size[0], size[1]
     classifier = _load_classifier(root / CLASSIFIER, shape, len(names))
     return Checkpoint(
@@ -139,9 +146,15 @@ def _check_memory(found: Layout) -> None:
 
 def _checksum(found: Layout) -> str:
     """Of the files that decide a model's results. A manifest has them all read once more as well."""
-    others = [found.root / layout.INDEX, *sorted((found.root / CLASSIFIER).glob("*"))]
+    return sha256(*_deciding(found))
+
+
+def _deciding(found: Layout) -> list[Path]:
+    """The files that decide a model's results."""
+    classifier = found.root / CLASSIFIER
+    others = [found.root / layout.INDEX, classifier / CONFIG, classifier / CLASSIFIER_WEIGHTS]
     files = [*found.weights.files, found.config, found.scheduler_config]
-    return sha256(*files, *(path for path in others if path.is_file()))
+    return [*files, *(path for path in others if path.is_file())]
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
@@ -205,11 +218,17 @@ def weights_sha256(path: Path) -> str:
     return sha256(*layout.find(path).weights.files)
 
 
-def _network(config: Mapping[str, Any], size: tuple[int, int] | None) -> Network:
-    """What a `unet/config.json` describes, of this size. Raises ConfigError for what cannot be built here."""
+def _config(config: Mapping[str, Any], size: tuple[int, int] | None) -> UNetConfig | DenoisingDiffusionConfig:
+    """What a `unet/config.json` says, with this size. Raises ConfigError for what cannot be built here."""
     if config.get("_class_name") in CLASS_NAMES:
-        return DenoisingDiffusionUnet(_sized(DenoisingDiffusionConfig.from_diffusers(config), size))
-    return UNet(_sized(UNetConfig.from_diffusers(config), size))
+        return _sized(DenoisingDiffusionConfig.from_diffusers(config), size)
+    return _sized(UNetConfig.from_diffusers(config), size)
+
+
+def _network(config: UNetConfig | DenoisingDiffusionConfig) -> Network:
+    if isinstance(config, DenoisingDiffusionConfig):
+        return DenoisingDiffusionUnet(config)
+    return UNet(config)
 
 
 def _save_classifier(folder: Path, classifier: NoiseClassifier) -> None:
@@ -233,12 +252,12 @@ def _sized(config: Config, size: tuple[int, int] | None) -> Config:
     return config
 
 
-def _load_typicality(found: Layout) -> Typicality | None:
+def _load_typicality(found: Layout, timesteps: int) -> Typicality | None:
     path = found.root / typicality.FILE
-    if not path.exists():
+    if not is_there(path):
         return None
     try:
-        statistics = typicality.load(path)
+        statistics = typicality.load(path, timesteps)
     except TypicalityError as error:
         raise CheckpointError(f"{path}: {error}") from error
     if statistics.weights_sha256 != sha256(*found.weights.files):
@@ -255,6 +274,8 @@ def _load_classifier(place: Path, shape: tuple[int, int, int], classes: int) -> 
     path = place / CONFIG
     try:
         config = EncoderConfig.from_dict(read_json(path))
+        with torch.device("meta"):
+            outline = NoiseClassifier(config)
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     found = config.in_channels, *config.sample_size, config.classes
@@ -263,9 +284,10 @@ def _load_classifier(place: Path, shape: tuple[int, int, int], classes: int) -> 
         raise CheckpointError(
             f"{path}: (channels, height, width, classes) are {found} where the network has {wanted}"
         )
-    classifier = NoiseClassifier(config).eval().requires_grad_(False)
-    weights.fill(classifier, Weights((place / CLASSIFIER_WEIGHTS,)))
-    return classifier
+    classifier = weights.build(
+        outline, partial(NoiseClassifier, config), Weights((place / CLASSIFIER_WEIGHTS,))
+    )
+    return classifier.eval().requires_grad_(False)
 
 
 def _condition(config: NetworkConfig, schedule: NoiseSchedule, found: Layout) -> tuple[Part, ...]:
@@ -297,6 +319,8 @@ def _class_names(
         names = tuple(str(labels[str(i)]) for i in range(len(labels)))
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}/model_index.json: id2label must count up from 0") from error
+    if any(len(name) > MAX_NAME for name in names):
+        raise CheckpointError(f"{folder}/model_index.json: a name longer than {MAX_NAME} characters")
     null_class = len(names) if embeds == config.num_class_embeds == len(names) + 1 else None
     if embeds is not None and null_class is None and embeds != len(names):
         raise CheckpointError(f"{folder}/model_index.json: {len(names)} names for {embeds} class embeddings")

@@ -10,6 +10,7 @@ The package is an optional extra. It imports all that its training needs, torchv
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
@@ -18,7 +19,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from model.network import Network, Split
-from model.unet_config import ConfigError
+from model.unet_config import MAX_LEVELS, ConfigError, check_count, check_list, check_size
 
 PACKAGE = "denoising-diffusion-pytorch"
 PLAIN = "denoising_diffusion_pytorch.Unet"
@@ -52,20 +53,28 @@ class DenoisingDiffusionConfig:
     num_classes: int | None = None
 
     def __post_init__(self) -> None:
-        counts = [("dim", self.dim), ("channels", self.channels)]
-        counts += [("dim_mults", mult) for mult in self.dim_mults]
-        counts += [(name, value) for name in ("init_dim", "num_classes") if (value := getattr(self, name))]
-        counts += [("sample_size", length) for length in self.sample_size or ()]
-        for name, value in counts:
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name}={value!r} must be an integer of at least 1")
+        check_list("dim_mults", self.dim_mults, MAX_LEVELS)
         levels = len(self.dim_mults)
+        counts: list[tuple[str, object]] = [("dim", self.dim), ("channels", self.channels)]
+        counts += [("dim_mults", mult) for mult in self.dim_mults]
+        optional = [("init_dim", self.init_dim), ("num_classes", self.num_classes)]
+        counts += [(name, value) for name, value in optional if value is not None]
         for name in ("attn_dim_head", "attn_heads", "full_attn"):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != levels:
                 raise ConfigError(f"{name}={value!r} must have one entry for each of the {levels} dim_mults")
-        if self.sample_size is not None and any(length % 2 ** (levels - 1) for length in self.sample_size):
-            raise ConfigError(f"sample_size={self.sample_size!r} must halve {levels - 1} times")
+            if name != "full_attn":
+                counts += [(name, each) for each in (value if isinstance(value, tuple) else (value,))]
+        for name, value in counts:
+            check_count(name, value)
+        theta = self.sinusoidal_pos_emb_theta
+        if type(theta) not in (int, float) or not 0 < theta < math.inf:
+            raise ConfigError(f"sinusoidal_pos_emb_theta={theta!r} must be a number above 0")
+        for flag in (self.learned_variance, *(self.full_attn or ())):
+            if not isinstance(flag, bool):
+                raise ConfigError(f"learned_variance and full_attn must be true or false, not {flag!r}")
+        if self.sample_size is not None:
+            object.__setattr__(self, "sample_size", check_size(self.sample_size, levels - 1))
         if self.num_classes is not None:
             options = {field.name: field.default for field in fields(self)}
             for name in OF_PLAIN:
@@ -123,8 +132,6 @@ class DenoisingDiffusionConfig:
             if name not in names:
                 raise ConfigError(f"{name}={value!r} is not an option this network has")
             options[name] = tuple(value) if isinstance(value, list) else value
-        if isinstance(size := options.get("sample_size"), int):
-            options["sample_size"] = size, size
         kind = config.get("_class_name")
         if (kind == CONDITIONAL) != (options.get("num_classes") is not None):
             raise ConfigError(f"num_classes={options.get('num_classes')!r} does not go with {kind}")
@@ -193,5 +200,8 @@ def _unet(config: DenoisingDiffusionConfig) -> nn.Module:
         ) from error
     options = {name: value for name, value in config.to_diffusers().items() if name != "_class_name"}
     del options["sample_size"]
-    unet: nn.Module = (Unet if config.num_classes is None else ConditionalUnet)(**options)
+    try:
+        unet: nn.Module = (Unet if config.num_classes is None else ConditionalUnet)(**options)
+    except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
+        raise ConfigError(f"{PACKAGE} makes no network of these options ({error!r})") from error
     return unet

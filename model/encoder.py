@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.blocks import Downsample, Level, MidBlock, TimeMLP, timestep_embedding
-from model.unet_config import ConfigError, UNetConfig, size_to_json
+from model.unet_config import (
+    MAX_LEVELS,
+    ConfigError,
+    UNetConfig,
+    check_count,
+    check_list,
+    size_to_json,
+)
 
 ROWS = 4
 """Rows of every call for a gradient: torch gives a row the same bits only at the same batch shape."""
@@ -50,12 +57,20 @@ class EncoderConfig:
     pool: str = "mean"
 
     def __post_init__(self) -> None:
-        for name in ("in_channels", "classes", "layers_per_block"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name}={value!r} must be an integer of at least 1")
+        check_list("block_out_channels", self.block_out_channels, MAX_LEVELS)
         if len(self.block_out_channels) < 2:
             raise ConfigError("block_out_channels: the stem and at least one level are needed")
+        for width in self.block_out_channels:
+            check_count("block_out_channels", width)
+        for name in ("in_channels", "classes"):
+            check_count(name, getattr(self, name))
+        if self.attention_head_dim is not None:
+            check_count("attention_head_dim", self.attention_head_dim)
+        for name in ("stem", "mid_block"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be true or false")
+        if self.down_block_types is not None:
+            check_list("down_block_types", self.down_block_types, MAX_LEVELS)
         if self.pool not in ("mean", "attention"):
             raise ConfigError(f"pool={self.pool!r} is not supported (known: mean, attention)")
         if self.attention_head_dim is not None and self.block_out_channels[-1] % self.attention_head_dim:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from model import pipeline, weights
-from model.folder import CheckpointError, read_json
+from model.folder import CheckpointError, is_there, read_json, read_small
 from model.unet_config import EMA_KEYS
 from model.weights import Weights
 
@@ -66,6 +66,8 @@ def find(path: Path) -> Layout:
     try:
         path.stat()
         return _find(_named(path))
+    except RuntimeError as error:  # pathlib, of a loop of symbolic links
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
         problem = "no such folder" if missing else f"cannot be read ({error.strerror})"
@@ -125,7 +127,7 @@ def _read_index(root: Path) -> tuple[Mapping[str, Any], pipeline.Components]:
     path = root / INDEX
     if not path.exists() and not any((root / place).exists() for place in ("scheduler", SCHEDULER_CONFIG)):
         path = root.absolute().parent / INDEX
-    index = read_json(path) if path.exists() else {}
+    index = read_json(path) if is_there(path) else {}
     try:
         return index, pipeline.components_of(index)
     except CheckpointError as error:
@@ -204,7 +206,10 @@ def _latest_snapshot(repository: Path) -> Path:
     """The snapshot of a cached repository that its main branch was at, or else the only one."""
     main = repository / "refs" / "main"
     if main.is_file():
-        return repository / "snapshots" / main.read_text().strip()
+        commit = read_small(main).decode(errors="replace").strip()
+        if not commit.isalnum():
+            raise CheckpointError(f"{main}: {commit!r} is not the name of a commit")
+        return repository / "snapshots" / commit
     snapshots = sorted((repository / "snapshots").iterdir())
     if len(snapshots) != 1:
         raise CheckpointError(f"{repository}: {len(snapshots)} snapshots: give the path of one")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from model import denoising_diffusion
@@ -64,6 +65,9 @@ def components_of(index: Mapping[str, Any]) -> Components:
         if name not in (*networks, *schedulers):
             why = reason(class_name) or "is nothing that can be served here"
             raise CheckpointError(f"a {kind} with {name} ({class_name}), which {why}")
+    for name in (*networks, *schedulers):
+        if Path(name).name != name or name == ".." or "\0" in name:
+            raise CheckpointError(f"a {kind} with {name!r}, which is not the name of a folder")
     for many, what in ((networks, "networks"), (schedulers, "schedulers")):
         if len(many) > 1:
             raise CheckpointError(f"a {kind} with {len(many)} {what} ({', '.join(many)}): one can be served")

@@ -23,6 +23,8 @@ from model.betas import BETAS, Array, ScheduleError, zero_terminal_snr
 
 logger = logging.getLogger(__name__)
 
+MAX_TIMESTEPS = 100_000
+"""A hundred times as many as networks are trained with. Tables of them are made before anything is loaded."""
 DEFAULT_CLASS = "DDPMScheduler"
 DEFAULT_SAMPLER = "dpmpp_2m"
 
@@ -255,8 +257,8 @@ def _check_keys(config: Mapping[str, Any], name: str, kind: Scheduler) -> None:
 
 def _betas(config: Mapping[str, Any], kind: Scheduler, *, zero_snr: bool) -> Array:
     timesteps = int(config.get("num_train_timesteps", 1000))
-    if timesteps < 1:
-        raise ScheduleError(f"num_train_timesteps={timesteps} must be at least 1")
+    if not 1 <= timesteps <= MAX_TIMESTEPS:
+        raise ScheduleError(f"num_train_timesteps={timesteps} must be from 1 to {MAX_TIMESTEPS}")
     start, end = (
         float(config.get(key, default))
         for key, default in zip(("beta_start", "beta_end"), kind.betas, strict=True)

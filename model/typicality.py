@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from model.files import replace_text
+from model.folder import read_json
 
 Floats = NDArray[np.float64]
 
@@ -127,16 +128,16 @@ def save(path: Path, typicality: Typicality) -> None:
     replace_text(path, json.dumps(content, indent=1) + "\n")
 
 
-def load(path: Path) -> Typicality:
-    """Read what `save` wrote. Raises TypicalityError for anything else."""
+def load(path: Path, timesteps: int | None = None) -> Typicality:
+    """Read what `save` wrote. timesteps: T of its model. Raises TypicalityError for anything else."""
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
+        content = read_json(path)
         arrays: dict[str, Any] = {
             name: np.asarray(content.pop(name), np.float64)
             for name in ("edges", "knots", "curve", "mean", "precision", "quantiles")
         }
         found = Typicality(**arrays, **content)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, ArithmeticError) as error:
         raise TypicalityError(f"not readable as such statistics ({error})") from error
     bands = found.mean.shape
     shapes = (found.edges.shape, found.precision.shape, found.quantiles.shape, found.knots.shape)
@@ -144,6 +145,15 @@ def load(path: Path) -> Typicality:
         raise TypicalityError("its arrays do not belong together")
     if not all(np.isfinite(values).all() for values in arrays.values()):
         raise TypicalityError("it has numbers that are not finite")
+    if not found.mean.size or found.knots.ndim != 1 or not found.knots.size:
+        raise TypicalityError("it has no bands, or no curve")
+    for name in ("edges", "knots", "quantiles"):
+        if (np.diff(arrays[name]) < 0).any():
+            raise TypicalityError(f"its {name} do not rise")
+    if found.edges[0] != 0 or (timesteps is not None and found.edges[-1] < timesteps):
+        raise TypicalityError("its bands do not cover the timesteps")
+    if type(found.images) is not int or not isinstance(found.weights_sha256, str):
+        raise TypicalityError("its number of images or its weights_sha256 is of another type")
     return found
 
 

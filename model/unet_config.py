@@ -30,6 +30,15 @@ WITHOUT_EFFECT = {"torch_dtype", *EMA_KEYS}
 """Other keys that no output depends on."""
 
 
+MAX_COUNT = 1 << 20
+"""Of widths, classes and timesteps: far above what any network has, and far below what overflows."""
+MAX_LAYERS = 64
+"""Of blocks in a level: each is an object long before the weights say whether it is there."""
+MAX_LEVELS = 12
+MAX_SIDE = 4096
+"""Of a picture, in pixels. A network says nothing of it that its weights could be compared with."""
+
+
 def parse_size(text: str) -> tuple[int, int]:
     """(height, width) of `64x128`, or of `32`, which is square. Raises ValueError for anything else."""
     height, _, width = text.partition("x")
@@ -88,6 +97,8 @@ class UNetConfig:
     num_train_timesteps: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("block_out_channels", "down_block_types", "up_block_types"):
+            check_list(name, getattr(self, name), MAX_LEVELS)
         self._check_counts()
         levels = len(self.block_out_channels)
         if not len(self.down_block_types) == len(self.up_block_types) == levels:
@@ -113,9 +124,9 @@ class UNetConfig:
 
     def _check_counts(self) -> None:
         """Integers are integers, and what is divided into groups can be."""
-        for name in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
-            if not _is_count(getattr(self, name)):
-                raise ConfigError(f"{name}={getattr(self, name)!r} must be an integer of at least 1")
+        check_count("layers_per_block", self.layers_per_block, MAX_LAYERS)
+        for name in ("in_channels", "out_channels", "norm_num_groups"):
+            check_count(name, getattr(self, name))
         for name in (
             "time_embedding_dim",
             "attention_head_dim",
@@ -123,20 +134,22 @@ class UNetConfig:
             "num_class_embeds",
             "num_train_timesteps",
         ):
-            value = getattr(self, name)
-            if value is not None and not _is_count(value):
-                raise ConfigError(f"{name}={value!r} must be an integer of at least 1")
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
         for name in ("center_input_sample", "flip_sin_to_cos", "add_attention"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be true or false")
         for name in ("freq_shift", "mid_block_scale_factor", "dropout", "norm_eps"):
-            if type(getattr(self, name)) not in (int, float):
-                raise ConfigError(f"{name}={getattr(self, name)!r} must be a number")
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not -MAX_COUNT < value < MAX_COUNT:
+                raise ConfigError(f"{name}={value!r} must be a number")
         if not 0 <= self.dropout <= 1:
             raise ConfigError(f"dropout={self.dropout!r} must lie between 0 and 1")
+        for name in ("mid_block_scale_factor", "norm_eps"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be above 0")
         for width in self.block_out_channels:
-            if not _is_count(width):
-                raise ConfigError(f"block_out_channels: {width!r} must be an integer of at least 1")
+            check_count("block_out_channels", width)
             if width % self.norm_num_groups:
                 raise ConfigError(f"norm_num_groups={self.norm_num_groups} does not divide width {width}")
         last, groups = self.block_out_channels[-1], self.attn_norm_num_groups
@@ -146,6 +159,11 @@ class UNetConfig:
     def _check_embeddings(self) -> None:
         if self.time_embedding_type == "learned" and self.num_train_timesteps is None:
             raise ConfigError("time_embedding_type='learned' needs num_train_timesteps")
+        if self.time_embedding_type == "positional" and self.freq_shift >= self.block_out_channels[0] // 2:
+            raise ConfigError(
+                f"freq_shift={self.freq_shift} must be below half of the first width,"
+                f" {self.block_out_channels[0]}"
+            )
         if self.class_embed_type == "identity":
             raise ConfigError(
                 "class_embed_type='identity' is not supported: such a network takes the embedding of a class"
@@ -160,17 +178,8 @@ class UNetConfig:
     def _check_size(self) -> None:
         """Make `sample_size` a pair. diffusers' network fails too on what does not halve evenly."""
         given: Any = self.sample_size
-        size = (given, given) if isinstance(given, int) else given
-        if size is None:
-            return
-        halvings = len(self.block_out_channels) - 1
-        pair = isinstance(size, Sequence) and len(size) == 2 and all(_is_count(side) for side in size)
-        if not pair or any(side % 2**halvings for side in size):
-            raise ConfigError(
-                f"sample_size={given!r} must be a height and a width, or one number for both,"
-                f" that can be halved {halvings} times"
-            )
-        object.__setattr__(self, "sample_size", tuple(size))
+        if given is not None:
+            object.__setattr__(self, "sample_size", check_size(given, len(self.block_out_channels) - 1))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -251,8 +260,32 @@ class UNetConfig:
         }
 
 
-def _is_count(value: object) -> bool:
-    return type(value) is int and value >= 1
+def check_count(name: str, value: object, most: int = MAX_COUNT) -> None:
+    """Raises ConfigError unless an option is a whole number that a network can have."""
+    if type(value) is not int or value < 1:
+        raise ConfigError(f"{name}={value!r} must be an integer of at least 1")
+    if value > most:
+        raise ConfigError(f"{name}={value!r} must be at most {most}")
+
+
+def check_list(name: str, value: object, most: int) -> None:
+    """Raises ConfigError unless an option is a list of some entries, as JSON or a tuple has it."""
+    if not isinstance(value, list | tuple) or not 1 <= len(value) <= most:
+        raise ConfigError(f"{name}={value!r} must be a list of 1 to {most} entries")
+
+
+def check_size(given: Any, halvings: int) -> tuple[int, int]:
+    """A (height, width) from one number or two. Raises ConfigError for one that cannot be halved so often."""
+    size = (given, given) if isinstance(given, int) else given
+    pair = isinstance(size, Sequence) and len(size) == 2 and all(type(side) is int for side in size)
+    if not pair or any(side < 1 or side % 2**halvings for side in size):
+        raise ConfigError(
+            f"sample_size={given!r} must be a height and a width, or one number for both,"
+            f" that can be halved {halvings} times"
+        )
+    if max(size) > MAX_SIDE:
+        raise ConfigError(f"sample_size={given!r} must be at most {MAX_SIDE}")
+    return size[0], size[1]
 
 
 def size_to_json(size: tuple[int, int] | None) -> int | tuple[int, int] | None:

@@ -9,20 +9,24 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from model.files import replacing
-from model.folder import CheckpointError, read_json, refuse_pointer
+from model.folder import CheckpointError, check_regular, read_json, refuse_pointer
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 LEGACY_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+Module = TypeVar("Module", bound=nn.Module)
 PRECISIONS = ("fp64", "fp32", "", "fp16", "bf16", "fp8")
 """What a variant may say of its precision, the best first."""
 
@@ -102,24 +106,54 @@ def named(path: Path) -> Weights:
     return Weights((path,), (name["variant"] or "") if name else None)
 
 
-def fill(module: nn.Module, weights: Weights) -> None:
-    """Read a network's weights. Raises CheckpointError unless they are exactly its own, and finite."""
+def build(outline: Module, make: Callable[[], Module], weights: Weights) -> Module:
+    """Make a network and read its weights. Raises CheckpointError as `fill` does, or for too little memory.
+
+    outline: the same network on the device "meta", where it takes no memory: the files are compared with it
+    first, so that what a config says alone has nothing allocated. Only what lies on the disk too is.
+    """
+    check(outline, weights)
+    try:
+        module = make()
+        fill(module, weights)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        count = sum(parameter.numel() for parameter in outline.parameters())
+        raise CheckpointError(f"{weights.path}: too little memory for {count:,} parameters") from error
+    return module
+
+
+def check(module: nn.Module, weights: Weights) -> None:
+    """Raises CheckpointError unless the headers of the files have just a network's names and shapes."""
     own = module.state_dict()
-    state: dict[str, Tensor] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for path in weights.files:
-        for stored, tensor in _read(path).items():
-            name = stored if stored in own else _current(stored)
-            if name in state:
-                raise CheckpointError(f"{path}: {name} is there more than once (also as {stored})")
-            state[name] = _as_float32(path, stored, tensor)
-    for name in (*own, *state):
-        if name not in state or name not in own:
+        with _opened(path) as file:
+            for stored in file.keys():  # noqa: SIM118  # no mapping, but a method of this name
+                name = stored if stored in own else _current(stored)
+                if name in shapes:
+                    raise CheckpointError(f"{path}: {name} is there more than once (also as {stored})")
+                shapes[name] = tuple(file.get_slice(stored).get_shape())
+    for name in (*own, *shapes):
+        if name not in shapes or name not in own:
             problem = "missing" if name in own else "not in the network"
             raise CheckpointError(f"{weights.path}: {name} is {problem}")
-        if own[name].shape != state[name].shape:
-            shapes = f"{tuple(state[name].shape)} where the network has {tuple(own[name].shape)}"
-            raise CheckpointError(f"{weights.path}: {name} is {shapes}")
-    module.load_state_dict(state)
+        if (expected := tuple(own[name].shape)) != shapes[name]:
+            raise CheckpointError(
+                f"{weights.path}: {name} is {shapes[name]} where the network has {expected}"
+            )
+
+
+def fill(module: nn.Module, weights: Weights) -> None:
+    """Read a network's weights. Raises CheckpointError unless they are exactly its own, and finite."""
+    check(module, weights)
+    own = module.state_dict()
+    for path in weights.files:
+        with _opened(path) as file:
+            for stored in file.keys():  # noqa: SIM118
+                name = stored if stored in own else _current(stored)
+                own[name].copy_(_as_float32(path, stored, file.get_tensor(stored)))
 
 
 def save(path: Path, module: nn.Module) -> None:
@@ -143,10 +177,11 @@ def _shards(index: Path) -> tuple[Path, ...]:
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise CheckpointError(f"{index}: it has no weight_map")
+    for name in listed.values():
+        if not isinstance(name, str) or Path(name).name != name or "\0" in name:
+            raise CheckpointError(f"{index}: {name!r} is not the name of a file beside it")
     names = sorted(set(listed.values()))
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f"{index}: {name!r} is not the name of a file beside it")
         if not (index.parent / name).is_file():
             raise CheckpointError(f"{index.parent / name}: listed in {index.name} but missing")
     return tuple(index.parent / name for name in names)
@@ -163,10 +198,20 @@ def _none(place: Path, source: Path) -> CheckpointError:
     return CheckpointError(f"{place / WEIGHTS}: missing")
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file to read from. Raises CheckpointError where it cannot be read, then or later.
+
+    Opening it checks that its header describes just what follows.
+    """
     try:
-        return load_file(path)
-    except (SafetensorError, OSError, KeyError, AttributeError) as error:  # the last: a dtype torch lacks
+        check_regular(path)
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except CheckpointError:
+        raise
+    # A RuntimeError is of what cannot be mapped, an AttributeError of a dtype that torch lacks.
+    except (SafetensorError, OSError, KeyError, AttributeError, RuntimeError) as error:
         refuse_pointer(path)
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
 

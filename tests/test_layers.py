@@ -127,7 +127,7 @@ MODEL = {
     "model.condition": "model.chain model.schedule numpy",
     "model.interpolation": "model.chain numpy",
     "model.likelihood": "model.noise model.schedule numpy",
-    "model.typicality": "model.files numpy",
+    "model.typicality": "model.files model.folder numpy",
     "model.sheets": "numpy",
     "model.class_names": "",
     "model.files": "",
@@ -155,7 +155,7 @@ MODEL = {
     "model.checkpoint": (
         "model.condition model.denoising_diffusion model.encoder model.files model.folder model.layout"
         " model.memory model.network model.pipeline model.schedule model.scheduler_config model.typicality"
-        " model.unet model.unet_config model.weights"
+        " model.unet model.unet_config model.weights torch"
     ),
     "model.runtimes": (
         "model.runtimes.base model.runtimes.load model.runtimes.openvino model.runtimes.queues"
