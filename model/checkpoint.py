@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from model import layout, memory, pipeline, typicality, weights
+from model import layout, memory, pipeline, self_test, typicality, weights
 from model.condition import ConditionError, Part, channels_of, parts_of
 from model.denoising_diffusion import CLASS_NAMES, DenoisingDiffusionConfig, DenoisingDiffusionUnet
 from model.encoder import EncoderConfig, NoiseClassifier
@@ -29,6 +29,7 @@ from model.layout import CONFIG, SCHEDULER_CONFIG, Layout
 from model.network import Network, NetworkConfig
 from model.schedule import NoiseSchedule
 from model.scheduler_config import DEFAULT_CLASS
+from model.self_test import SelfTest
 from model.typicality import Typicality, TypicalityError
 from model.unet import ConfigError, UNet, UNetConfig
 from model.unet_config import EMA_KEYS
@@ -66,7 +67,8 @@ class Checkpoint:
     `typicality` is there where the folder has such statistics.
     `classifier` is a noise-aware classifier of the same classes, where the folder has one.
     `condition` is what the network takes beside x, in order.
-    `checksum` is the sha256 of the files that it was read from.
+    `checksum` is the sha256 of the files that decide its results.
+    `self_test` is one known result, where the folder has it.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Checkpoint:
     classifier: NoiseClassifier | None = None
     condition: tuple[Part, ...] = ()
     checksum: str = ""
+    self_test: SelfTest | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -99,7 +102,11 @@ def read(found: Layout, sample_size: tuple[int, int] | None = None) -> Checkpoin
     """Load a model whose files have been found. Raises CheckpointError when anything is wrong with them."""
     root = found.root
     _check_memory(found)
-    check_manifest(root, _deciding(found), partial=layout.is_snapshot(root.resolve()))
+    check_manifest(
+        root,
+        [*_deciding(found), *filter(is_there, [root / self_test.FILE])],
+        partial=layout.is_snapshot(root.resolve()),
+    )
     scheduler_config = read_json(found.scheduler_config)
     content = read_json(found.config)
     try:
@@ -133,6 +140,7 @@ def read(found: Layout, sample_size: tuple[int, int] | None = None) -> Checkpoin
         classifier,
         condition,
         _checksum(found),
+        _load_self_test(root, config),
     )
 
 
@@ -161,8 +169,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     """Write a folder that diffusers loads too, with a manifest of its checksums.
 
     Each file is replaced whole, and the manifest is removed first and written last, so that the folder loads
-    even if this is interrupted. Statistics of the earlier weights are removed. Raises CheckpointError, and
-    writes nothing, where the folder has weights that would be taken instead of these.
+    even if this is interrupted. Statistics and self-test of the earlier weights are removed. Raises
+    CheckpointError, and writes nothing, where the folder has weights that would be taken instead of these.
     """
     path = folder / "unet" / WEIGHTS
     for place in (folder / "unet_ema", folder / "unet"):
@@ -171,7 +179,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     (folder / "unet").mkdir(parents=True, exist_ok=True)
     (folder / "scheduler").mkdir(exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
-    (folder / typicality.FILE).unlink(missing_ok=True)
+    for about_earlier in (typicality.FILE, self_test.FILE):
+        (folder / about_earlier).unlink(missing_ok=True)
     config = checkpoint.unet.config.to_diffusers()
     library, _, class_name = config["_class_name"].rpartition(".")
     index: dict[str, Any] = {
@@ -209,7 +218,9 @@ def write_manifest(folder: Path) -> None:
     """
     places = [folder, folder / "unet", folder / "scheduler", folder / CLASSIFIER]
     found = [path for place in places for path in place.glob("*")]
-    files = [path for path in found if path.suffix == ".safetensors" or path.name in CONFIGS]
+    files = [
+        path for path in found if path.suffix == ".safetensors" or path.name in {*CONFIGS, self_test.FILE}
+    ]
     replace_text(folder / MANIFEST, manifest_of(folder, files))
 
 
@@ -265,6 +276,18 @@ def _load_typicality(found: Layout, timesteps: int) -> Typicality | None:
             f"{path}: it is about other weights: remove it, and run python -m model.evaluation.anomaly again"
         )
     return statistics
+
+
+def _load_self_test(root: Path, config: NetworkConfig) -> SelfTest | None:
+    path = root / self_test.FILE
+    if not is_there(path):
+        return None
+    _, height, width = config.shape
+    found = self_test.load(path, config.out_channels * height * width)
+    labels = range(config.labels or 1)
+    if config.conditional != (found.label is not None) or (found.label or 0) not in labels:
+        raise CheckpointError(f"{path}: its label is not one of this network")
+    return found
 
 
 def _load_classifier(place: Path, shape: tuple[int, int, int], classes: int) -> NoiseClassifier | None:

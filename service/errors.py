@@ -12,7 +12,8 @@ ServiceError
 │   ├── QueueFullError
 │   ├── LoadingError
 │   ├── DrainingError
-│   └── EngineDeadError
+│   ├── EngineDeadError
+│   └── SelfTestError
 ├── DeadlineError              the deadline passed, or cannot be met
 ├── CancelledError             the job was stopped on request
 └── ComputeError               the step failed for this job
@@ -113,6 +114,12 @@ class EngineDeadError(RefusedError):
     """The engine has failed; the process is about to be replaced."""
 
     code = "worker_dead"  # older than the class's name, and part of the wire interface
+
+
+class SelfTestError(RefusedError):
+    """The engine is warm, but does not compute the result that is known of its model."""
+
+    code = "self_test_failed"
 
 
 class DeadlineError(ServiceError):

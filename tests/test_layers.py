@@ -90,7 +90,7 @@ SERVICE = {
     "service.engine.warmup": (
         "service.engine.engine service.engine.estimates service.engine.messages service.engine.scheduler"
         " model.chain model.checkpoint model.class_names model.condition model.denoiser model.runtimes"
-        " model.samplers model.scheduler_config model.state numpy torch"
+        " model.samplers model.scheduler_config model.self_test model.state numpy torch"
     ),
     "service.engine.engine": (
         "service.engine.flight service.engine.isolation service.engine.jobs service.engine.messages"
@@ -143,6 +143,7 @@ MODEL = {
     "model.noise_kernel": "torch triton",
     # Model folders: what lies where, what it is, and what of it is loaded.
     "model.folder": "",
+    "model.self_test": "model.files model.folder model.noise numpy torch",
     "model.pipeline": "model.denoising_diffusion model.folder",
     "model.memory": "safetensors",
     "model.weights": "model.files model.folder torch safetensors",
@@ -154,8 +155,8 @@ MODEL = {
     ),
     "model.checkpoint": (
         "model.condition model.denoising_diffusion model.encoder model.files model.folder model.layout"
-        " model.memory model.network model.pipeline model.schedule model.scheduler_config model.typicality"
-        " model.unet model.unet_config model.weights torch"
+        " model.memory model.network model.pipeline model.schedule model.scheduler_config model.self_test"
+        " model.typicality model.unet model.unet_config model.weights torch"
     ),
     "model.runtimes": (
         "model.runtimes.base model.runtimes.load model.runtimes.openvino model.runtimes.queues"
@@ -196,8 +197,8 @@ MODEL = {
     "model.evaluation": "",
     "model.evaluation.*": (
         "model.chain model.checkpoint model.denoiser model.diffusion model.evaluation.* model.files"
-        " model.likelihood model.noise model.runtimes model.samplers model.schedule model.sheets"
-        " model.training.data model.typicality numpy torch safetensors PIL tqdm matplotlib"
+        " model.likelihood model.noise model.runtimes model.samplers model.schedule model.self_test"
+        " model.sheets model.training.data model.typicality numpy torch safetensors PIL tqdm matplotlib"
     ),
 }
 ALLOWED = SERVICE | MODEL

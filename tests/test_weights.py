@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 
 from model import checkpoint
+from model.runtimes import DtypeName, RuntimeName, load_runtime
+from service.engine.warmup import run_self_test
 
 ROOT = Path(__file__).parents[1]
 MODELS = sorted(path.parent for path in (ROOT / "weights").glob("*/model_index.json"))
 PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("weights/*/*.md")})
+NOT_MEASURED = ("model_index.json", "self_test.json")
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
 
@@ -28,9 +31,19 @@ def test_a_shipped_model_is_what_its_card_is_about(folder: Path):
     )
     sha = checkpoint.weights_sha256(folder)
     found = {path.name: json.loads(path.read_text()).get("weights_sha256") for path in folder.glob("*.json")}
-    measured = {name: value for name, value in found.items() if name != "model_index.json"}
+    measured = {name: value for name, value in found.items() if name not in NOT_MEASURED}
     assert measured
     assert set(measured.values()) == {sha}, measured
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("runtime", ["torch", "openvino"])
+@pytest.mark.parametrize("folder", MODELS, ids=lambda path: path.name)
+def test_a_shipped_model_passes_its_self_test(folder: Path, runtime: RuntimeName, dtype: DtypeName):
+    model = checkpoint.load(folder)
+    result = run_self_test(model, load_runtime(model, runtime, "cpu", dtype))
+    assert result is not None
+    assert result.passed, result
 
 
 def test_there_are_two_of_them():

@@ -37,7 +37,7 @@ from service.engine.messages import (
     Terminal,
 )
 from service.engine.tracing import JobSpan
-from service.engine.worker import Connection, Phase, Worker
+from service.engine.worker import RETRY_UNFIT_S, SELF_TEST_FAILED, Connection, Phase, Worker
 from service.errors import (
     ComputeError,
     DeadlineError,
@@ -48,6 +48,7 @@ from service.errors import (
     NonFiniteError,
     QueueFullError,
     RefusedError,
+    SelfTestError,
     ServiceError,
 )
 from service.telemetry import Telemetry, submitted_job
@@ -58,7 +59,7 @@ LOCATE_S = 2.0
 """How long to wait for an engine to say how far a job is."""
 STOP_S = 5.0
 """How long engines get to end before they are killed."""
-REFUSALS = (QueueFullError, DeadlineError, LoadingError, DrainingError, EngineDeadError)
+REFUSALS = (QueueFullError, DeadlineError, LoadingError, DrainingError, EngineDeadError, SelfTestError)
 FAILURES = (DeadlineError, NonFiniteError, ComputeError, EngineKilledError, EngineDeadError, DrainingError)
 """What is counted from zero: of a counter whose first value is 1, Prometheus sees no increase."""
 
@@ -228,6 +229,8 @@ class EngineClient:
         match self._phase:
             case Phase.LOADING:
                 return LoadingError("The network is being loaded.", 2.0)
+            case Phase.UNFIT:
+                return SelfTestError(SELF_TEST_FAILED, RETRY_UNFIT_S)
             case Phase.DRAINING | Phase.STOPPED:
                 return DrainingError("The service is shutting down.", 5.0)
             case Phase.DEAD:
@@ -366,9 +369,9 @@ class EngineClient:
     def _update_phase(self) -> None:
         """Dead as soon as one is given up; otherwise as ready as the most ready of them."""
         phases = {worker.phase for worker in self._workers}
-        order = (Phase.DEAD, Phase.DRAINING, Phase.READY, Phase.LOADING, Phase.STOPPED)
+        order = (Phase.DEAD, Phase.DRAINING, Phase.READY, Phase.LOADING, Phase.UNFIT, Phase.STOPPED)
         found = next(phase for phase in order if phase in phases)
-        if self._draining and found in (Phase.READY, Phase.LOADING):
+        if self._draining and found in (Phase.READY, Phase.LOADING, Phase.UNFIT):
             found = Phase.DRAINING
         if found is Phase.DEAD and self._phase is not Phase.DEAD:
             error = EngineDeadError("The engine has failed; the process is about to be replaced.", 10.0)

@@ -149,8 +149,23 @@ class Invariance(Struct, frozen=True, tag=True):
         return self.max_abs_difference == 0.0
 
 
+class SelfTestResult(Struct, frozen=True, tag=True):
+    """How far a known result was missed: the largest difference, in standard deviations of the result."""
+
+    difference: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether it was not missed by more than allowed. A difference that is no number is none that is."""
+        return self.difference <= self.tolerance
+
+
 class EngineInfo(Struct, frozen=True, tag=True):
-    """What runs, and what was measured at its start. step_times: (batch size, seconds)."""
+    """What runs, and what was measured at its start.
+
+    step_times: (batch size, seconds). self_test: None where the model has no known result.
+    """
 
     model: str
     runtime: str
@@ -159,6 +174,12 @@ class EngineInfo(Struct, frozen=True, tag=True):
     max_batch_size: int
     step_times: tuple[tuple[int, float], ...]
     invariance: Invariance
+    self_test: SelfTestResult | None = None
+
+    @property
+    def fit(self) -> bool:
+        """Whether the engine computes what it should, as far as that is known."""
+        return self.self_test is None or self.self_test.passed
 
 
 class ModelInfo(Struct, frozen=True, eq=False, tag=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from typing import cast
 import numpy as np
 import torch
 
-from model import checkpoint
+from model import checkpoint, self_test
 from model.chain import Chain, Image
 from model.checkpoint import Checkpoint
 from model.class_names import distinct
@@ -33,7 +34,7 @@ from model.scheduler_config import DEFAULT_CLASS, nearest_sampler
 from model.state import Row
 from service.engine.engine import Engine
 from service.engine.estimates import StepTimes
-from service.engine.messages import EngineConfig, EngineInfo, Invariance, ModelInfo
+from service.engine.messages import EngineConfig, EngineInfo, Invariance, ModelInfo, SelfTestResult
 from service.engine.scheduler import Policy, Scheduler
 
 logger = logging.getLogger(__name__)
@@ -160,8 +161,25 @@ def warm_up(model: Checkpoint, settings: EngineConfig) -> Warm:
         max_batch_size,
         tuple(points),
         invariance,
+        run_self_test(model, runtime),
     )
     return Warm(engine, engine_info, info, count_devices(runtime.device))
+
+
+def run_self_test(model: Checkpoint, runtime: Runtime) -> SelfTestResult | None:
+    """Compare one evaluation with the model's known result; None where it has none."""
+    test = model.self_test
+    if test is None:
+        return None
+    found = test.evaluate(runtime.forward, model.unet.config.shape, runtime.device)
+    result = SelfTestResult(test.difference(found), test.tolerances.get(runtime.dtype, math.inf))
+    if not result.passed:
+        logger.error(
+            "the self-test has failed: the network's output differs by %.3g standard deviations from that in"
+            " %s, where %.3g are allowed in %s: the device, its driver or the weights are at fault",
+            result.difference, self_test.FILE, result.tolerance, runtime.dtype,
+        )  # fmt: skip
+    return result
 
 
 def cpu_batch_sizes() -> tuple[int, ...]:

@@ -42,7 +42,7 @@ from service.engine.messages import (
     Stopped,
 )
 from service.engine.wire import read_report, to_bytes
-from service.errors import DeadlineError, EngineKilledError
+from service.errors import DeadlineError, EngineKilledError, SelfTestError
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,8 @@ UNUSABLE = 3
 """Exit code of an engine whose model or device cannot be used: another try would end in the same way."""
 DEATHS, WINDOW_S = 5, 600.0
 """After so many deaths of one engine in so many seconds it is given up."""
+SELF_TEST_FAILED = "The self-test has failed: this machine does not compute what the model's maker did."
+RETRY_UNFIT_S = 60.0
 BACKOFF_S, LONGEST_BACKOFF_S = 0.5, 30.0
 """Before the second start in that time; each further one waits twice as long."""
 DEADLINE_S = 0.5
@@ -159,10 +161,11 @@ class ProcessConnection:
 
 
 class Phase(Enum):
-    """The life of an engine, and of all of them together."""
+    """The life of an engine, and of all of them together. Unfit: warm, but its self-test has failed."""
 
     LOADING = "loading"
     READY = "ready"
+    UNFIT = "unfit"
     DRAINING = "draining"
     STOPPED = "stopped"
     DEAD = "dead"
@@ -339,6 +342,14 @@ class Worker:
 
     def _take(self, report: Report) -> None:
         match report:
+            case Ready(info) if not info.fit:  # it stays, so that it can be looked at, but gets no job
+                self.on_report(report)
+                self._set(Phase.UNFIT)
+                for job_id, assigned in list(self._jobs.items()):
+                    error = SelfTestError(SELF_TEST_FAILED, RETRY_UNFIT_S)
+                    self.on_end(
+                        Cancelled(job_id) if assigned.cancelled else Failed(job_id, error, started=True)
+                    )
             case Ready():
                 self._ready = True
                 self.on_report(report)

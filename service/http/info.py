@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, get_args
 
 from model.likelihood import DEFAULT_TERMS
@@ -161,6 +162,19 @@ def describe(capabilities: ModelCapabilities, settings: Settings, engine: Engine
             "max_abs_difference": engine.invariance.max_abs_difference,
             "batch_sizes": list(engine.invariance.batch_sizes),
         },
+        "self_test": _self_test(engine),
+    }
+
+
+def _self_test(engine: EngineInfo) -> dict[str, Any]:
+    result = engine.self_test
+    if result is None:
+        return {"result": "not tested"}
+    found = result.difference if math.isfinite(result.difference) else None
+    return {
+        "result": "passed" if result.passed else "failed",
+        "difference": found,
+        "tolerance": result.tolerance if math.isfinite(result.tolerance) else None,
     }
 
 

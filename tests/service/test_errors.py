@@ -20,6 +20,7 @@ CODES = {
     "LoadingError": ("loading", 503),
     "DrainingError": ("draining", 503),
     "EngineDeadError": ("worker_dead", 503),
+    "SelfTestError": ("self_test_failed", 503),
     "DeadlineError": ("deadline_exceeded", 504),
     "CancelledError": ("cancelled", 499),
     "ComputeError": ("compute_failed", 500),

@@ -25,12 +25,13 @@ from service.engine.messages import (
     Preview,
     Progress,
     Queued,
+    SelfTestResult,
     StepReport,
     Terminal,
 )
 from service.engine.warmup import Warm
 from service.engine.worker import Phase, Worker
-from service.errors import DeadlineError, DrainingError, EngineDeadError, LoadingError
+from service.errors import DeadlineError, DrainingError, EngineDeadError, LoadingError, SelfTestError
 from tests.service.engine.test_client import Served, Start, start
 from tests.service.fakes import PATIENCE_S, FakeDenoiser, fake_engine, fake_info, fake_model, job_of, until
 from tests.service.threads import ThreadConnection
@@ -44,6 +45,7 @@ class Engines:
     def __init__(self, *prepared: FakeDenoiser, devices: int = 1) -> None:
         self.prepared, self.devices = prepared, devices
         self.denoisers: list[FakeDenoiser] = []
+        self.self_test: SelfTestResult | None = None
         self.may_be_made = threading.Event()
         self.may_be_made.set()
 
@@ -52,6 +54,7 @@ class Engines:
         place = len(self.denoisers)
         self.denoisers.append(self.prepared[place] if place < len(self.prepared) else FakeDenoiser())
         info = replace(fake_info(), device="cuda:0") if self.devices > 1 else fake_info()
+        info = replace(info, self_test=self.self_test)
         return Warm(fake_engine(self.denoisers[-1]), info, fake_model(), self.devices)
 
 
@@ -236,6 +239,19 @@ def test_a_job_is_cancelled_while_its_engine_is_replaced(start: Start) -> None:
     until(lambda: served.client.phase is Phase.READY)
     assert served.client.idle
     assert engines.denoisers[1].launched == []
+
+
+def test_jobs_of_an_engine_whose_successor_is_unfit_end_with_an_error(start: Start) -> None:
+    engines = Engines(deadly(1))
+    served = started(start, engines)
+    engines.self_test = SelfTestResult(0.7, 0.02)
+    served.client.submit(job := job_of("a", [1]))
+    end = served.end_of(job)
+    assert isinstance(end, Failed)
+    assert isinstance(end.error, SelfTestError)
+    assert served.client.phase is Phase.UNFIT
+    with pytest.raises(SelfTestError):
+        served.client.submit(job_of("b", [2]))
 
 
 def test_a_cancellation_that_a_dead_engine_did_not_get_is_not_lost(

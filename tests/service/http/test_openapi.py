@@ -103,7 +103,7 @@ def test_a_scheme_that_no_route_has_is_not_listed() -> None:
 def test_every_error_is_of_some_status() -> None:
     found = [code for status in {*STATUS.values(), 404, 413} for code in codes_of(status)]
     assert len(found) == len(set(found))
-    assert {"loading", "draining", "worker_dead"} == set(codes_of(503))
+    assert {"loading", "draining", "worker_dead", "self_test_failed"} == set(codes_of(503))
     assert {"internal", "compute_failed", "non_finite", "engine_killed"} == set(codes_of(500))
 
 

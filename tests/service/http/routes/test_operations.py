@@ -7,13 +7,15 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from http.client import HTTPConnection
 
 import httpx
+import msgspec
 import pytest
 
 from service import app
-from service.engine.messages import EngineConfig
+from service.engine.messages import EngineConfig, SelfTestResult
 from service.engine.warmup import Warm
 from service.telemetry import Telemetry
 from tests.service.fakes import PATIENCE_S, FakeDenoiser, fake_warm, until
@@ -55,6 +57,29 @@ def test_loading_is_alive_and_not_ready(serve: Serve) -> None:
     for path in READY:
         assert server.client.get(path).json() == {"status": "ready"}
     assert server.metric("ddpm_ready") == 1
+
+
+def test_an_engine_that_fails_its_self_test_gets_no_jobs_and_stays_to_be_looked_at(serve: Serve) -> None:
+    denoiser = FakeDenoiser()
+
+    def warm(config: EngineConfig) -> Warm:
+        made = fake_warm(denoiser)(config)
+        return replace(made, info=msgspec.structs.replace(made.info, self_test=SelfTestResult(0.7, 0.02)))
+
+    server = serve(denoiser, warm)
+    until(lambda: server.client.get("/readyz").json()["code"] == "self_test_failed")
+    for refused in (*map(server.client.get, READY), server.client.post("/generate", json={})):
+        assert (refused.status_code, refused.json()["code"]) == (503, "self_test_failed")
+        assert "self-test" in refused.json()["detail"]
+    assert server.client.get("/livez").status_code == 200
+    info = server.client.get("/info").json()["self_test"]
+    assert info == {"result": "failed", "difference": 0.7, "tolerance": 0.02}
+    assert server.metric("ddpm_ready") == 0
+    server.stop()  # and a shutdown does not wait for it
+
+
+def test_a_model_without_a_known_result_is_served(serve: Serve) -> None:
+    assert serve().client.get("/info").json()["self_test"] == {"result": "not tested"}
 
 
 def test_a_silent_engine_that_is_not_replaced_is_not_alive(serve: Serve) -> None:
