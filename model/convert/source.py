@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from model.convert.conversion import ConversionError, State
+from model.folder import CheckpointError, check_regular
 
 DDIM_STATES = ("model", "optimizer", "epoch", "step", "ema")
 """What lies at which place of the list that ermongroup/ddim saves."""
@@ -30,8 +30,11 @@ DDIM_STATES = ("model", "optimizer", "epoch", "step", "ema")
 def read(path: Path) -> State:
     """Every tensor of a `.safetensors` or pickle file by its dotted name. Raises ConversionError."""
     try:
+        check_regular(path)
         with path.open("rb") as file:
             head = file.read(64)
+    except CheckpointError as error:
+        raise ConversionError(str(error)) from error
     except OSError as error:
         raise ConversionError(f"{path}: cannot be read ({error.strerror})") from error
     if head.startswith(b"version https://git-lfs"):
@@ -44,9 +47,18 @@ def read(path: Path) -> State:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ConversionError(f"{path}: {_why_unreadable(str(error))}") from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # a reader of pickles raises whatever damaged ones lead it to
         raise ConversionError(f"{path}: not a checkpoint ({_first_line(error)})") from error
-    return dict(_flatten(content))
+    try:
+        table = dict(_flatten(content))
+    except RecursionError as error:  # a container may hold itself
+        raise ConversionError(f"{path}: its containers are nested without an end") from error
+    for name, tensor in table.items():
+        if tensor.layout != torch.strided or tensor.is_meta:
+            raise ConversionError(f"{path}: {name} is not a plain tensor")
+        if tensor.numel() * tensor.element_size() > max(tensor.untyped_storage().nbytes(), 1):
+            raise ConversionError(f"{path}: {name} has more values than are stored")
+    return table
 
 
 def weights_at(table: Mapping[str, Tensor], prefix: str) -> State:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -107,3 +108,53 @@ def test_averaged_weights_as_lightning_projects_keep_them() -> None:
     found = source.lightning_ema(table, prefix)
     assert found is not None
     assert torch.equal(found["in.0.weight"], W + 1)
+
+
+# ── Files made to do harm ──────────────────────────────────────────────────────────────────────
+
+
+def test_more_values_than_are_stored_are_refused(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(1).expand(10**12)}, tmp_path / "a.pt")
+    with pytest.raises(ConversionError, match=r"a\.pt: a has more values than are stored"):
+        source.read(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("tensor", [torch.zeros(2, 2).to_sparse(), torch.empty(10**12, device="meta")])
+def test_what_is_no_plain_tensor_is_refused(tmp_path: Path, tensor: torch.Tensor) -> None:
+    torch.save({"a": tensor}, tmp_path / "a.pt")
+    with pytest.raises(ConversionError, match=r"a\.pt: a is not a plain tensor"):
+        source.read(tmp_path / "a.pt")
+
+
+def test_a_container_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    content: dict[str, Any] = {"a": torch.zeros(1)}
+    content["again"] = content
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(ConversionError, match=r"a\.pt: its containers are nested without an end"):
+        source.read(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+def test_a_pipe_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ConversionError, match="not a regular file"):
+        source.read(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+def test_a_damaged_file_is_read_or_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    content = {"a": torch.zeros(4)}
+    save_file(content, path) if name.endswith("s") else torch.save(
+        content, path, _use_new_zipfile_serialization=False
+    )
+    whole = path.read_bytes()
+    refused = 0
+    for place in range(0, len(whole), 3):
+        path.write_bytes(whole[:place] + b"\x80" + whole[place + 1 :])
+        try:
+            source.read(path)
+        except ConversionError as error:
+            refused += 1
+            assert len(str(error).splitlines()) == 1  # noqa: PT017
+    assert refused
