@@ -1,6 +1,6 @@
 # Two commands matter: `make serve` and `make test`. Both work from a fresh clone with Python 3.11 or newer.
 .DEFAULT_GOAL := help
-.PHONY: help install serve test fuzz sbom audit check train evaluate simulate bench rules lock clean
+.PHONY: help install serve test fuzz sbom audit check train evaluate simulate bench chaos rules lock clean
 
 PYTHON ?=
 DATA   ?= /usr/share/datasets/fashion-mnist
@@ -104,6 +104,9 @@ simulate: install ## simulate load on the scheduler
 
 bench: $(PEERS_STAMP) ## compare with other servers under load: hours; stops and resumes (ARGS=--quick: minutes)
 	$(PEERS)/bin/python -m bench.compare --out docs $(ARGS)
+
+chaos: install ## disturb the service while it works, in every way: a quarter of an hour (ARGS=--short: a minute)
+	$(RUN) -m bench.chaos $(ARGS)
 
 $(PEERS_STAMP): requirements-bench.txt | install
 	@set -e; \

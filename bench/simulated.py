@@ -31,10 +31,12 @@ def model_of(size: int) -> Checkpoint:
     return replace(tiny_model(size, channels=3), name="simulated")
 
 
-def build(model: Checkpoint, rows: int, step_s: float, config: EngineConfig) -> Warm:
-    """An engine over the simulated device in the place of the network."""
+def build(
+    model: Checkpoint, rows: int, step_s: float, config: EngineConfig, *, recorded: bool = True
+) -> Warm:
+    """An engine over the simulated device in the place of the network. recorded: see SimulatedRuntime."""
     torch.set_num_threads(1)
-    runtime = SimulatedRuntime(rows, step_s, recorded=True)
+    runtime = SimulatedRuntime(rows, step_s, recorded=recorded)
     denoiser = Denoiser.of(model, runtime, SimulatedNoise(model.unet.config.shape))
     denoiser.reserve(config.slots)
     plan = build_plan(model.schedule, "ddim", 1)
