@@ -38,6 +38,7 @@ from service.engine.messages import EngineConfig
 from service.engine.worker import ProcessConnection
 from service.server import serve
 from service.settings import Settings
+from service.startup import bind
 
 MODES = ("rate", "held", "descriptors")
 CAPACITY_S = 5.0
@@ -352,7 +353,7 @@ def _serve(args: argparse.Namespace) -> int:
     )
     command = (sys.executable, "-m", "bench.overload", *_device(args), "--engine")
     app = create_app(settings, lambda config: ProcessConnection(config, command))
-    return serve(app, app.state.ddpm, settings)
+    return serve(app, app.state.ddpm, settings, bind(settings.host, settings.port))
 
 
 def _be_engine(args: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ from service.engine.worker import ProcessConnection
 from service.errors import EngineKilledError
 from service.server import serve
 from service.settings import Settings
+from service.startup import bind
 from service.telemetry import configure_logging
 
 STALL_S, GRACE_S = 3.0, 1.0
@@ -58,7 +59,7 @@ def main() -> int:
         return len(asyncio.all_tasks())
 
     app.add_api_route(TASKS, tasks, include_in_schema=False)
-    return serve(app, app.state.ddpm, settings)
+    return serve(app, app.state.ddpm, settings, bind(settings.host, settings.port))
 
 
 def _replay_unless(switch: Path) -> None:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from signal import SIGKILL, Signals
@@ -57,6 +57,7 @@ BACKOFF_S, LONGEST_BACKOFF_S = 0.5, 30.0
 """Before the second start in that time; each further one waits twice as long."""
 DEADLINE_S = 0.5
 """How long after its deadline a job is ended here: its engine does it between two steps, unless it hangs."""
+RETRY_START_S = 1.0
 UNANSWERED_S = 4.0
 """An engine that has not answered a command for so long when it is killed counts as hung."""
 BUFFER = 4 << 20
@@ -97,13 +98,15 @@ class ProcessConnection:
         for end in (ours, theirs):
             end.setsockopt(SOL_SOCKET, SO_SNDBUF, BUFFER)
             end.setsockopt(SOL_SOCKET, SO_RCVBUF, BUFFER)
-        with theirs:
+        with theirs, ExitStack() as stack:
+            stack.callback(ours.close)
             self._process = subprocess.Popen(
                 [*command, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 env=environment(),
             )
+            stack.pop_all()
         with suppress(ConnectionError):  # it has ended already, which is found where it is waited for
             ours.sendall(to_bytes(config))
         self._socket: socket = ours
@@ -314,7 +317,12 @@ class Worker:
 
     async def _live(self) -> None:
         """One engine, from its start to its end."""
-        connection = self._connection = self.start(self.config)
+        try:
+            connection = self._connection = self.start(self.config)
+        except OSError as error:  # no descriptor, process or memory is left, which may pass
+            logger.error("no engine can be started: %s", error)
+            await asyncio.sleep(RETRY_START_S)
+            return
         self.heard = time.monotonic()
         self._asked, self._abandoned, self._drain_sent = None, False, False
         watch = asyncio.create_task(self._watch(connection))
@@ -400,6 +408,7 @@ class Worker:
             self.exit_code = 1
             self._set(Phase.DEAD)
             return
+        self.load = Load()
         self._set(Phase.DRAINING if self._draining else Phase.LOADING)
         for job_id, assigned in list(self._jobs.items()):
             if assigned.cancelled:
@@ -416,6 +425,7 @@ class Worker:
                 assigned.suspect = assigned.steps
             assigned.sent, assigned.steps, assigned.in_step = False, 0, False
         self._unsent = dict(self._jobs)
+        self._unreported = sum(each.spec.evaluations for each in self._jobs.values())
         self._suspects = {name: each for name, each in self._jobs.items() if each.suspect is not None}
         again = len(self._deaths) - 2
         if again >= 0:
@@ -436,8 +446,12 @@ class Worker:
 
     async def _watch(self, connection: Connection) -> None:
         """Kill an engine that has work but says nothing."""
+        every = min(1.0, self.stall_s / 4)
         while True:
-            await asyncio.sleep(min(1.0, self.stall_s / 4))
+            before = time.monotonic()
+            await asyncio.sleep(every)
+            if time.monotonic() - before > self.stall_s / 2:  # it is this process that stood still
+                self.heard = time.monotonic()
             if (
                 self._ready
                 and (self._jobs or self._abandoned)

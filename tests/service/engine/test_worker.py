@@ -8,6 +8,8 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
+from errno import EMFILE
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +34,7 @@ from service.engine.messages import (
 from service.engine.warmup import Warm
 from service.engine.worker import Phase, Worker
 from service.errors import DeadlineError, DrainingError, EngineDeadError, LoadingError, SelfTestError
+from tests.service.engine import test_client
 from tests.service.engine.test_client import Served, Start, start
 from tests.service.fakes import PATIENCE_S, FakeDenoiser, fake_engine, fake_info, fake_model, job_of, until
 from tests.service.threads import ThreadConnection
@@ -195,6 +198,62 @@ def test_an_engine_that_hangs_is_killed_and_its_jobs_run_again(
     assert isinstance(served.end_of(job), Finished)
     assert "has not answered" in caplog.text
     assert served.metric("ddpm_engine_restarts_total") == 1
+
+
+def test_an_engine_is_not_blamed_for_the_time_that_the_api_stood_still(start: Start) -> None:
+    engines = Engines(first := shut())
+    served = started(start, engines, stall_s=1.5)
+    served.client.submit(job := job_of("a", [1]))
+    first.gate.wait_for_arrival(1)
+    served.loop.call_soon_threadsafe(time.sleep, 2.0)
+    served.loop.call_soon_threadsafe(first.gate.open)
+    assert isinstance(served.end_of(job), Finished)
+    assert served.metric("ddpm_engine_restarts_total") == 0
+    assert len(engines.denoisers) == 1
+
+
+def test_an_engine_that_cannot_be_started_is_started_later(
+    start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where no descriptor is left, which may be for a while only."""
+    monkeypatch.setattr(worker, "RETRY_START_S", 0.01)
+    engines = Engines(first := shut())
+    served = started(start, engines)
+    served.client.submit(job := job_of("a", [1]))
+    first.gate.wait_for_arrival(1)
+    failures = [OSError(EMFILE, "Too many open files")] * 3
+
+    def connection(*given: Any) -> ThreadConnection:
+        if failures:
+            raise failures.pop()
+        return ThreadConnection(*given)
+
+    monkeypatch.setattr(test_client, "ThreadConnection", connection)
+    served.connections[0].kill()
+    assert isinstance(served.end_of(job), Finished)
+    assert failures == []
+    assert caplog.text.count("no engine can be started: [Errno 24] Too many open files") == 3
+    assert served.client.exit_code == 0
+
+
+def test_what_an_engine_that_died_was_doing_counts_no_longer(start: Start) -> None:
+    engines = Engines(first := shut())
+    served = started(start, engines)
+    jobs = [job_of("a", [1, 2], steps=3), job_of("b", [3], steps=5)]
+    for job in jobs:
+        served.client.submit(job)
+    first.gate.allow(1)
+    first.gate.wait_for_arrival(2)
+    until(lambda: served.metric("ddpm_samples_running") > 0)
+    engines.may_be_made.clear()
+    served.connections[0].kill()
+    until(lambda: served.client.phase is Phase.LOADING)
+    (replaced,) = served.of_client._workers
+    assert replaced.backlog == sum(job.evaluations for job in jobs)
+    assert served.metric("ddpm_samples_running") == served.metric("ddpm_samples_waiting") == 0
+    engines.may_be_made.set()
+    for job in jobs:
+        assert isinstance(served.end_of(job), Finished)
 
 
 def test_after_too_many_deaths_it_is_given_up(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
