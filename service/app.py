@@ -18,7 +18,7 @@ from service.engine.streams import Streams
 from service.engine.worker import Connection, ProcessConnection
 from service.http.answers import StreamPresenter
 from service.http.callers import AllowHosts, AllowSites, hosts_of
-from service.http.middleware import Authorise, Head, Observe, is_probe
+from service.http.middleware import Authorise, Head, Observe, is_probe, key_names
 from service.http.openai import openai_error
 from service.http.openapi import DocumentedApp
 from service.http.prefix import Prefix
@@ -78,14 +78,19 @@ def create_app(
 ) -> FastAPI:
     """The application. `start` starts an engine, whenever one is needed."""
     telemetry = Telemetry()
-    streams: Streams[StreamPresenter | None] = Streams(abandon=lambda job_id: engine.cancel(job_id))
+    streams: Streams[StreamPresenter | None] = Streams(
+        abandon=lambda job_id: engine.cancel(job_id), pressed=lambda: engine.pressed
+    )
     engine = EngineClient(
         start,
         settings.engine_configs(),
         streams.publish,
         telemetry,
         capacity=settings.max_queue,
+        most_of_an_owner=settings.most_slots_of_a_key,
+        owners=key_names(settings.api_keys),
         stall_s=settings.stall_s,
+        hurry=streams.hurry,
     )
     state = AppState(engine, streams, telemetry, settings)
 
@@ -120,8 +125,7 @@ def create_app(
     app.mount("/swagger", pages.swagger_files())
     register_handlers(app)
     # The last one added is the outermost: a refusal is counted too, and pages of other origins may read it.
-    if settings.api_keys:
-        app.add_middleware(Authorise, keys=settings.api_keys, is_open=is_open)
+    app.add_middleware(Authorise, keys=settings.api_keys, is_open=is_open)
     app.add_middleware(AllowSites, origins=settings.cors_origins, works=WORKING_PATHS.__contains__)
     if settings.cors_origins:
         app.add_middleware(

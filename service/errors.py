@@ -10,6 +10,7 @@ ServiceError
 ├── JobNotFoundError           no job of this id, or not any more
 ├── RefusedError               not accepted now: `retry_after_s` says when to try again
 │   ├── QueueFullError
+│   ├── ClientLimitError    one client has its share
 │   ├── LoadingError
 │   ├── DrainingError
 │   ├── EngineDeadError
@@ -96,6 +97,12 @@ class QueueFullError(RefusedError):
     """All slots are taken."""
 
     code = "queue_full"
+
+
+class ClientLimitError(RefusedError):
+    """The client has as many of the slots, or of the open streams, as it may have."""
+
+    code = "client_limit"
 
 
 class LoadingError(RefusedError):

@@ -37,6 +37,8 @@ FLUSH_S = 2.0
 LEAVE_S = 10.0
 """How long the process may take to end, after that, whatever threads of it or of an engine hang."""
 
+SEND_TIMEOUT_S = 60.0
+"""A client that has not read a byte for so long, of what waits for it, is gone for all that is known."""
 MAX_HEAD_BYTES = 64 << 10
 """Of a request's line and headers, and of all else that comes before there is anything to do; as with h11."""
 
@@ -64,6 +66,7 @@ class HttpProtocol(HttpToolsProtocol):
     _due: float | None = None
     """When what is being received must have come; None between two requests."""
     _timer: TimerHandle | None = None
+    _stalled: TimerHandle | None = None
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         """Begin to wait for a head."""
@@ -72,9 +75,33 @@ class HttpProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Wait no longer."""
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._stalled):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The client reads more slowly than it is written to. It is let go when it reads nothing at all."""
+        super().pause_writing()
+        self._watch_reader(self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        """The client has read on, or is gone."""
+        super().resume_writing()
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
+
+    def _watch_reader(self, unread: int) -> None:
+        self._stalled = self.loop.call_later(SEND_TIMEOUT_S, self._check_reader, unread)
+
+    def _check_reader(self, before: int) -> None:
+        unread = self.transport.get_write_buffer_size()
+        if unread < before:
+            self._watch_reader(unread)
+        else:
+            self._stalled = None
+            self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         """Parse what has been read. Answers by 400 where a head does not end."""

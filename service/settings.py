@@ -73,6 +73,14 @@ class Settings(BaseSettings):
     )
     max_batch: int = Field(0, ge=0, le=4096, description="rows per network call; 0 follows the step times")
     max_queue: int = Field(256, ge=1, description="images in flight at once; more are refused with 429")
+    max_queue_per_key: int = Field(
+        0,
+        ge=0,
+        description="images in flight of one key; 0 is 3/4 of max-queue with several keys, else all of it",
+    )
+    max_streams_per_key: int = Field(
+        0, ge=0, description="open streams of one key; 0 is twice the images that it may have in flight"
+    )
     max_images: int = Field(64, ge=1, description="images per request")
     policy: Literal["remaining", "fifo", "sharing"] = Field(
         "remaining",
@@ -159,6 +167,14 @@ class Settings(BaseSettings):
             name: value for name, value in env_settings.env_vars.items() if not service_link(name, value)
         }
         return init_settings, env_settings, dotenv_settings, file_secret_settings
+
+    @property
+    def most_slots_of_a_key(self) -> int:
+        """Of `max_queue`, how many one client may have: not all, where others are known to exist."""
+        chosen = self.max_queue_per_key or (
+            self.max_queue * 3 // 4 if len(self.api_keys) > 1 else self.max_queue
+        )
+        return max(1, min(chosen, self.max_queue))
 
     def engine_configs(self) -> list[EngineConfig]:
         """One for each device that is named."""

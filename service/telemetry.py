@@ -94,6 +94,15 @@ class Telemetry:
         self.slots_in_use = Gauge(
             "ddpm_slots_in_use", "Slots that jobs in flight have reserved.", registry=registry
         )
+        self.client_slots = Gauge(
+            "ddpm_client_slots_in_use", "Of these, how many a client has.", ["client"], registry=registry
+        )
+        self.client_rejected = Counter(
+            "ddpm_client_rejected_total",
+            "Jobs of a client refused for want of slots.",
+            ["client"],
+            registry=registry,
+        )
         self.running = Gauge("ddpm_samples_running", "Images in the latest step.", registry=registry)
         self.waiting = Gauge("ddpm_samples_waiting", "Unfinished images not in it.", registry=registry)
         self.rejected = Counter("ddpm_rejected_total", "Jobs refused.", ["reason"], registry=registry)
@@ -138,6 +147,8 @@ class Telemetry:
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 submitted_job: ContextVar[str | None] = ContextVar("submitted_job", default=None)
 """The id of the job that the request in hand has submitted."""
+owner: ContextVar[str] = ContextVar("owner", default="")
+"""Whom the request in hand is counted for: a number of an API key, or an address."""
 trace_ids: ContextVar[tuple[str, str] | None] = ContextVar("trace_ids", default=None)
 """(trace id, span id) of the request, where requests are traced."""
 

@@ -75,9 +75,10 @@ SERVICE = {
     # The engine: no HTTP. The API's end of it first, which knows no tensors; then the engine's own process.
     "service.engine": "",
     "service.engine.client": (
-        "service service.engine.jobs service.engine.messages service.engine.tracing service.engine.worker"
-        " service.errors service.telemetry msgspec"
+        "service service.engine.admission service.engine.jobs service.engine.messages service.engine.tracing"
+        " service.engine.worker service.errors service.telemetry msgspec"
     ),
+    "service.engine.admission": "service.errors",
     "service.engine.tracing": "service.engine.jobs service.engine.messages opentelemetry",
     "service.engine.worker": (
         "service.engine.jobs service.engine.messages service.engine.wire service.errors msgspec"
@@ -101,9 +102,10 @@ SERVICE = {
     "service.engine.width": "",
     "service.engine.isolation": "service.engine.jobs service.errors model.runtimes torch",
     "service.engine.scheduler": (
-        "service.engine.estimates service.engine.jobs service.engine.messages service.engine.order"
+        "service.engine.estimates service.engine.jobs service.engine.lanes service.engine.messages"
         " service.errors sortedcontainers"
     ),
+    "service.engine.lanes": "service.engine.jobs service.engine.order",
     "service.engine.order": "",
     "service.engine.estimates": "service.engine.jobs",
     "service.engine.streams": "service.engine.messages service.errors msgspec",

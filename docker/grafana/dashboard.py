@@ -165,6 +165,13 @@ def queue() -> list[TimeSeries | Heatmap]:
             [(gauge("ddpm_slots_in_use"), "in use"), (gauge("ddpm_slots"), "capacity")],
         ),
         lines(
+            "Slots by client",
+            "Images in flight of each API key, by its number.",
+            "short",
+            [(gauge("ddpm_client_slots_in_use", "client"), "{{client}}")],
+            stack=True,
+        ),
+        lines(
             "Images in flight",
             "In the latest step, or waiting for another one.",
             "short",
@@ -178,6 +185,12 @@ def queue() -> list[TimeSeries | Heatmap]:
             "Jobs refused, by the error's code.",
             "ops",
             [(rate("ddpm_rejected_total", "reason"), "{{reason}}")],
+        ),
+        lines(
+            "Refused for want of slots",
+            "Jobs refused, by the number of the API key.",
+            "ops",
+            [(rate("ddpm_client_rejected_total", "client"), "{{client}}")],
         ),
         lines(
             "Failed and cancelled",

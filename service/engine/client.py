@@ -8,14 +8,16 @@ of it happens on the event loop.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
 from service import __version__
+from service.engine.admission import Slots
 from service.engine.jobs import JobSpec
 from service.engine.messages import (
     AbortAll,
@@ -25,6 +27,7 @@ from service.engine.messages import (
     Event,
     Failed,
     Finished,
+    Forecast,
     Located,
     ModelInfo,
     Picture,
@@ -39,6 +42,7 @@ from service.engine.messages import (
 from service.engine.tracing import JobSpan
 from service.engine.worker import RETRY_UNFIT_S, SELF_TEST_FAILED, Connection, Phase, Worker
 from service.errors import (
+    ClientLimitError,
     ComputeError,
     DeadlineError,
     DrainingError,
@@ -51,7 +55,7 @@ from service.errors import (
     SelfTestError,
     ServiceError,
 )
-from service.telemetry import Telemetry, submitted_job
+from service.telemetry import Telemetry, owner, submitted_job
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +63,17 @@ LOCATE_S = 2.0
 """How long to wait for an engine to say how far a job is."""
 STOP_S = 5.0
 """How long engines get to end before they are killed."""
-REFUSALS = (QueueFullError, DeadlineError, LoadingError, DrainingError, EngineDeadError, SelfTestError)
+OTHERS = "none"
+"""In metrics, all clients without a key."""
+REFUSALS = (
+    QueueFullError,
+    ClientLimitError,
+    DeadlineError,
+    LoadingError,
+    DrainingError,
+    EngineDeadError,
+    SelfTestError,
+)
 FAILURES = (DeadlineError, NonFiniteError, ComputeError, EngineKilledError, EngineDeadError, DrainingError)
 """What is counted from zero: of a counter whose first value is 1, Prometheus sees no increase."""
 
@@ -95,7 +109,9 @@ class EngineClient:
 
     start: starts an engine. configs: of each engine; a single one for any device is followed by one for each
     further device of its kind. publish: receives every event. capacity: slots, which is how many samples may
-    be in flight. stall_s: an engine that says nothing for so long, with work in flight, is replaced.
+    be in flight. most_of_an_owner: how many of them one may have; 0: all. owners: those that have
+    metrics of their own. stall_s: an engine that says nothing for so long, with work in flight, is replaced.
+    hurry: called when there are no slots; says which jobs will be given up, and in how many seconds.
     """
 
     def __init__(
@@ -106,16 +122,22 @@ class EngineClient:
         telemetry: Telemetry,
         *,
         capacity: int,
+        most_of_an_owner: int = 0,
+        owners: Sequence[str] = (),
         stall_s: float = 60.0,
+        hurry: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
-        self._start, self._publish, self._telemetry = start, publish, telemetry
-        self._capacity, self._stall_s = capacity, stall_s
+        self._start, self._publish, self._telemetry, self._hurry = start, publish, telemetry, hurry
+        self._slots, self._stall_s = Slots(capacity, most_of_an_owner or capacity), stall_s
+        self._owners = frozenset(owners)
         telemetry.slots.set(capacity)
         for counter, errors in ((telemetry.rejected, REFUSALS), (telemetry.failed, FAILURES)):
             for error in errors:
                 counter.labels(error.code)
+        for name in owners or (OTHERS,):
+            telemetry.client_slots.labels(name)
+            telemetry.client_rejected.labels(name)
         self._in_flight: dict[str, _InFlight] = {}
-        self._slots = 0
         self._draining = False
         self._restarts = 0
         self._tasks: list[asyncio.Task[None]] = []
@@ -145,21 +167,29 @@ class EngineClient:
         """Whether no job is in flight."""
         return not self._in_flight
 
+    @property
+    def pressed(self) -> bool:
+        """Whether anybody has been refused slots who may still come back."""
+        return self._slots.pressed(time.monotonic())
+
     def check_room(self, slots: int = 1) -> None:
         """Raise the RefusedError that a job of so many slots would meet now, and count it."""
-        refusal = self.refusal() or self._full(slots)
+        refusal = self.refusal() or self._full(owner.get(), slots)
         if refusal is not None:
             self._telemetry.rejected.labels(refusal.code).inc()
             raise refusal
 
     def submit(self, spec: JobSpec) -> None:
         """Reserve slots for a job and hand it over. Raises a RefusedError, and keeps nothing then."""
+        if who := owner.get():
+            spec = dataclasses.replace(spec, owner=who)
         self.check_room(spec.slots)
         ready = [worker for worker in self._workers if worker.phase is Phase.READY]
         worker = min(ready, key=lambda each: each.backlog)
         self._in_flight[spec.id] = _InFlight(spec, worker, Located(spec.id), JobSpan.begin(spec))
         submitted_job.set(spec.id)
-        self._reserve(spec.slots)
+        self._slots.take(spec.id, spec.owner, spec.slots, self._last_due(worker, spec))
+        self._show_slots(spec.owner)
         worker.add(spec)
 
     def has(self, job_id: str) -> bool:
@@ -237,22 +267,34 @@ class EngineClient:
                 return EngineDeadError("The engine has failed.", 10.0)
         return None
 
-    def _full(self, slots: int) -> RefusedError | None:
-        if self._slots + slots <= self._capacity:
-            return None
-        reason = f"{self._slots} of {self._capacity} images are in flight; {slots} more do not fit."
-        # When enough of the work in flight should be done, at the pace measured so far.
-        excess = min(1.0, (self._slots + slots - self._capacity) / max(self._slots, 1))
-        return QueueFullError(reason, max(1.0, self._backlog_s() * excess))
+    def _full(self, who: str, slots: int) -> RefusedError | None:
+        now = time.monotonic()
+        refusal = self._slots.refusal(who, slots, now)
+        if refusal is not None:
+            for job_id, seconds in self._hurry().items():
+                self._slots.expect(job_id, now + seconds)
+            refusal = self._slots.refusal(who, slots, now)
+            self._telemetry.client_rejected.labels(self._label(who)).inc()
+        return refusal
 
-    def _reserve(self, slots: int) -> None:
-        """Take so many slots, or give some back."""
-        self._slots += slots
-        self._telemetry.slots_in_use.set(self._slots)
+    def _last_due(self, worker: Worker, spec: JobSpec) -> float:
+        """When a job would be done that comes after all others, at the full batch's rate."""
+        load = worker.load
+        pace = load.backlog_s / load.backlog if load.backlog else 0.0
+        if not pace and self.info is not None:
+            size, seconds = self.info.step_times[-1]
+            pace = seconds / size
+        return time.monotonic() + (worker.backlog + spec.evaluations) * pace
 
-    def _backlog_s(self) -> float:
-        loads = [worker.load.backlog_s for worker in self._workers]
-        return sum(loads) / len(loads)
+    def _show_slots(self, who: str) -> None:
+        self._telemetry.slots_in_use.set(self._slots.taken)
+        label = self._label(who)
+        taken = self._slots.of(who) if label is not OTHERS else self._slots.taken
+        self._telemetry.client_slots.labels(label).set(taken)
+
+    def _label(self, who: str) -> str:
+        """What an owner is called in metrics, whose labels are a closed set."""
+        return who if who in self._owners else OTHERS
 
     def _add_worker(self, config: EngineConfig) -> Worker:
         def on_report(report: Report) -> None:
@@ -280,6 +322,10 @@ class EngineClient:
                 if job_id in self._in_flight:
                     self._in_flight[job_id].place = report
                     self._answer(self._in_flight[job_id])
+            case Forecast(ends):
+                now = time.monotonic()
+                for job_id, seconds in ends:
+                    self._slots.expect(job_id, now + seconds)
             case Progress(step):
                 loads = [each.load for each in self._workers]
                 self._telemetry.running.set(sum(load.running for load in loads))
@@ -312,6 +358,7 @@ class EngineClient:
                     return
                 found.queued = True
                 found.place = Located(event.job_id, False, event.position, event.eta_s)
+                self._slots.expect(event.job_id, time.monotonic() + event.eta_s)
             case Preview():
                 news = [each for each in event.pictures if found.is_new(each, event.step)]
                 if not news:
@@ -325,7 +372,8 @@ class EngineClient:
     def _release(self, event: Terminal) -> None:
         """Free a job's slots and count how it ended."""
         found = self._in_flight.pop(event.job_id)
-        self._reserve(-found.spec.slots)
+        self._slots.give_back(event.job_id)
+        self._show_slots(found.spec.owner)
         found.worker.remove(event.job_id)
         self._answer(found)
         if found.span is not None:

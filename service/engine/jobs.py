@@ -58,6 +58,7 @@ class JobSpec:
 
     sampler: what its images are counted by. deadline, created: seconds on the machine's monotonic clock.
     preview_every: steps between previews, after that of the first step; None: as many as an eye can follow.
+    owner: whom its slots and its part of every step are counted for; it decides when, and not what.
     """
 
     id: str
@@ -67,6 +68,7 @@ class JobSpec:
     created: float = 0.0
     preview: PreviewKind = "none"
     preview_every: int | None = 1
+    owner: str = ""
 
     @cached_property
     def evaluations(self) -> int:

@@ -269,10 +269,16 @@ class Located(Struct, frozen=True, tag=True):
     progress: float = 0.0
 
 
+class Forecast(Struct, frozen=True, tag=True):
+    """When jobs in flight are expected to end, should no other come: (id, seconds from now)."""
+
+    ends: tuple[tuple[str, float], ...]
+
+
 class Stopped(Struct, frozen=True, tag=True):
     """The engine has ended: after a drain, or because it cannot continue."""
 
     failed: bool
 
 
-Report = Loaded | Ready | Progress | Located | Stopped
+Report = Loaded | Ready | Progress | Located | Forecast | Stopped

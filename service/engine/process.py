@@ -28,6 +28,7 @@ from service.engine.messages import (
     Drain,
     EngineConfig,
     Event,
+    Forecast,
     Loaded,
     Locate,
     Progress,
@@ -49,6 +50,8 @@ KEPT, KEPT_PIECES = 512 << 20, 32 << 20
 """Bytes of free memory that are not given back, and of the largest piece of it: glibc's own limit."""
 FAILED, UNUSABLE = 1, 3
 """Exit codes: the engine has failed; the model, the device or the runtime cannot be used."""
+FORECAST_S = 1.0
+"""How often it is said when the jobs in flight should end."""
 SWITCH_S = 0.0001
 """A thread that waits for the interpreter gets it after so long: a step is only a few milliseconds."""
 
@@ -73,6 +76,7 @@ class EngineLoop:
         self._build, self._inbox, self._send = build, inbox, send
         self._draining = False
         self._launched: tuple[str, ...] = ()
+        self._next_forecast = 0.0
 
     def run(self) -> None:
         """Build, then step until drained. The last report says how it ended.
@@ -112,6 +116,9 @@ class EngineLoop:
             self._send(Progress(StepReport(events), engine.load, changed))
         if before is not None:
             self._send(Progress(engine.read(before), engine.load))
+            if (now := time.monotonic()) >= self._next_forecast:
+                self._next_forecast = now + FORECAST_S
+                self._send(Forecast(tuple(engine.scheduler.forecast())))
 
     def _poll(self) -> list[Event]:
         """Handle every command in the inbox."""

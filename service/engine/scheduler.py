@@ -13,13 +13,16 @@ fifo       in order of arrival.
 sharing    whoever has waited longest for a step.
 
 Within a job the least advanced sample goes first, so that all its images sharpen together.
+
+The policy orders the jobs of one owner. Several owners share the rows of every step (lanes.py), so that none
+waits for another's queue; for each the bound on starvation is that of its own jobs in its part of the rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice, takewhile
+from itertools import islice
 from typing import Literal
 
 from sortedcontainers import SortedList
@@ -27,8 +30,8 @@ from sortedcontainers import SortedList
 from service.engine import estimates
 from service.engine.estimates import StepTimes
 from service.engine.jobs import Job, JobSpec, Sample, State
+from service.engine.lanes import Lane
 from service.engine.messages import Cancelled, Event, Failed, Located, Queued
-from service.engine.order import Order, PrefixSums
 from service.errors import CancelledError, DeadlineError, ServiceError
 
 Policy = Literal["remaining", "fifo", "sharing"]
@@ -61,11 +64,9 @@ class Scheduler:
     def __post_init__(self) -> None:
         if self.max_batch_size < 1 or self.fifo_interval < 2:
             raise ValueError("max_batch_size must be at least 1 and fifo_interval at least 2")
-        # By key, smallest first; a job is taken out of its places before its work changes.
-        self._order: Order[Job] = Order()
-        self._new: Order[Job] = Order()  # those without a committed step
+        self._lanes: dict[str, Lane] = {}  # by owner, of those with jobs
+        self._served = self._free = 0
         self._active: dict[str, list[Sample]] = {}  # unfinished ones, the least advanced first
-        self._first_work = PrefixSums()  # evaluations of the first steps of those, under their remaining work
         self._deadlines: SortedList[tuple[float, str]] = SortedList()
         self._backlog = self._running = self._unfinished = 0
 
@@ -110,11 +111,12 @@ class Scheduler:
         self._backlog += job.remaining
         self._begin_stage(job)
         job.arrival = self._arrivals
-        self._enter(job)
-        self._new.add(job.key, job.arrival, job)
+        lane = self._lanes.get(spec.owner)
+        if lane is None:
+            lane = self._lanes[spec.owner] = Lane(self.policy)
+        lane.enter(job, self._steps)
         # Should it have the batch to itself.
-        job.first_step = min(self.max_batch_size, sum(sample.evaluations for sample in job.samples))
-        self._first_work.add(job.remaining, job.first_step)
+        lane.begin(job, min(self.max_batch_size, sum(sample.evaluations for sample in job.samples)))
         return [queued]
 
     def cancel(self, job_id: str) -> list[Event]:
@@ -146,23 +148,29 @@ class Scheduler:
 
     def schedule(self, now: float) -> Batch:
         """Choose the samples of the step that begins now. Empty when there is nothing to do."""
-        free = self.max_batch_size
+        self._free = self.max_batch_size
         chosen: list[Sample] = []
-        # A bounded look ahead: a last odd row is not worth walking a long queue for.
-        for job in islice(self._by_priority(), 4 * self.max_batch_size):
-            for sample in self._active[job.id][: 4 * self.max_batch_size]:
-                # A guided sample takes two rows, and has to run even where only one fits.
-                evaluations = sample.evaluations
-                if evaluations <= free or not chosen:
-                    self._start(job, now)
-                    chosen.append(sample)
-                    free -= evaluations
-                if free <= 0:
+
+        def choose(sample: Sample) -> bool:
+            # A guided sample takes two rows, and has to run even where only one fits.
+            evaluations = sample.evaluations
+            fits = evaluations <= self._free or not chosen
+            if fits:
+                self._start(sample.job, now)
+                chosen.append(sample)
+                self._free -= evaluations
+            return fits
+
+        if len(self._lanes) == 1:
+            (lane,) = self._lanes.values()
+            for sample in self._samples(lane):
+                choose(sample)
+                if self._free <= 0:
                     break
-            if free <= 0:
-                break
+        else:
+            self._in_turns(choose)
         self._running = len(chosen)
-        return Batch(tuple(chosen), self.max_batch_size - free)
+        return Batch(tuple(chosen), self.max_batch_size - self._free)
 
     def commit(self, samples: Sequence[Sample]) -> dict[Job, list[Sample]]:
         """Advance samples by a step, but for those whose jobs have ended since it was scheduled.
@@ -177,10 +185,13 @@ class Scheduler:
             if not sample.job.over:
                 advanced.setdefault(sample.job, []).append(sample)
         for job, its in advanced.items():
-            self._exit(job)
+            lane = self._lanes[job.spec.owner]
+            lane.exit(job)
+            before = job.remaining
             for sample in its:
                 self._advance(sample)
-            self._enter(job)
+            lane.backlog -= before - job.remaining
+            lane.enter(job, self._steps)
         return advanced
 
     def stage_done(self, job: Job) -> bool:
@@ -198,10 +209,7 @@ class Scheduler:
 
     def eta(self, job: Job) -> float:
         """Seconds until `job` is expected to be finished, should no other job come."""
-        backlog = self._backlog + (0 if job.id in self._jobs else job.remaining)
-        ahead = self._ahead(job)[1]
-        running = self.times.at(self.in_flight) if self.in_flight else 0.0
-        return running + estimates.until_finished(job, ahead, backlog, self.times, self.max_batch_size)
+        return self._until_finished(job, self._ahead(job)[1])
 
     def locate(self, job_id: str) -> Located | None:
         """How far a job is; None when it is over."""
@@ -212,38 +220,57 @@ class Scheduler:
         running = job.state is State.RUNNING
         return Located(job_id, running, self._ahead(job)[0], self.eta(job), progress)
 
+    def forecast(self) -> list[tuple[str, float]]:
+        """Every job, and the seconds until it is expected to be finished, should no other job come."""
+        return [
+            (job.id, self._until_finished(job, ahead + self._of_others(lane, ahead + job.remaining)))
+            for lane in self._lanes.values()
+            for job, ahead in lane.all_ahead()
+        ]
+
+    def _until_finished(self, job: Job, ahead: int) -> float:
+        backlog = self._backlog + (0 if job.id in self._jobs else job.remaining)
+        running = self.times.at(self.in_flight) if self.in_flight else 0.0
+        return running + estimates.until_finished(job, ahead, backlog, self.times, self.max_batch_size)
+
     def _ahead(self, job: Job) -> tuple[int, int]:
-        """(jobs, network evaluations) that go before a job; when sharing, all others do.
+        """(jobs, network evaluations) that go before a job; when sharing, all others do."""
+        lane = self._lanes.get(job.spec.owner) or Lane(self.policy)
+        jobs, work = lane.ahead(job, self._arrivals + 1)
+        before = jobs + sum(min(len(other.jobs), jobs) for other in self._others(lane))
+        return before, work + self._of_others(lane, work + job.remaining)
 
-        Does not look at every job.
-        """
-        here = job.id in self._jobs
-        if self.policy == "sharing":
-            return len(self) - here, self._backlog - (job.remaining if here else 0)
-        if self.policy == "fifo":
-            earlier = takewhile(lambda other: other is not job, self._jobs.values())
-            return (
-                self._order.before(job.key, job.arrival) if here else len(self),
-                sum(other.remaining for other in earlier) if here else self._backlog,
-            )
-        key, arrival = (job.key, job.arrival) if here else (job.remaining, self._arrivals + 1)
-        work = self._order.sum_below(key) + self._order.before_within(key, arrival) * key
-        # Those behind it have their first step before its last.
-        behind = self._first_work.total - self._first_work.below(key)
-        equal_new = self._new.count(key)
-        if equal_new:  # of those with as much to do, the part that did not come before it
-            not_behind = self._new.before_within(key, arrival + 1)
-            behind -= self._first_work.at(key) * not_behind // equal_new
-        return self._order.before(key, arrival), work + behind
+    def _of_others(self, lane: Lane, work: int) -> int:
+        """Network evaluations that other owners have while one has so many: as many, or all they need."""
+        return sum(min(other.backlog, work) for other in self._others(lane))
 
-    def _by_priority(self) -> Iterator[Job]:
+    def _others(self, lane: Lane) -> list[Lane]:
+        return [other for other in self._lanes.values() if other is not lane]
+
+    def _samples(self, lane: Lane) -> Iterator[Sample]:
+        """Those of a lane, the next one first, up to a bound: a last odd row is not worth a long walk."""
+        bound = 4 * self.max_batch_size
         in_order_of_arrival = self._steps % self.fifo_interval == self.fifo_interval - 1
-        if self.policy == "fifo" or (self.policy == "remaining" and in_order_of_arrival):
-            return iter(self._jobs.values())
-        ordered = iter(self._order)
-        if self.policy == "remaining" and self._new:
-            ordered = chain(self._new, (job for job in self._order if not job.first_step))
-        return ordered
+        for job in islice(lane.by_priority(in_order_of_arrival=in_order_of_arrival), bound):
+            yield from self._active[job.id][:bound]
+
+    def _in_turns(self, choose: Callable[[Sample], bool]) -> None:
+        """Offer the samples of all lanes, each time one of the lane with the fewest rows in this step.
+
+        choose: takes a sample, or says that there is no room for it.
+        """
+        waiting = {lane: self._samples(lane) for lane in self._lanes.values()}
+        rows = dict.fromkeys(waiting, 0)
+        while waiting and self._free > 0:
+            lane = min(waiting, key=lambda lane: (rows[lane], lane.served))
+            for sample in waiting[lane]:
+                if choose(sample):
+                    rows[lane] += sample.evaluations
+                    self._served += 1
+                    lane.served = self._served
+                    break
+            else:
+                del waiting[lane]
 
     def _start(self, job: Job, now: float) -> None:
         if job.state is State.WAITING:
@@ -266,21 +293,12 @@ class Scheduler:
         else:
             self._unfinished -= 1
 
-    def _enter(self, job: Job) -> None:
-        policy = self.policy
-        job.key = job.remaining if policy == "remaining" else self._steps if policy == "sharing" else 0
-        self._order.add(job.key, job.arrival, job)
-
-    def _exit(self, job: Job) -> None:
-        """Take a job out of its places, before it changes."""
-        self._order.remove(job.key, job.arrival)
-        if job.first_step:
-            self._new.remove(job.key, job.arrival)
-            self._first_work.add(job.remaining, -job.first_step)
-            job.first_step = 0
-
     def _leave(self, job: Job, state: State) -> None:
-        self._exit(job)
+        lane = self._lanes[job.spec.owner]
+        lane.exit(job)
+        lane.end(job)
+        if not lane.jobs:
+            del self._lanes[job.spec.owner]
         if job.spec.deadline is not None:
             self._deadlines.remove((job.spec.deadline, job.id))
         job.move_to(state)

@@ -7,8 +7,9 @@ image; the first and the last event are never dropped. There is one way to read 
         async for item in events: …
 
 A new subscriber takes over from the one before it. When a subscriber leaves and none comes within its grace
-period, the stream is forgotten, and a job that is still running is cancelled. A stream that is held needs no
-subscriber: it stays until it is let go.
+period, the stream is forgotten, and a job that is still running is cancelled. That period is short while
+others are refused for want of what such jobs hold. A stream that is held needs no subscriber: it stays until
+it is let go.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ from service.errors import ServiceError
 
 Context = TypeVar("Context")
 """What a later subscriber needs to know about a job, kept beside its stream."""
+
+
+SHORT_GRACE_S = 2.0
+"""Grace period of a stream while others are refused: enough to reconnect after a lost connection."""
 
 
 class SequencedEvent(NamedTuple):
@@ -53,6 +58,7 @@ class Stream(Generic[Context]):
         self.followed = False
         self.ended: Callable[[Terminal], Terminal] | None = None  # of one that is held
         self.removal: asyncio.TimerHandle | None = None  # pending while there is no reader
+        self.left = 0.0  # when the last reader did
 
     def publish(self, event: Event) -> None:
         """Hand over an event."""
@@ -216,10 +222,12 @@ def _merged(previews: list[Preview]) -> list[Preview]:
 class Streams(Generic[Context]):
     """Every job's stream, from its first subscriber until the grace period after its last one.
 
-    abandon: called with the id of a job that nobody came back to while it was still running.
+    abandon: called with the id of a job that nobody came back to while it was still running. pressed: whether
+    others are being refused, so that the grace period is a short one.
     """
 
     abandon: Callable[[str], None]
+    pressed: Callable[[], bool] = lambda: False
     _streams: dict[str, Stream[Context]] = field(default_factory=dict)
 
     @asynccontextmanager
@@ -281,8 +289,25 @@ class Streams(Generic[Context]):
         if grace_s <= 0:
             self._forget(stream)
         else:
+            if self.pressed():
+                grace_s = min(grace_s, SHORT_GRACE_S)
             loop = asyncio.get_running_loop()
+            stream.left = loop.time()
             stream.removal = loop.call_later(grace_s, self._forget, stream)
+
+    def hurry(self) -> dict[str, float]:
+        """Shorten the grace period of jobs that run without a reader. Returns the seconds that each has."""
+        loop = asyncio.get_running_loop()
+        left: dict[str, float] = {}
+        for stream in self._streams.values():
+            if stream.removal is None or stream.over:
+                continue
+            at = stream.left + SHORT_GRACE_S
+            if at < stream.removal.when():
+                stream.removal.cancel()
+                stream.removal = loop.call_at(at, self._forget, stream)
+            left[stream.job_id] = max(0.0, stream.removal.when() - loop.time())
+        return left
 
     def _forget(self, stream: Stream[Context]) -> None:
         self._keep(stream)

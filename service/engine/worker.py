@@ -32,6 +32,7 @@ from service.engine.messages import (
     Drain,
     EngineConfig,
     Failed,
+    Forecast,
     Load,
     Loaded,
     Locate,
@@ -367,7 +368,7 @@ class Worker:
                 folder
             ):  # whatever becomes of a branch on the Hub, the next engine has the same model
                 self.config = replace(self.config, model=folder)
-            case Located():
+            case Located() | Forecast():
                 self.on_report(report)
             case Progress(_, load, launched):
                 self.load, self._unreported = load, 0

@@ -12,6 +12,7 @@ import time
 from base64 import b64decode
 from collections.abc import Callable, MutableMapping, Sequence
 from inspect import iscoroutinefunction, signature
+from ipaddress import IPv6Network
 from typing import Any, ClassVar
 
 from fastapi import Request, Response
@@ -27,7 +28,7 @@ from service.http.intake import Intake
 from service.http.prefix import route_path
 from service.http.problems import on_service_error
 from service.http.state import AppState
-from service.telemetry import Telemetry, request_id, submitted_job, trace_ids
+from service.telemetry import Telemetry, owner, request_id, submitted_job, trace_ids
 
 access_logger = logging.getLogger("service.access")
 
@@ -97,6 +98,9 @@ class Authorise:
 
     Below BASIC it may be the password of any user instead: the clients there cannot send a bearer token.
     A middleware, so that nothing of a request is read first, not even its body.
+
+    It also says whom a request is counted for (`owner`): the number of its key, from 1, as the setting lists
+    them; where there are no keys, the address that it comes from.
     """
 
     def __init__(self, app: ASGIApp, keys: Sequence[SecretStr], is_open: Callable[[str], bool]) -> None:
@@ -106,7 +110,12 @@ class Authorise:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run one request, or answer it by 401."""
-        if scope["type"] != "http" or self.is_open(route_path(scope)) or self._knows(scope):
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        name = self._name(scope)
+        owner.set(name)
+        if name or not self.keys or self.is_open(route_path(scope)):
             await self.app(scope, receive, send)
             return
         how = (
@@ -120,14 +129,36 @@ class Authorise:
     def _takes_basic(self, scope: Scope) -> bool:
         return route_path(scope).startswith(BASIC)
 
-    def _knows(self, scope: Scope) -> bool:
+    def _name(self, scope: Scope) -> str:
+        """Whom a request is counted for; empty where it needs a key and has none."""
+        if not self.keys:
+            return address_of(scope)
         scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
         sent = given.encode("latin-1")  # as it came
         if scheme.lower() == "basic" and self._takes_basic(scope):
             scheme, sent = "bearer", _password(given)
         # Every key is compared, so that the time taken does not show which one was close.
         matches = [hmac.compare_digest(sent, key) for key in self.keys]
-        return scheme.lower() == "bearer" and any(matches)
+        return str(matches.index(True) + 1) if scheme.lower() == "bearer" and any(matches) else ""
+
+
+def key_names(keys: Sequence[SecretStr]) -> list[str]:
+    """What requests with these keys are counted for."""
+    return [str(number) for number, _ in enumerate(keys, 1)]
+
+
+def address_of(scope: Scope) -> str:
+    """Where a request comes from: an IPv4 address, or the network of an IPv6 one, which is one client's.
+
+    Behind a proxy that is the proxy, and all clients count as one: anybody may write an X-Forwarded-For.
+    """
+    host: str = (scope.get("client") or ("",))[0]
+    if ":" not in host:
+        return host
+    try:
+        return str(IPv6Network((host.partition("%")[0], 64), strict=False))
+    except ValueError:
+        return host
 
 
 def _password(credentials: str) -> bytes:

@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 
 from service.errors import (
     CancelledError,
+    ClientLimitError,
     ComputeError,
     DeadlineError,
     ForbiddenError,
@@ -44,6 +45,7 @@ STATUS: dict[type[ServiceError], int] = {
     NotAcceptableError: 406,
     JobNotFoundError: 404,
     QueueFullError: 429,
+    ClientLimitError: 429,
     RefusedError: 503,
     DeadlineError: 504,
     CancelledError: 499,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import replace
 from typing import Protocol, Self, TypeVar
 
@@ -30,6 +30,7 @@ from service.http.intake import intake_of, release_body
 from service.http.jobs import state_body
 from service.http.state import AppState, app_state
 from service.tasks.sampling import ModelCapabilities, PreparedRequest
+from service.telemetry import owner
 
 PING_S = 15.0
 Body = TypeVar("Body")
@@ -143,10 +144,17 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream. Raises the refusal of a job that is not accepted."""
-        state, job_id, begun = self._state, self._presenter.prepared.spec.id, False
+        state, job_id = self._state, self._presenter.prepared.spec.id
         if self._spec is None and state.streams.find(job_id) is None:
             await Response(status_code=204)(scope, receive, send)  # its grace period has ended just now
             return
+        # A reader that comes back takes over from one that may not have been missed yet.
+        counted = nullcontext() if self._spec is None else state.open_stream(owner.get())
+        with counted:
+            await self._run(job_id, receive, send)
+
+    async def _run(self, job_id: str, receive: Receive, send: Send) -> None:
+        state, begun = self._state, False
         async with state.streams.subscribe(job_id, self._presenter, state.settings.stream_grace_s) as events:
             try:
                 async with while_connected(receive):

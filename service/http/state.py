@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from fastapi import Request
@@ -10,7 +13,7 @@ from msgspec.structs import asdict
 from service.engine.client import EngineClient
 from service.engine.messages import ModelInfo
 from service.engine.streams import Streams
-from service.errors import LoadingError
+from service.errors import ClientLimitError, LoadingError
 from service.http.answers import StreamPresenter
 from service.http.intake import Bodies, Decoders
 from service.http.jobs import Jobs
@@ -35,11 +38,27 @@ class AppState:
     jobs: Jobs = field(init=False)
     bodies: Bodies = field(init=False)
     _capabilities: ModelCapabilities | None = None
+    _open_streams: Counter[str] = field(default_factory=Counter)  # by owner
 
     def __post_init__(self) -> None:
         ttl_s, most = self.settings.result_ttl_s, self.settings.result_bytes
         self.bodies = Bodies(self.settings.body_bytes)
         self.jobs = Jobs(self.engine, self.streams, ttl_s=ttl_s, max_bytes=most)
+
+    @contextmanager
+    def open_stream(self, who: str) -> Iterator[None]:
+        """Count a stream of an owner while it is open. Raises ClientLimitError where there are too many."""
+        most = self.settings.max_streams_per_key or 2 * self.settings.most_slots_of_a_key
+        if self._open_streams[who] >= most:
+            self.telemetry.rejected.labels(ClientLimitError.code).inc()
+            raise ClientLimitError(f"This client has {most} streams open, and may have no more.", 5.0)
+        self._open_streams[who] += 1
+        try:
+            yield
+        finally:
+            self._open_streams[who] -= 1
+            if not self._open_streams[who]:
+                del self._open_streams[who]
 
     @property
     def capabilities(self) -> ModelCapabilities:

@@ -24,6 +24,8 @@ DOCUMENTED = {
     "ddpm_network_evaluations_total": [],
     "ddpm_slots": [],
     "ddpm_slots_in_use": [],
+    "ddpm_client_slots_in_use": ["client"],
+    "ddpm_client_rejected_total": ["client"],
     "ddpm_jobs_failed_total": ["reason"],
     "ddpm_jobs_replayed_total": [],
     "ddpm_step_duration_seconds": [],

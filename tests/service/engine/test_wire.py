@@ -43,6 +43,7 @@ from service.engine.messages import (
     Event,
     Failed,
     Finished,
+    Forecast,
     Invariance,
     Load,
     Loaded,
@@ -142,6 +143,7 @@ specs = st.builds(
     st.floats(0, 1e9),
     st.sampled_from(get_args(PreviewKind)),
     st.none() | st.integers(1, 1000),
+    st.text(),
 )
 
 
@@ -369,6 +371,7 @@ reports: dict[type, st.SearchStrategy[Any]] = {
         st.none() | st.lists(st.text(), max_size=3).map(tuple),
     ),
     Stopped: st.builds(Stopped, st.booleans()),
+    Forecast: st.builds(Forecast, st.lists(st.tuples(st.text(), floats), max_size=3).map(tuple)),
     Loaded: st.builds(Loaded, st.text()),
     Located: st.builds(Located, st.text(), st.booleans(), st.none() | counts, st.none() | floats, floats),
 }
