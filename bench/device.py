@@ -34,8 +34,8 @@ import psutil
 from bench.http import kept_busy, row_rate
 from bench.servers import ROOT, free_port
 from service.app import create_app
+from service.engine.connection import ProcessConnection
 from service.engine.messages import EngineConfig
-from service.engine.worker import ProcessConnection
 from service.server import serve
 from service.settings import Settings
 from service.startup import bind

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from service.startup import BAD_SETTING, StartError, bind, check_model, leave_on_signals
 
 if TYPE_CHECKING:
+    from service.engine.connection import ProcessConnection
     from service.engine.messages import EngineConfig
-    from service.engine.worker import ProcessConnection
 
     Engines = dict[EngineConfig, ProcessConnection]
 
@@ -55,7 +55,7 @@ def _start(arguments: Sequence[str] | None, program: str, engines: Engines) -> i
         settings = read(arguments, program)
     except SettingsError as error:
         raise StartError(BAD_SETTING, str(error)) from error
-    from service.engine.worker import ProcessConnection
+    from service.engine.connection import ProcessConnection
     from service.telemetry import configure_logging
 
     configure_logging(settings.log_format)

@@ -13,9 +13,9 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from service import __version__
 from service.engine.client import EngineClient
+from service.engine.connection import Connection, ProcessConnection
 from service.engine.messages import EngineConfig
 from service.engine.streams import Streams
-from service.engine.worker import Connection, ProcessConnection
 from service.http.answers import StreamPresenter
 from service.http.callers import AllowHosts, AllowSites, hosts_of
 from service.http.middleware import Authorise, Head, Observe, is_probe, key_names

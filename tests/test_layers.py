@@ -28,13 +28,13 @@ SERVICE = {
     "service": "",
     # Wiring: the one place where all layers meet.
     "service.__main__": (
-        "service.app service.engine.messages service.engine.worker service.server service.settings"
+        "service.app service.engine.connection service.engine.messages service.server service.settings"
         " service.startup service.telemetry"
     ),
     "service.startup": "",
     "service.app": (
-        "service service.engine.client service.engine.messages service.engine.streams service.engine.worker"
-        " service.http.answers service.http.callers"
+        "service service.engine.client service.engine.connection service.engine.messages"
+        " service.engine.streams service.http.answers service.http.callers"
         " service.http.middleware service.http.openai service.http.openapi service.http.prefix"
         " service.http.problems service.http.routes.*"
         " service.http.state"
@@ -76,13 +76,14 @@ SERVICE = {
     "service.engine": "",
     "service.engine.client": (
         "service service.engine.admission service.engine.jobs service.engine.messages service.engine.tracing"
-        " service.engine.worker service.errors service.telemetry msgspec"
+        " service.engine.connection service.engine.worker service.errors service.telemetry msgspec"
     ),
     "service.engine.admission": "service.errors",
     "service.engine.tracing": "service.engine.jobs service.engine.messages opentelemetry",
     "service.engine.worker": (
-        "service.engine.jobs service.engine.messages service.engine.wire service.errors msgspec"
+        "service.engine.connection service.engine.jobs service.engine.messages service.errors msgspec"
     ),
+    "service.engine.connection": "service.engine.messages service.engine.wire",
     "service.engine.wire": "service.engine.messages service.errors model.samplers msgspec numpy",
     "service.engine.process": (
         "service.engine.messages service.engine.warmup service.engine.wire service.heap service.telemetry"

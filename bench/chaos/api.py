@@ -16,8 +16,8 @@ from bench.chaos import faults
 from service.app import create_app
 from service.engine import worker
 from service.engine.client import EngineClient
+from service.engine.connection import ProcessConnection
 from service.engine.messages import Failed
-from service.engine.worker import ProcessConnection
 from service.errors import EngineKilledError
 from service.server import serve
 from service.settings import Settings

@@ -18,6 +18,7 @@ from msgspec.structs import replace
 
 from service import __version__
 from service.engine.admission import Slots
+from service.engine.connection import Connection
 from service.engine.jobs import JobSpec
 from service.engine.messages import (
     AbortAll,
@@ -40,7 +41,7 @@ from service.engine.messages import (
     Terminal,
 )
 from service.engine.tracing import JobSpan
-from service.engine.worker import RETRY_UNFIT_S, SELF_TEST_FAILED, Connection, Phase, Worker
+from service.engine.worker import RETRY_UNFIT_S, SELF_TEST_FAILED, Phase, Worker
 from service.errors import (
     ClientLimitError,
     ComputeError,
@@ -327,9 +328,7 @@ class EngineClient:
                 for job_id, seconds in ends:
                     self._slots.expect(job_id, now + seconds)
             case Progress(step):
-                loads = [each.load for each in self._workers]
-                self._telemetry.running.set(sum(load.running for load in loads))
-                self._telemetry.waiting.set(sum(load.waiting for load in loads))
+                self._show_load()
                 self._count(step)
                 for event in step.events:
                     self._deliver(event)
@@ -404,6 +403,11 @@ class EngineClient:
                 waiting.set_result(None)
         found.located.clear()
 
+    def _show_load(self) -> None:
+        loads = [each.load for each in self._workers]
+        self._telemetry.running.set(sum(load.running for load in loads))
+        self._telemetry.waiting.set(sum(load.waiting for load in loads))
+
     def _count(self, step: StepReport) -> None:
         telemetry = self._telemetry
         if step.batch_size:
@@ -426,6 +430,7 @@ class EngineClient:
             for job_id in list(self._in_flight):
                 self._deliver(Failed(job_id, error, started=True))
         self._phase = found
+        self._show_load()  # an engine that has died does nothing
         self._telemetry.ready.set(found is Phase.READY)
         restarts = sum(worker.restarts for worker in self._workers)
         self._telemetry.restarts.inc(restarts - self._restarts)
