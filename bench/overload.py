@@ -216,7 +216,7 @@ def connect(url: str, content: bytes) -> socket.socket:
 
 
 def _post(accept: str, body: bytes, length: int) -> bytes:
-    head = f"POST /generate HTTP/1.1\r\nHost: x\r\nAccept: {accept}\r\nContent-Type: application/json\r\n"
+    head = f"POST /generate HTTP/1.1\r\nHost: localhost\r\nAccept: {accept}\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {length}\r\n\r\n".encode() + body
 
 

@@ -96,7 +96,7 @@ async def resume(url: str, kind: Kind, times: int) -> bytes:
             content += _whole_events(await read_until(client, b"\nid: "))
         last = content.rpartition(b"\nid: ")[2].partition(b"\n")[0].decode()
         request = (
-            f"GET /stream HTTP/1.1\r\nHost: x\r\nConnection: close\r\nLast-Event-ID: {last}\r\n\r\n".encode()
+            f"GET /stream HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nLast-Event-ID: {last}\r\n\r\n".encode()
         )
     async with connected(url) as client:
         await loop.sock_sendall(client, request)
