@@ -216,8 +216,8 @@ def connect(url: str, content: bytes) -> socket.socket:
 
 
 def _post(accept: str, body: bytes, length: int) -> bytes:
-    head = f"POST /generate HTTP/1.1\r\nHost: localhost\r\nAccept: {accept}\r\nContent-Type: application/json\r\n"
-    return f"{head}Content-Length: {length}\r\n\r\n".encode() + body
+    head = f"POST /generate HTTP/1.1\r\nHost: localhost\r\nAccept: {accept}\r\n"
+    return f"{head}Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n".encode() + body
 
 
 def hold(url: str, process: psutil.Process, held: int) -> list[Figure]:

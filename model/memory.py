@@ -17,7 +17,7 @@ BYTES = 4
 def needed(files: Iterable[Path]) -> int:
     """Bytes that the tensors of safetensors files take at least; a file that cannot be read has none."""
     total = 0
-    for file in files:
+    for file in filter(Path.is_file, files):  # a pipe would be waited for
         with suppress(SafetensorError, OSError), safe_open(file, framework="numpy") as tensors:
             names = tensors.keys()  # it cannot be iterated over by itself
             total += sum(prod(tensors.get_slice(name).get_shape()) for name in names)

@@ -95,9 +95,8 @@ async def resume(url: str, kind: Kind, times: int) -> bytes:
             await loop.sock_sendall(client, request)
             content += _whole_events(await read_until(client, b"\nid: "))
         last = content.rpartition(b"\nid: ")[2].partition(b"\n")[0].decode()
-        request = (
-            f"GET /stream HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nLast-Event-ID: {last}\r\n\r\n".encode()
-        )
+        headers = f"Host: localhost\r\nConnection: close\r\nLast-Event-ID: {last}\r\n"
+        request = f"GET /stream HTTP/1.1\r\n{headers}\r\n".encode()
     async with connected(url) as client:
         await loop.sock_sendall(client, request)
         return content + _whole_events(await read_until(client, b"\r\n0\r\n\r\n"))

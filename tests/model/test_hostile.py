@@ -10,6 +10,8 @@ import os
 import re
 import resource
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,21 @@ FUZZ = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
     database=None,
 )
+
+
+WITH_LITTLE = """
+import sys
+from pathlib import Path
+from model import checkpoint
+from tests.model.test_hostile import leave
+
+leave(int(sys.argv[2]))
+try:
+    checkpoint.load(Path(sys.argv[1]))
+except checkpoint.CheckpointError as error:
+    print(error)
+"""
+ROOT = Path(__file__).parent.parent.parent
 
 
 def leave(size: int) -> None:
@@ -213,8 +230,10 @@ def test_a_file_as_large_as_its_header_says_needs_memory(whole: Path) -> None:
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + offset)
-    leave(120 << 20)  # more than the file, and less than its network
-    assert "unet/diffusion_pytorch_model.safetensors: too little memory for" in refusal(whole)
+    # In a process of its own, where nothing else lacks memory: more than the file, less than its network.
+    program = [sys.executable, "-c", WITH_LITTLE, str(whole), str(120 << 20)]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=100, check=False, cwd=ROOT)
+    assert "unet/diffusion_pytorch_model.safetensors: too little memory for" in done.stdout, done.stderr
 
 
 # ── Files that are none, or not what they should be ────────────────────────────────────────────

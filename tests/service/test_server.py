@@ -7,7 +7,7 @@ import resource
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
@@ -176,6 +176,15 @@ def test_a_second_sigterm_leaves_at_once(launch: Launch, tiny_folder: Path) -> N
     assert "Traceback" not in process.log
 
 
+@pytest.fixture
+def hangups() -> Iterator[None]:
+    """SIGHUP as it is by itself, also where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangups")
 def test_a_terminal_that_is_closed_is_a_drain(launch: Launch, tiny_folder: Path) -> None:
     """The system and the shell may both say so, and to the engine as well."""
     process, client = tiny_process(launch, tiny_folder)

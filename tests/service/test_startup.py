@@ -128,7 +128,9 @@ def test_an_interpreter_that_leaves_out_docstrings_serves(launch: Launch, tiny_f
 def test_a_signal_while_it_loads_ends_it_at_once(
     launch: Launch, tiny_folder: Path, number: signal.Signals
 ) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
     process = launch("--model", str(tiny_folder))
+    signal.signal(signal.SIGHUP, before)
     until(lambda: bool(engines_of(process)), "the engine")
     (engine,) = engines_of(process)
     process.popen.send_signal(number)
