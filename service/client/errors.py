@@ -5,6 +5,7 @@ ClientError
 └── ServiceError           the service's own problem: code, status, detail, errors, request_id
     ├── InvalidRequest     422: `errors` names the fields
     ├── Unauthorized       401
+    ├── Forbidden          403
     ├── NotFound           404
     ├── QueueFull          429: `retry_after_s` says when to try again
     ├── Unavailable        503: loading, draining or dead; `retry_after_s` too
@@ -63,6 +64,10 @@ class InvalidRequest(ServiceError, status=422):
 
 class Unauthorized(ServiceError, status=401):
     """No API key, or an unknown one."""
+
+
+class Forbidden(ServiceError, status=403):
+    """The service is not called by this name, or not by this page."""
 
 
 class NotFound(ServiceError, status=404):
