@@ -154,12 +154,14 @@ def clients(base: Case) -> str:
     """Show single images of one client beside another that asks for all slots, without shares and with."""
     rows = []
     for name, contest, done in contests(base):
-        waits = [asked.ended - asked.sent for asked in done if asked.ended < inf] or [inf]
+        waits = [asked.ended - asked.sent for asked in done if asked.ended < inf]
         refused = sum(asked.refusals > 0 for asked in done)
         served = sum(asked.ended < inf for asked in done)
         rate = sum(contest.rows.values()) / contest.now / base.capacity
         part = contest.rows[GREEDY] / sum(contest.rows.values())
-        shown = [f"{np.mean(waits):.2f}", *(f"{np.percentile(waits, q):.2f}" for q in (50, 95, 100))]
+        shown = ["–"] * 4
+        if waits:
+            shown = [f"{np.mean(waits):.2f}", *(f"{np.percentile(waits, q):.2f}" for q in (50, 95, 100))]
         rows.append([name, len(done), served, refused, *shown, f"{part:.2f}", f"{rate:.2f}"])
     header = (
         "the modest client|requests|served|refused at first|mean|p50|p95|p100|the other's rows|throughput"

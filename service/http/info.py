@@ -111,6 +111,13 @@ INFO = objects(
         max_abs_difference=typed("the largest difference", "number"),
         batch_sizes=lists("that were compared", {"type": "integer"}),
     ),
+    self_test=objects(
+        "One network evaluation compared with a known result, where the model's folder has one.",
+        optional=("difference", "tolerance"),
+        result=typed("what came out", enum=["not tested", "passed", "failed"]),
+        difference={"type": ["number", "null"], "description": "the largest difference; null: not finite"},
+        tolerance={"type": ["number", "null"], "description": "what it may be"},
+    ),
 )
 """The schema of the answer of `/info`."""
 

@@ -42,7 +42,8 @@ def completions(tmp_path: Path, *words: str) -> set[str]:
         (("ddpm", "generate", "--class"), {"--class-label", "--classifier-scale"}),
         (("ddpm", "generate", "--output", "pic"), {"picture.png"}),
         (("ddpm", "edit", "pic"), {"picture.png"}),
-        (("ddpm", "serve", "--max"), {"--max-batch", "--max-queue", "--max-images"}),
+        (("ddpm", "serve", "--max-b"), {"--max-batch"}),
+        (("ddpm", "serve", "--max-queue"), {"--max-queue", "--max-queue-per-key"}),
         (("ddpm", "serve", "--runtime", "torch-"), {"torch-compile"}),
     ],
 )

@@ -17,6 +17,7 @@ CODES = {
     "CrossSiteError": ("cross_site", 403),
     "RefusedError": ("refused", 503),
     "QueueFullError": ("queue_full", 429),
+    "ClientLimitError": ("client_limit", 429),
     "LoadingError": ("loading", 503),
     "DrainingError": ("draining", 503),
     "EngineDeadError": ("worker_dead", 503),

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import struct
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +25,7 @@ from model.training.train import TrainConfig, Trainer, run
 from model.unet import UNetConfig
 from tests.model.conftest import SCHEDULER, randomise, tiny_checkpoint
 
+ROOT = Path(__file__).parent.parent.parent.parent
 CONFIG = TrainConfig(steps=8, batch_size=4, warmup_steps=2, learning_rate=1e-3, label_dropout=0.5)
 
 
@@ -335,28 +336,38 @@ def test_the_command_resumes_and_reports_a_held_out_loss(
     assert [record.get("held_out_loss") for record in records] == [None] * 9 + [12]
 
 
+SIGNALLED = """
+import os, signal, sys
+import torch
+from model.training import train
+
+torch.set_num_threads(1)
+lerp, handler, calls = torch._foreach_lerp_, signal.getsignal(signal.SIGTERM), []
+
+def signalled(*args):  # in the middle of a step: the network is already updated, its average not yet
+    calls.append(args)
+    if len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    lerp(*args)
+
+torch._foreach_lerp_ = signalled
+code = train.main(sys.argv[1:])
+assert signal.getsignal(signal.SIGTERM) is handler
+sys.exit(code)
+"""
+
+
 def test_a_signal_ends_the_command_between_two_steps(
-    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lerp = torch._foreach_lerp_
-    handler = signal.getsignal(signal.SIGTERM)
-
-    def signalled(*args: Any) -> None:
-        """In the middle of a step: the network is already updated, its average not yet."""
-        signalled.calls += 1  # type: ignore[attr-defined]
-        if signalled.calls == 3:  # type: ignore[attr-defined]
-            os.kill(os.getpid(), signal.SIGTERM)
-        lerp(*args)
-
-    signalled.calls = 0  # type: ignore[attr-defined]
-    monkeypatch.setattr(torch, "_foreach_lerp_", signalled)
-    assert train.main([*command, "--steps", "1000"]) == 0
-    assert "stopped and saved at step 3" in capsys.readouterr().out
-    assert signal.getsignal(signal.SIGTERM) is handler
+    """In a process of its own: what other tests have loaded here may have its own way with signals."""
+    program = [sys.executable, "-c", SIGNALLED, *command, "--steps", "1000"]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=100, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "stopped and saved at step 3" in done.stdout
 
     first = checkpoint.load(tmp_path / "out").unet.state_dict()
     straight = [*command[:3], f"{tmp_path / 'straight'}", *command[4:]]
-    monkeypatch.setattr(torch, "_foreach_lerp_", lerp)
     stop_at = Trainer.step
 
     def three(self: Trainer) -> float:

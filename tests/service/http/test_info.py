@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from msgspec.structs import replace
+
+from service.engine.messages import SelfTestResult
 from service.http.info import INFO, describe
 from service.http.state import capabilities_of
 from tests.service.fakes import fake_info, fake_model
@@ -26,7 +29,8 @@ def described(schema: dict[str, Any], place: str = "") -> set[str]:
 
 def test_every_key_is_described_and_no_other():
     chosen = settings()
-    found = describe(capabilities_of(fake_model(), chosen), chosen, fake_info(8))
+    tested = replace(fake_info(8), self_test=SelfTestResult(0.5, 0.1))
+    found = describe(capabilities_of(fake_model(), chosen), chosen, tested)
     open_keys = found["defaults"]["steps_by_sampler"], found["runtime"]["step_seconds"]
     for each in open_keys:
         each.clear()
