@@ -172,6 +172,7 @@ def test_a_model_that_changes_pictures_takes_no_mask(visit: Visit, serve: Serve,
     changing = conditioned(("image",))
     server = serve(**{**TINY, "warm": lambda config: warm_up(changing, config)}).ready()
     page = visit("/", at=server.url)
+    expect(page.locator("#status")).to_contain_text("makes images from a picture")
     choose(page, picture)
     expect(page.locator("#masking")).to_be_hidden()
     sent = generate(page)
