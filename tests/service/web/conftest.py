@@ -8,7 +8,7 @@ import pytest
 from playwright.sync_api import Browser
 
 from tests.service.browser import TINY, Visit, browsing
-from tests.service.live import Threaded, serving
+from tests.service.live import Serve, Threaded, serving
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +26,11 @@ def tiny() -> Iterator[Threaded]:
 
 
 @pytest.fixture
-def visit(browser: Browser, tiny: Threaded) -> Iterator[Visit]:
-    """Opens pages; proof at the end that their console stayed clean."""
+def visit(browser: Browser, tiny: Threaded, serve: Serve) -> Iterator[Visit]:
+    """Opens pages; proof at the end that their console stayed clean.
+
+    The pages are closed before any server stops, whose last answers they would complain about.
+    """
     opened = Visit(browser, tiny.url)
     yield opened
     opened.close()
