@@ -404,7 +404,9 @@ def test_what_is_served_is_what_is_tested():
 
 
 # BentoML's instrumentation is not there yet for the version that the service is tested with.
-OTHER_IN_THE_COMPARISON = {f"opentelemetry-{name}" for name in ("api", "sdk", "semantic-conventions")}
+OTHER_IN_THE_COMPARISON = {
+    f"opentelemetry-{name}" for name in ("api", "exporter-prometheus", "sdk", "semantic-conventions")
+}
 
 
 def test_what_is_compared_is_what_is_tested():
