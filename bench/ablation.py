@@ -1,10 +1,10 @@
 """Training choices at equal small budgets (Ho et al. 2020, table 2): `python -m bench.ablation --data PATH`.
 
 The same small network is trained for the same number of steps on the same images in the same order, to
-predict ε, the posterior mean μ̃, x₀ or v, by L_simple or by the variational bound itself, and with a variance
-that it learns (by the bound, or by L_hybrid, Nichol & Dhariwal 2021). Each is sampled by DDPM with every
-variance that it allows, and judged as `model.evaluation.evaluate` does, by the judge of a shipped model.
-Beside that stands the bound on held-out images.
+predict ε, the posterior mean μ̃, x₀ or v, by L_simple, weighted by min-SNR (Hang et al. 2023) or by the
+variational bound itself, and with a variance that it learns (by the bound, or by L_hybrid, Nichol & Dhariwal
+2021). Each is sampled by DDPM with every variance that it allows, and judged as `model.evaluation.evaluate`
+does, by the judge of a shipped model. Beside that stands the bound on held-out images.
 
 What is trained is thrown away, and nothing that is served depends on it, so this is no part of model/.
 Whatever is finished is kept in --work: the same command resumes from there. The table is printed as Markdown.
@@ -42,6 +42,7 @@ NAMES = {
     "sample": "x₀",
     "v_prediction": "v",
     "simple": "L_simple",
+    "min_snr": "min-SNR",
     "vlb": "L_vlb",
 }
 
@@ -85,9 +86,11 @@ CHOICES = (
     Choice("epsilon", "vlb", learned=True),
     Choice("epsilon", "vlb"),
     Choice("epsilon", "simple"),
+    Choice("epsilon", "min_snr"),
     Choice("sample", "simple"),
     Choice("sample", "vlb"),
     Choice("v_prediction", "simple"),
+    Choice("v_prediction", "min_snr"),
     Choice("epsilon", "simple", learned=True),
 )
 

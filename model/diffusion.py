@@ -15,8 +15,10 @@ from torch import Tensor
 
 from model.schedule import DATA_RANGE, Array, DataRange, NoiseSchedule, VarianceType
 
-Objective = Literal["simple", "vlb"]
-OBJECTIVES: tuple[Objective, ...] = ("simple", "vlb")
+Objective = Literal["simple", "min_snr", "vlb"]
+OBJECTIVES: tuple[Objective, ...] = ("simple", "min_snr", "vlb")
+MIN_SNR_GAMMA = 5.0
+"""The signal-to-noise ratio above which timesteps count no more (Hang et al. 2023, §3.4)."""
 VLB_WEIGHT = 0.001
 """Of L_vlb in L_hybrid (Nichol & Dhariwal 2021, §3.1)."""
 
@@ -111,6 +113,8 @@ def objective(
 ) -> Tensor:
     """The loss of each row: [B] float32.
 
+    *min_snr* weights the squared error of the x₀ prediction by min(ᾱ/(1 − ᾱ), 5) (Hang et al. 2023,
+    eq. 8), whatever the network predicts: with ε that is L_simple with less weight on the least noisy steps.
     *simple* is L_simple, and for a network that learns its variance L_hybrid = L_simple + 0.001 L_vlb, where
     the bound moves the variance alone, the mean being detached (Nichol & Dhariwal 2021, eq. 16). *vlb* is the
     bound's own term at t, in bits per dimension: its weight of the squared error is β²/(2σ²α(1 − ᾱ)) for ε
@@ -123,11 +127,21 @@ def objective(
         x0_pred = predict_x0(schedule, x, t, mean)
         return vlb_terms(schedule, x0, x0_pred, t, schedule.variance_type, log_variance).float()
     simple = l_simple(training_target(schedule, x0, t, eps), mean)
+    if kind == "min_snr":
+        simple = simple * min_snr_weight(schedule, t).to(simple)
     if log_variance is None:
         return simple
     x0_pred = bounded_x0(schedule, predict_x0(schedule, x, t, mean.detach()))
     terms = vlb_terms(schedule, x0, x0_pred, t, schedule.variance_type, log_variance)
     return simple + VLB_WEIGHT * schedule.timesteps * terms.float()
+
+
+def min_snr_weight(schedule: NoiseSchedule, t: Tensor) -> Tensor:
+    """What min-SNR weights the squared error of the network's output by: [B] int64 → [B] float64."""
+    ac = schedule.alphas_cumprod
+    _, a_o = schedule.x0_coefficients  # an error e of the output is one of a_o·e of the x₀ prediction
+    weight = np.minimum(ac / (1 - ac), MIN_SNR_GAMMA) * a_o**2
+    return torch.as_tensor(weight, device=t.device)[t]
 
 
 def l_simple(target: Tensor, out: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from model.evaluation import plots
 from model.files import replace_text
 from model.schedule import PREDICTION_TYPES, NoiseSchedule
 from model.training import data, loop
+from model.training.averaging import PowerAverages
 from model.training.loop import ResumableTrainer, attended, batch_indices, learning_rate
 from model.unet import ConfigError, UNet, UNetConfig
 from model.unet_config import parse_size
@@ -47,6 +48,7 @@ class TrainConfig:
     """How to train. Steps are optimizer steps; times are in seconds.
 
     low_resolution: for super-resolution, pixels on the longer side of what the network is given beside x.
+    snapshot_steps: how often model/training/averaging.py gets averages to combine afterwards; 0 for never.
     """
 
     steps: int = 16_000
@@ -57,6 +59,7 @@ class TrainConfig:
     clip_norm: float = 1.0
     ema_decay: float = 0.999
     label_dropout: float = 0.1
+    snapshot_steps: int = 0
     low_resolution: int = 0
     objective: Objective = "simple"
     seed: int = 0
@@ -87,6 +90,7 @@ class Trainer(ResumableTrainer[TrainConfig]):
             fused=True,
         )
         super().__init__(net, optimizer, config)
+        self.averages = PowerAverages(net) if config.snapshot_steps else None
         self.forward = torch.compile(net) if config.compile else net
 
     def step(self) -> float:
@@ -119,6 +123,8 @@ class Trainer(ResumableTrainer[TrainConfig]):
         with torch.no_grad():
             torch._foreach_lerp_(list(self.ema.parameters()), list(self.net.parameters()), 1 - decay)
         self.step_number += 1
+        if self.averages is not None:
+            self.averages.update(self.net, self.step_number)
         return value
 
     def _beside(self, x: Tensor, dataset: data.Dataset, index: NDArray[np.int64]) -> Tensor:
@@ -157,8 +163,11 @@ class Trainer(ResumableTrainer[TrainConfig]):
         return total / count
 
     def modules(self) -> Mapping[str, nn.Module]:
-        """The network and its moving average."""
-        return {"net": self.net, "ema": self.ema}
+        """The network and its moving averages."""
+        modules: dict[str, nn.Module] = {"net": self.net, "ema": self.ema}
+        if self.averages is not None:
+            modules |= {f"average-{std}": module for std, module in self.averages.modules.items()}
+        return modules
 
     def export(self, folder: Path) -> None:
         """Write the model folder, with the averaged weights."""
@@ -173,6 +182,8 @@ def run(trainer: Trainer, folder: Path, held_out: data.Dataset | None) -> Iterat
     with closing(loop.train(trainer, folder, config.budget_s)) as steps:
         for loss in steps:
             losses.append(loss)
+            if trainer.averages is not None and trainer.step_number % config.snapshot_steps == 0:
+                trainer.averages.write(folder / "training" / "averages", trainer.step_number)
             if trainer.step_number % 50 == 0:
                 record = {
                     "step": trainer.step_number,
@@ -272,7 +283,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         if isinstance(value, bool):
             add(flag, action=argparse.BooleanOptionalAction, default=value)
         elif name == "objective":
-            add(flag, default=value, choices=OBJECTIVES, help="L_simple, or the variational bound itself")
+            add(
+                flag,
+                default=value,
+                choices=OBJECTIVES,
+                help="L_simple, weighted by min-SNR, or the variational bound itself",
+            )
         else:
             add(flag, type=type(value), default=value)
     return parser.parse_args(argv)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from statistics import NormalDist
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from model.diffusion import (
+    OBJECTIVES,
     Objective,
     discretised_gaussian_log_likelihood,
     l_simple,
@@ -21,7 +23,7 @@ from model.diffusion import (
     training_target,
     vlb_terms,
 )
-from model.schedule import PREDICTION_TYPES, NoiseSchedule, PredictionType, VarianceType, linear_betas
+from model.schedule import PREDICTION_TYPES, Array, NoiseSchedule, PredictionType, VarianceType, linear_betas
 
 SCHEDULE = NoiseSchedule(linear_betas(1000))
 AC = SCHEDULE.alphas_cumprod
@@ -185,6 +187,25 @@ def test_the_simple_objective_is_l_simple(kind: PredictionType) -> None:
     torch.testing.assert_close(objective(schedule, "simple", x0, x, t, eps, out), expected)
 
 
+@pytest.mark.parametrize(
+    ("kind", "weight"),
+    [
+        ("epsilon", lambda snr: np.minimum(snr, 5) / snr),
+        ("v_prediction", lambda snr: np.minimum(snr, 5) / (snr + 1)),
+        ("sample", lambda snr: np.minimum(snr, 5)),
+    ],
+)
+def test_min_snr_weights_are_those_of_the_paper(
+    kind: PredictionType, weight: Callable[[Array], Array]
+) -> None:
+    schedule = NoiseSchedule(linear_betas(1000), prediction_type=kind)
+    t = torch.tensor([0, 100, 400, 999])
+    x0, x, t, eps, out = noisy(schedule, t)
+    snr = AC[t] / (1 - AC[t])
+    expected = torch.from_numpy(weight(snr)) * l_simple(training_target(schedule, x0, t, eps), out)
+    torch.testing.assert_close(objective(schedule, "min_snr", x0, x, t, eps, out), expected.float())
+
+
 def test_the_bounds_weight_of_the_squared_error_is_that_of_the_paper() -> None:
     t = torch.tensor([1, 10, 400, 999])
     x0, x, t, eps, out = noisy(SCHEDULE, t, off=1e-3)  # small, so that nothing would be clipped
@@ -248,7 +269,7 @@ def test_l_hybrid_moves_the_mean_by_l_simple_alone_and_the_variance_by_the_bound
     assert (of_bound[:, 1:] != 0).all()
 
 
-@pytest.mark.parametrize("kind", ["simple", "vlb"])
+@pytest.mark.parametrize("kind", OBJECTIVES)
 def test_objectives_of_a_half_precision_output_are_finite_float32(kind: Objective) -> None:
     x0, x, t, eps, mean = (v.float() if v.is_floating_point() else v for v in noisy(LEARNED, torch.arange(4)))
     out = torch.cat((mean, torch.zeros_like(mean)), dim=1).bfloat16().requires_grad_()

@@ -5,6 +5,7 @@ import struct
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,8 +45,9 @@ def trainer(config: TrainConfig = CONFIG, **unet: Any) -> Trainer:
 
 def states(it: Trainer) -> dict[str, torch.Tensor]:
     """Everything that training changes, by name."""
-    tensors = {f"net.{name}": value for name, value in it.net.state_dict().items()}
-    tensors |= {f"ema.{name}": value for name, value in it.ema.state_dict().items()}
+    tensors: dict[str, torch.Tensor] = {}
+    for prefix, module in it.modules().items():
+        tensors |= {f"{prefix}.{name}": value for name, value in module.state_dict().items()}
     for name, parameter in it.net.named_parameters():
         tensors |= {f"{name}.{key}": value for key, value in it.optimizer.state[parameter].items()}
     return {name: value.detach().clone() for name, value in tensors.items()}
@@ -65,11 +67,11 @@ def sheets(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return drawn
 
 
-@pytest.mark.parametrize(("dropout", "bf16"), [(0.0, False), (0.2, True)])
+@pytest.mark.parametrize(("dropout", "bf16", "snapshot_steps"), [(0.0, False, 2), (0.2, True, 0)])
 def test_a_resumed_run_is_bitwise_the_run_that_was_not_stopped(
-    tmp_path: Path, dropout: float, bf16: bool
+    tmp_path: Path, dropout: float, bf16: bool, snapshot_steps: int
 ) -> None:
-    config = replace(CONFIG, bf16=bf16)
+    config = replace(CONFIG, bf16=bf16, snapshot_steps=snapshot_steps)
     straight = trainer(config, dropout=dropout)
     losses = [straight.step() for _ in range(7)]
 
@@ -230,8 +232,8 @@ def test_objectives_lead_to_different_weights() -> None:
         it.step()
         it.step()
         ends.append(it.net.conv_out.weight.detach())
-    first, second = ends
-    assert not torch.allclose(first, second, rtol=1e-3)
+    for first, second in combinations(ends, 2):
+        assert not torch.allclose(first, second, rtol=1e-3)
 
 
 def test_the_time_budget_ends_a_run_and_saves(tmp_path: Path, sheets: list[str]) -> None:
