@@ -115,8 +115,8 @@ class Engine:
     def handle(self, command: AddJob | CancelJob | AbortAll) -> list[Event]:
         """Carry out a command, between two steps."""
         match command:
-            case AddJob(spec):
-                events = self.scheduler.add(spec, monotonic())
+            case AddJob(spec, again):
+                events = self.scheduler.add(spec, monotonic(), again=again)
                 self._progress[spec.id] = _Progress()
                 if spec.preview != "none":
                     self._watched.add(spec.id)

@@ -80,6 +80,11 @@ def until_finished(job: Job, ahead: int, backlog: int, times: StepTimes, max_bat
     return max((ahead + job.remaining) / rate, steps * times.at(size), alone)
 
 
+def steps_left(job: Job) -> int:
+    """Steps until `job` is finished, if all its images advance in each."""
+    return sum(steps for steps, _ in _stages_left(job))
+
+
 def _stages_left(job: Job) -> Iterator[tuple[int, int]]:
     """(steps of the longest chain, network evaluations) that are left of each stage not yet done."""
     later = job.spec.stages[job.place + 1 :]

@@ -40,9 +40,13 @@ class EngineConfig(Struct, frozen=True, tag=True):
 
 
 class AddJob(Struct, frozen=True, tag=True):
-    """Run this job, whose slots are reserved."""
+    """Run this job, whose slots are reserved.
+
+    again: an engine that died had it, so its deadline has been promised.
+    """
 
     spec: JobSpec
+    again: bool = False
 
 
 class CancelJob(Struct, frozen=True, tag=True):

@@ -14,24 +14,26 @@ sharing    whoever has waited longest for a step.
 
 Within a job the least advanced sample goes first, so that all its images sharpen together.
 
+Jobs with deadlines are accepted only as far as all of them can be met, and go before others when it is time
+(promises.py).
+
 The policy orders the jobs of one owner. Several owners share the rows of every step (lanes.py), so that none
 waits for another's queue; for each the bound on starvation is that of its own jobs in its part of the rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Literal
-
-from sortedcontainers import SortedList
 
 from service.engine import estimates
 from service.engine.estimates import StepTimes
 from service.engine.jobs import Job, JobSpec, Sample, State
 from service.engine.lanes import Lane
 from service.engine.messages import Cancelled, Event, Failed, Located, Queued
+from service.engine.promises import Load, Promises, Urgency
 from service.errors import CancelledError, DeadlineError, ServiceError
 
 Policy = Literal["remaining", "fifo", "sharing"]
@@ -67,7 +69,7 @@ class Scheduler:
         self._lanes: dict[str, Lane] = {}  # by owner, of those with jobs
         self._served = self._free = 0
         self._active: dict[str, list[Sample]] = {}  # unfinished ones, the least advanced first
-        self._deadlines: SortedList[tuple[float, str]] = SortedList()
+        self._promises = Promises()
         self._backlog = self._running = self._unfinished = 0
 
     def __len__(self) -> int:
@@ -93,21 +95,22 @@ class Scheduler:
         """Unfinished samples that are not running."""
         return self._unfinished - self.running
 
-    def add(self, spec: JobSpec, now: float) -> list[Event]:
-        """Accept a job, or fail it at once when its deadline is certain to pass."""
+    def add(self, spec: JobSpec, now: float, *, again: bool = False) -> list[Event]:
+        """Accept a job, or fail it at once when its deadline cannot be met beside those accepted before it.
+
+        again: it was accepted before, by an engine that died, and is failed only if it is certain to be late.
+        """
         job = Job(spec)
-        queued = Queued(job.id, self._ahead(job)[0], self.eta(job))
-        alone = estimates.shortest(job, self.times, self.max_batch_size)
-        if spec.deadline is not None and now + alone > spec.deadline:
-            # A pause of the machine must not refuse all work for good: certain is what was never quicker.
-            alone = estimates.shortest(job, self.times.quickest, self.max_batch_size)
-        if spec.deadline is not None and now + alone > spec.deadline:
-            reason = f"The deadline cannot be met: the request takes {alone:.1f} s even when alone."
-            return [Failed(job.id, DeadlineError(reason))]
+        eta = self.eta(job)
+        if spec.deadline is not None:
+            reason = self._too_late(job, now) or (None if again else self._not_beside_others(job, now))
+            if reason:
+                return [Failed(job.id, DeadlineError(reason))]
+            eta = min(eta, spec.deadline - now)
+        queued = Queued(job.id, self._ahead(job)[0], eta)
         self._arrivals += 1
         self._jobs[job.id] = job
-        if spec.deadline is not None:
-            self._deadlines.add((spec.deadline, job.id))
+        self._promises.add(job)
         self._backlog += job.remaining
         self._begin_stage(job)
         job.arrival = self._arrivals
@@ -142,33 +145,35 @@ class Scheduler:
     def expire(self, now: float) -> list[Event]:
         """Fail the jobs whose deadline has passed, before more is computed for them."""
         events: list[Event] = []
-        while self._deadlines and self._deadlines[0][0] < now:
-            events += self.fail(self._deadlines[0][1], DeadlineError("The deadline has passed."))
+        while (job := self._promises.expired(now)) is not None:
+            events += self.fail(job.id, DeadlineError("The deadline has passed."))
         return events
 
     def schedule(self, now: float) -> Batch:
         """Choose the samples of the step that begins now. Empty when there is nothing to do."""
         self._free = self.max_batch_size
-        chosen: list[Sample] = []
+        chosen: dict[Sample, None] = {}
 
         def choose(sample: Sample) -> bool:
             # A guided sample takes two rows, and has to run even where only one fits.
             evaluations = sample.evaluations
-            fits = evaluations <= self._free or not chosen
+            fits = (evaluations <= self._free or not chosen) and sample not in chosen
             if fits:
                 self._start(sample.job, now)
-                chosen.append(sample)
+                chosen[sample] = None
                 self._free -= evaluations
             return fits
 
-        if len(self._lanes) == 1:
-            (lane,) = self._lanes.values()
-            for sample in self._samples(lane):
-                choose(sample)
-                if self._free <= 0:
-                    break
-        else:
-            self._in_turns(choose)
+        load = self._load(now)
+        urgency = self._promises.urgency(load)
+        if urgency is not Urgency.NONE:
+            self._in_line(self._of_promised(load), choose)
+        if urgency is not Urgency.ONLY or not chosen:
+            if len(self._lanes) == 1:
+                (lane,) = self._lanes.values()
+                self._in_line(self._samples(lane), choose)
+            else:
+                self._in_turns(choose, chosen)
         self._running = len(chosen)
         return Batch(tuple(chosen), self.max_batch_size - self._free)
 
@@ -228,10 +233,35 @@ class Scheduler:
             for job, ahead in lane.all_ahead()
         ]
 
+    @property
+    def _running_s(self) -> float:
+        """Seconds of the step that is on its way, from its begin."""
+        return self.times.at(self.in_flight) if self.in_flight else 0.0
+
+    def _too_late(self, job: Job, now: float) -> str | None:
+        """Why a deadline is certain to pass, whatever else there is."""
+        deadline = job.spec.deadline
+        alone = estimates.shortest(job, self.times, self.max_batch_size)
+        if deadline is not None and now + alone > deadline:
+            # A pause of the machine must not refuse all work for good: certain is what was never quicker.
+            alone = estimates.shortest(job, self.times.quickest, self.max_batch_size)
+        if deadline is not None and now + alone > deadline:
+            return f"The deadline cannot be met: the request takes {alone:.1f} s even when alone."
+        return None
+
+    def _not_beside_others(self, job: Job, now: float) -> str | None:
+        """Why a deadline cannot be met beside what was accepted."""
+        lane = self._lanes.get(job.spec.owner) or Lane(self.policy)
+        return self._promises.refusal(job, self._load(now), lambda work: self._of_others(lane, work))
+
+    def _load(self, now: float) -> Load:
+        return Load(now + self._running_s, self.times, self.max_batch_size, self._backlog)
+
     def _until_finished(self, job: Job, ahead: int) -> float:
         backlog = self._backlog + (0 if job.id in self._jobs else job.remaining)
-        running = self.times.at(self.in_flight) if self.in_flight else 0.0
-        return running + estimates.until_finished(job, ahead, backlog, self.times, self.max_batch_size)
+        return self._running_s + estimates.until_finished(
+            job, ahead, backlog, self.times, self.max_batch_size
+        )
 
     def _ahead(self, job: Job) -> tuple[int, int]:
         """(jobs, network evaluations) that go before a job; when sharing, all others do."""
@@ -254,13 +284,27 @@ class Scheduler:
         for job in islice(lane.by_priority(in_order_of_arrival=in_order_of_arrival), bound):
             yield from self._active[job.id][:bound]
 
-    def _in_turns(self, choose: Callable[[Sample], bool]) -> None:
+    def _of_promised(self, load: Load) -> Iterator[Sample]:
+        """Those of jobs with deadlines, in that order."""
+        for job in self._promises.in_order(load):
+            yield from self._active[job.id]
+
+    def _in_line(self, samples: Iterator[Sample], choose: Callable[[Sample], bool]) -> None:
+        """Offer samples one after the other while there is room."""
+        for sample in samples:
+            if self._free <= 0:
+                break
+            choose(sample)
+
+    def _in_turns(self, choose: Callable[[Sample], bool], chosen: Iterable[Sample]) -> None:
         """Offer the samples of all lanes, each time one of the lane with the fewest rows in this step.
 
-        choose: takes a sample, or says that there is no room for it.
+        choose: takes a sample, or says that there is no room for it. chosen: those that are in the step.
         """
         waiting = {lane: self._samples(lane) for lane in self._lanes.values()}
         rows = dict.fromkeys(waiting, 0)
+        for sample in chosen:
+            rows[self._lanes[sample.job.spec.owner]] += sample.evaluations
         while waiting and self._free > 0:
             lane = min(waiting, key=lambda lane: (rows[lane], lane.served))
             for sample in waiting[lane]:
@@ -299,8 +343,7 @@ class Scheduler:
         lane.end(job)
         if not lane.jobs:
             del self._lanes[job.spec.owner]
-        if job.spec.deadline is not None:
-            self._deadlines.remove((job.spec.deadline, job.id))
+        self._promises.remove(job)
         job.move_to(state)
         self._unfinished -= len(self._active[job.id])
         self._backlog -= job.remaining

@@ -70,12 +70,13 @@ class Phase(Enum):
 class Assigned:
     """A job that a worker has to run.
 
-    steps: how many it has been in since it was sent. suspect: how many it had been in when an engine died
-    during one of them.
+    again: whether an engine that died had it. steps: how many it has been in since it was sent. suspect: how
+    many it had been in when an engine died during one of them.
     """
 
     spec: JobSpec
     sent: bool = False
+    again: bool = False
     cancelled: bool = False
     steps: int = 0
     in_step: bool = False
@@ -285,7 +286,7 @@ class Worker:
         for job_id, assigned in [*self._suspects.items()][:1] or [*self._unsent.items()]:
             assigned.sent = True
             del self._unsent[job_id]
-            self.send(AddJob(assigned.spec))
+            self.send(AddJob(assigned.spec, assigned.again))
         if self._draining and not self._unsent and not self._drain_sent:
             self._drain_sent = True
             self.send(Drain())
@@ -311,6 +312,7 @@ class Worker:
                 self.on_end(Failed(job_id, error, started=True))
                 continue
             if assigned.sent:
+                assigned.again = True
                 self.on_replay(job_id)
             # One that has never been in a step may have been in the one that nobody was told of.
             if assigned.sent and (assigned.in_step or not assigned.steps):
