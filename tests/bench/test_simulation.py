@@ -79,10 +79,10 @@ class Watched(Scheduler):
         super().__post_init__()
         self.given: list[float] = []
 
-    def add(self, spec, now):
+    def add(self, spec, now, *, again=False):
         assert now >= spec.created
         self.given.append(now)
-        return super().add(spec, now)
+        return super().add(spec, now, again=again)
 
     def schedule(self, now):
         self.given.append(now)
