@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bench.promises import PATIENCE, deadline_rows, eta_rows
 from bench.shares import GREEDY, contests
 from bench.simulation import (
     CURVES,
@@ -169,8 +170,28 @@ def clients(base: Case) -> str:
     return table("clients", header, rows)
 
 
+def etas(base: Case) -> str:
+    """Compare what is announced at a request's arrival with what comes about."""
+    header = "load|policy|accepted|late: p5|p50|p95|actual / announced: p5|p50|p95|mean error|mean latency"
+    return table("etas, mix, 256 slots", header, eta_rows(base))
+
+
+def deadlines(base: Case) -> str:
+    """Show what accepting deadlines together saves."""
+    header = (
+        "load|deadlines looked at|requests|no slots|refused|accepted, not met|met|evaluations computed|"
+        "of these for requests that were in time"
+    )
+    return table(
+        f"deadlines of {PATIENCE[0]} to {PATIENCE[1]} times the request's time, mix",
+        header,
+        deadline_rows(base),
+    )
+
+
 SECTIONS = {
-    made.__name__: made for made in (policies, loads, sizes, classes, intervals, starvation, behind, clients)
+    made.__name__: made
+    for made in (policies, loads, sizes, classes, intervals, starvation, behind, clients, etas, deadlines)
 }
 
 

@@ -64,12 +64,12 @@ def shortest(job: Job, times: StepTimes, max_batch_size: int) -> float:
     return seconds
 
 
-def until_finished(job: Job, ahead: int, backlog: int, times: StepTimes, max_batch_size: int) -> float:
-    """Seconds until `job` is expected to be finished, should no other job come.
+def until_finished(job: Job, work: float, backlog: int, times: StepTimes, max_batch_size: int) -> float:
+    """Seconds until `job` is expected to be finished.
 
-    ahead: network evaluations that go before it. backlog: those of everything in flight, `job` included. The
-    work ahead and its own, at the full batch's rate; but no less than its own steps take when they are as
-    wide as all the work in flight makes them.
+    work: network evaluations that are done by then, its own among them. backlog: those of everything in
+    flight, `job` included. All that work at the full batch's rate; but no less than its own steps take when
+    they are as wide as all the work in flight makes them.
     """
     alone = shortest(job, times, max_batch_size)
     steps = sum(steps for steps, _ in _stages_left(job))
@@ -77,7 +77,7 @@ def until_finished(job: Job, ahead: int, backlog: int, times: StepTimes, max_bat
         return alone
     size = min(max_batch_size, max(1, backlog // steps))
     rate = max_batch_size / times.at(max_batch_size)
-    return max((ahead + job.remaining) / rate, steps * times.at(size), alone)
+    return max(work / rate, steps * times.at(size), alone)
 
 
 def steps_left(job: Job) -> int:

@@ -23,12 +23,14 @@ waits for another's queue; for each the bound on starvation is that of its own j
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Literal
 
-from service.engine import estimates
+from service.engine import arrivals, estimates
+from service.engine.arrivals import Arrivals
 from service.engine.estimates import StepTimes
 from service.engine.jobs import Job, JobSpec, Sample, State
 from service.engine.lanes import Lane
@@ -37,6 +39,8 @@ from service.engine.promises import Load, Promises, Urgency
 from service.errors import CancelledError, DeadlineError, ServiceError
 
 Policy = Literal["remaining", "fifo", "sharing"]
+ARRIVALS_S = 1.0
+"""Between two looks at how much work arrives."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ class Scheduler:
         self._served = self._free = 0
         self._active: dict[str, list[Sample]] = {}  # unfinished ones, the least advanced first
         self._promises = Promises()
+        self._inflow = Arrivals()
+        self._slower, self._slower_at = self._inflow.slower(1.0, 1.0, 0.0), -math.inf
         self._backlog = self._running = self._unfinished = 0
 
     def __len__(self) -> int:
@@ -101,6 +107,7 @@ class Scheduler:
         again: it was accepted before, by an engine that died, and is failed only if it is certain to be late.
         """
         job = Job(spec)
+        self._look_at_arrivals(now)
         eta = self.eta(job)
         if spec.deadline is not None:
             reason = self._too_late(job, now) or (None if again else self._not_beside_others(job, now))
@@ -111,6 +118,7 @@ class Scheduler:
         self._arrivals += 1
         self._jobs[job.id] = job
         self._promises.add(job)
+        self._inflow.add(job.remaining, now)
         self._backlog += job.remaining
         self._begin_stage(job)
         job.arrival = self._arrivals
@@ -164,6 +172,7 @@ class Scheduler:
                 self._free -= evaluations
             return fits
 
+        self._look_at_arrivals(now)
         load = self._load(now)
         urgency = self._promises.urgency(load)
         if urgency is not Urgency.NONE:
@@ -213,7 +222,7 @@ class Scheduler:
         self._leave(job, State.FINISHED)
 
     def eta(self, job: Job) -> float:
-        """Seconds until `job` is expected to be finished, should no other job come."""
+        """Seconds until `job` is expected to be finished, if others come as they did in the last minute."""
         return self._until_finished(job, self._ahead(job)[1])
 
     def locate(self, job_id: str) -> Located | None:
@@ -226,7 +235,7 @@ class Scheduler:
         return Located(job_id, running, self._ahead(job)[0], self.eta(job), progress)
 
     def forecast(self) -> list[tuple[str, float]]:
-        """Every job, and the seconds until it is expected to be finished, should no other job come."""
+        """Every job, and the seconds until it is expected to be finished, as in `eta`."""
         return [
             (job.id, self._until_finished(job, ahead + self._of_others(lane, ahead + job.remaining)))
             for lane in self._lanes.values()
@@ -257,11 +266,16 @@ class Scheduler:
     def _load(self, now: float) -> Load:
         return Load(now + self._running_s, self.times, self.max_batch_size, self._backlog)
 
+    def _look_at_arrivals(self, now: float) -> None:
+        """Note how much of the device arriving work takes, from time to time."""
+        if self.policy == "remaining" and abs(now - self._slower_at) >= ARRIVALS_S:
+            rate = self.max_batch_size / self.times.at(self.max_batch_size)
+            self._slower, self._slower_at = self._inflow.slower(rate, self.fifo_interval, now), now
+
     def _until_finished(self, job: Job, ahead: int) -> float:
         backlog = self._backlog + (0 if job.id in self._jobs else job.remaining)
-        return self._running_s + estimates.until_finished(
-            job, ahead, backlog, self.times, self.max_batch_size
-        )
+        work = arrivals.evaluations(ahead, job.remaining, self._slower)
+        return self._running_s + estimates.until_finished(job, work, backlog, self.times, self.max_batch_size)
 
     def _ahead(self, job: Job) -> tuple[int, int]:
         """(jobs, network evaluations) that go before a job; when sharing, all others do."""

@@ -36,9 +36,14 @@ Pixels = NDArray[np.uint8]
 
 
 def kind_of_machine() -> str:
-    """What decides how results are rounded: the processor's instructions, and the libraries that use them."""
+    """What decides how results are rounded: the processor's instructions, and the libraries that use them.
+
+    bfloat16 is multiplied by AMX, by AVX-512, or as float32, which round differently.
+    """
     libraries = [f"{name} {version(name)}" for name in ("torch", "openvino", "numpy")]
-    return ", ".join([platform.machine(), torch.backends.cpu.get_cpu_capability(), *libraries])
+    has = torch.cpu.get_capabilities()
+    bfloat16 = [name for name in ("avx512_bf16", "amx_bf16") if has.get(name)]
+    return ", ".join([platform.machine(), torch.backends.cpu.get_cpu_capability(), *bfloat16, *libraries])
 
 
 def pictures(model: Checkpoint, runtime: str, dtype: Any) -> Pixels:
