@@ -103,11 +103,13 @@ SERVICE = {
     "service.engine.width": "",
     "service.engine.isolation": "service.engine.jobs service.errors model.runtimes torch",
     "service.engine.scheduler": (
-        "service.engine.estimates service.engine.jobs service.engine.lanes service.engine.messages"
-        " service.errors sortedcontainers"
+        "service.engine.arrivals service.engine.estimates service.engine.jobs service.engine.lanes"
+        " service.engine.messages service.engine.promises service.errors"
     ),
     "service.engine.lanes": "service.engine.jobs service.engine.order",
     "service.engine.order": "",
+    "service.engine.promises": "service.engine.estimates service.engine.jobs sortedcontainers",
+    "service.engine.arrivals": "",
     "service.engine.estimates": "service.engine.jobs",
     "service.engine.streams": "service.engine.messages service.errors msgspec",
     "service.engine.messages": (
