@@ -107,7 +107,7 @@ def read(found: Layout, sample_size: tuple[int, int] | None = None) -> Checkpoin
         [*_deciding(found), *filter(is_there, [root / self_test.FILE])],
         partial=layout.is_snapshot(root.resolve()),
     )
-    scheduler_config = read_json(found.scheduler_config)
+    scheduler_config = pipeline.as_declared(found.index, read_json(found.scheduler_config))
     content = read_json(found.config)
     try:
         pipeline.check_network(content)

@@ -6,6 +6,7 @@ a latent diffusion model has the same files as one of pixels, and would be serve
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any, NamedTuple
 
 from model import denoising_diffusion
 from model.folder import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 NETWORKS = ("UNet2DModel", *denoising_diffusion.CLASS_NAMES)
 REASONS = {
@@ -40,6 +43,10 @@ OURS = {"id2label", "condition"}
 """Keys of `model_index.json` that name no component: class names, and what the network takes beside x."""
 
 
+OWN_SCHEDULERS = {"DDIMPipeline": "DDIMScheduler", "PNDMPipeline": "PNDMScheduler"}
+"""Pipelines that run by this scheduler, whichever they are given."""
+
+
 class Components(NamedTuple):
     """The folders, by name, of a pipeline's network and of its scheduler."""
 
@@ -52,12 +59,7 @@ def components_of(index: Mapping[str, Any]) -> Components:
 
     Raises CheckpointError, without the file's name, for every other kind of pipeline.
     """
-    found: dict[str, str] = {}
-    for name, value in index.items():
-        match value:
-            case [library, str(class_name)] if not name.startswith("_") and name not in OURS:
-                whole = f"{library}.{class_name}"
-                found[name] = whole if whole in NETWORKS else class_name
+    found = _classes(index)
     kind = index.get("_class_name", "pipeline")
     networks = [name for name, class_name in found.items() if class_name in NETWORKS]
     schedulers = [name for name, class_name in found.items() if class_name.endswith("Scheduler")]
@@ -79,12 +81,44 @@ def components_of(index: Mapping[str, Any]) -> Components:
     )
 
 
+def as_declared(index: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """A scheduler's config as diffusers reads it: by the class that `model_index.json` says.
+
+    The class in the config itself is only who wrote it. The two differ where a scheduler was exchanged by
+    hand, and decide, for example, whether x₀ is clipped.
+    """
+    kind = index.get("_class_name")
+    own = OWN_SCHEDULERS.get(kind) if isinstance(kind, str) else None
+    declared = own or next((name for name in _classes(index).values() if name.endswith("Scheduler")), None)
+    written = config.get("_class_name")
+    if declared in (None, written):
+        return dict(config)
+    if written is not None:
+        logger.warning(
+            "the scheduler is a %s, as the pipeline says, although its config was written by a %s",
+            declared,
+            written,
+        )
+    return {**config, "_class_name": declared}
+
+
 def check_network(config: Mapping[str, Any]) -> None:
     """Raises CheckpointError, without the file's name, unless a network's config is of one of NETWORKS."""
     kind = config.get("_class_name", NETWORKS[0])
     if kind not in NETWORKS:
         why = reason(str(kind)) or "is another network"
         raise CheckpointError(f"a {kind}, which {why} (served here: {', '.join(NETWORKS)})")
+
+
+def _classes(index: Mapping[str, Any]) -> dict[str, str]:
+    """The class of each component, by the component's name."""
+    found: dict[str, str] = {}
+    for name, value in index.items():
+        match value:
+            case [library, str(class_name)] if not name.startswith("_") and name not in OURS:
+                whole = f"{library}.{class_name}"
+                found[name] = whole if whole in NETWORKS else class_name
+    return found
 
 
 def reason(class_name: str) -> str | None:

@@ -166,8 +166,9 @@ class UNetConfig:
             )
         if self.class_embed_type == "identity":
             raise ConfigError(
-                "class_embed_type='identity' is not supported: such a network takes the embedding of a class"
-                " itself, a vector, where a request gives a class"
+                "class_embed_type='identity' is not supported: such a network takes a vector where a request"
+                " gives a class; python -m model.convert --class-vectors FILE puts the vectors of its classes"
+                " into it"
             )
         if self.class_embed_type == "timestep" and self.time_embedding_type == "fourier":
             raise ConfigError(

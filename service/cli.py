@@ -1,7 +1,8 @@
 """The command `ddpm`: start the service, call one that runs, convert and train models.
 
 Exit codes: 0, 1 for an error of the service or of a file, 2 for a command line that cannot be understood,
-130 for Ctrl-C; `serve`, `convert`, `train` and `evaluate` have those of the programs that they are.
+130 for Ctrl-C; `serve`, `inspect`, `convert`, `train` and `evaluate` have those of the programs that
+they are.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from service.command_line import parser_of, script
 
 PROGRAMS = {
     "serve": "service.__main__",
+    "inspect": "model.inspect",
     "convert": "model.convert.__main__",
     "train": "model.training.train",
     "evaluate": "model.evaluation.evaluate",
@@ -299,6 +301,9 @@ class Ddpm(BaseSettings):
     edit: CliSubCommand[Edit] = Field(description="change a picture")
     score: CliSubCommand[Score] = Field(description="how likely pictures are")
     info: CliSubCommand[Info] = Field(description="what a service offers, or what a model is")
+    inspect: CliSubCommand[Program] = Field(
+        description="what a model folder or file is, and what may go wrong"
+    )
     convert: CliSubCommand[Program] = Field(description="another project's checkpoint as a model folder")
     train: CliSubCommand[Program] = Field(description="train a model")
     evaluate: CliSubCommand[Program] = Field(description="measure a trained model")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
+from huggingface_hub import export_folder_as_dduf
 from torch import nn
 
 from tests.model import denoising_diffusion as package
@@ -215,6 +216,11 @@ def pickled(folder: Path, net: UNet2DModel) -> Path:
     return folder
 
 
+def packed(folder: Path, _: UNet2DModel) -> Path:
+    export_folder_as_dduf(folder.with_suffix(".dduf"), folder)
+    return folder.with_suffix(".dduf")
+
+
 def pipeline(folder: Path, net: UNet2DModel) -> Path:
     shutil.rmtree(folder)
     DDPMPipeline(net, DDPMScheduler.from_config(SCHEDULER)).save_pretrained(folder)
@@ -238,8 +244,11 @@ def _layout(what: str, change: Callable[[Path, UNet2DModel], Path], refused: str
     return Case("Files", what, change=change, refused=refused, **others)
 
 
-def _class(name: str, **options: Any) -> Case:
-    return _scheduler(name, _class_name=name, **options)
+def _class(name: str, what: str = "", **options: Any) -> Case:
+    return _scheduler(what or name, _class_name=name, **options)
+
+
+_SIGMA = "its network takes a noise level σ and scaled input, not a timestep"
 
 
 SQUARE_COSINE = {"beta_schedule": "squaredcos_cap_v2"}
@@ -251,7 +260,11 @@ CASES: tuple[Case, ...] = (
     _unet("4 channels: RGBA", in_channels=4, out_channels=4, over_http=True),
     _unet("5 channels: arrays", in_channels=5, out_channels=5, over_http=True),
     _unet("8×16, higher than wide or wider than high", sample_size=(8, 16), over_http=True),
-    _unet("sizes that halve unevenly", "sample_size", sample_size=(8, 15)),
+    _unet(
+        "sizes that halve unevenly",
+        "must be a height and a width, or one number for both, that can be halved",
+        sample_size=(8, 15),
+    ),
     _unet("attention, 4 channels to a head", **ATTENTION),
     _unet("attention with a single head", **ATTENTION, attention_head_dim=None),
     _unet("attention_head_dim that does not divide the width", **ATTENTION, attention_head_dim=5),
@@ -285,14 +298,27 @@ CASES: tuple[Case, ...] = (
     _unet("dropout", dropout=0.2),
     _unet("center_input_sample", center_input_sample=True),
     _unet("time_embedding_dim", time_embedding_dim=24),
+    _unet("time_embedding_type: fourier", time_embedding_type="fourier"),
     _unet("time_embedding_type: learned", time_embedding_type="learned", num_train_timesteps=1000),
     _unet("num_train_timesteps that nothing reads", num_train_timesteps=1000),
     _unet("classes", num_class_embeds=4, label=2, over_http=True),
     _unet("class_embed_type: timestep", class_embed_type="timestep", label=5),
-    _unet("class_embed_type: identity", "a vector", class_embed_type="identity"),
+    _unet(
+        "class_embed_type: identity",
+        "such a network takes a vector where a request gives a class; python -m model.convert",
+        class_embed_type="identity",
+    ),
+    _unet("6 channels in, 3 out: a picture beside x", in_channels=6),
+    Case(
+        "UNet2DModel",
+        "7 channels in, 3 out, and what they are",
+        unet={"in_channels": 7},
+        change=edited("model_index.json", condition=["mask", "masked_image"]),
+    ),
+    _unet("7 channels in, 3 out", 'has to be said by "condition" in model_index.json', in_channels=7),
     _unet(
         "skip blocks",
-        "SkipDownBlock2D",
+        "'SkipDownBlock2D' is not supported",
         down_block_types=("SkipDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "SkipUpBlock2D"),
     ),
@@ -310,13 +336,26 @@ CASES: tuple[Case, ...] = (
     _class("HeunDiscreteScheduler"),
     _class("LMSDiscreteScheduler"),
     _class("KDPM2DiscreteScheduler"),
-    _class("KarrasVeScheduler", refused="noise level"),
-    _class("CMStochasticIterativeScheduler", refused="distilled"),
-    _class("ScoreSdeVeScheduler", refused="noise level"),
-    _class("FlowMatchEulerDiscreteScheduler", refused="velocity of a flow"),
+    _class("SASolverScheduler", ends_at_one=False),
+    _class("KarrasVeScheduler", refused=_SIGMA),
+    _class("ScoreSdeVeScheduler", refused=_SIGMA),
+    _class("EDMEulerScheduler", refused=_SIGMA),
+    _class("CMStochasticIterativeScheduler", refused="its network is distilled to jump to x₀"),
+    _class("LCMScheduler", refused="its network is distilled to jump to x₀"),
+    _class(
+        "FlowMatchEulerDiscreteScheduler",
+        refused="its network predicts the velocity of a flow from data to noise, not of a diffusion process",
+    ),
+    Case(
+        "Scheduler",
+        "one that the pipeline has, and another wrote its config",
+        scheduler={"_class_name": "PNDMScheduler"},
+        change=edited("scheduler/scheduler_config.json", _class_name="DDPMScheduler"),
+    ),
     _scheduler("beta_schedule: scaled_linear", beta_schedule="scaled_linear"),
     _scheduler("beta_schedule: squaredcos_cap_v2", **SQUARE_COSINE),
     _scheduler("beta_schedule: sigmoid", beta_schedule="sigmoid"),
+    _scheduler("beta_schedule: laplace", beta_schedule="laplace"),
     _scheduler("trained_betas", trained_betas=[0.001 * (1 + i % 5) for i in range(1000)]),
     _scheduler("prediction_type: v_prediction", prediction_type="v_prediction", over_http=True),
     _scheduler("prediction_type: sample", prediction_type="sample"),
@@ -328,10 +367,11 @@ CASES: tuple[Case, ...] = (
     _scheduler("thresholding", thresholding=True, clip_sample=False, sample_max_value=1.5),
     _scheduler("clip_sample_range", clip_sample_range=0.7),
     _scheduler("clip_sample: false", clip_sample=False),
+    _class("DDIMScheduler", what="set_alpha_to_one: false", set_alpha_to_one=False),
     _scheduler("leading with steps_offset", timestep_spacing="leading", steps_offset=1),
     _scheduler("100 timesteps", num_train_timesteps=100),
     _scheduler("4000 timesteps", num_train_timesteps=4000),
-    _scheduler("a misspelt key", "clip_smaple", clip_smaple=True),
+    _scheduler("a misspelt key", "clip_smaple=True is an option of no scheduler", clip_smaple=True),
     # How the files may lie.
     _layout("a pipeline as diffusers saves it", pipeline, over_http=True),
     _layout("flat: config and weights at the root", flat),
@@ -349,21 +389,38 @@ CASES: tuple[Case, ...] = (
     _layout(
         "no sample_size, and the setting", edited("unet/config.json", sample_size=None), sample_size=(8, 8)
     ),
-    _layout("no sample_size", edited("unet/config.json", sample_size=None), "DDPM_SAMPLE_SIZE"),
-    _layout("only a pickle", pickled, "model.convert"),
-    _layout("a Git LFS pointer", pointer, "git lfs pull"),
-    _layout("NaN in the weights", broken, "conv_in.weight"),
-    _layout("no scheduler", without("scheduler/scheduler_config.json"), "scheduler_config.json"),
-    _layout("a latent pipeline", edited("model_index.json", vqvae=["diffusers", "VQModel"]), "latent"),
+    _layout(
+        "no sample_size",
+        edited("unet/config.json", sample_size=None),
+        "sample_size is missing: set DDPM_SAMPLE_SIZE",
+    ),
+    _layout("a DDUF file", packed, "unpack it (unzip"),
+    _layout(
+        "only a pickle",
+        pickled,
+        "a pickle, which can run code when read; convert it once, if you trust it: python -m model.convert",
+    ),
+    _layout("a Git LFS pointer", pointer, "a Git LFS pointer, not the file itself: run git lfs pull"),
+    _layout("NaN in the weights", broken, "conv_in.weight has values that are not finite"),
+    _layout(
+        "no scheduler",
+        without("scheduler/scheduler_config.json"),
+        "missing: it says what noise the network was trained with",
+    ),
+    _layout(
+        "a latent pipeline",
+        edited("model_index.json", vqvae=["diffusers", "VQModel"]),
+        "this is latent diffusion, which does not work on pixels",
+    ),
     _layout(
         "a text-conditional U-Net",
         edited("unet/config.json", _class_name="UNet2DConditionModel"),
-        "UNet2DConditionModel",
+        "a UNet2DConditionModel, which is conditioned on text or other embeddings",
     ),
     _layout(
         "an option that is not known",
         edited("unet/config.json", cross_attention_dim=768),
-        "cross_attention_dim",
+        "cross_attention_dim=768 is not an option this network has",
     ),
     _layout("bookkeeping that changes nothing", edited("unet/config.json", torch_dtype="float16")),
 )
@@ -376,8 +433,8 @@ CASES: tuple[Case, ...] = (
 class Source:
     """A file of another project, for `python -m model.convert`. options: of its command line.
 
-    content: what the project saves of a network. keyword: what its network calls a label. refused: a part of
-    the reason, if it cannot be converted.
+    content: what the project saves of a network. keyword: what its network calls a label. arguments: others
+    that it is called with. refused: a part of the reason, if it cannot be converted.
     """
 
     family: str
@@ -387,6 +444,7 @@ class Source:
     refused: str = ""
     label: int | None = None
     keyword: str = "y"
+    arguments: Options = field(default_factory=dict)
     content: Callable[[nn.Module], Options] = lambda net: dict(net.state_dict())
 
     def network(self) -> nn.Module:
@@ -412,6 +470,22 @@ def monai(**options: Any) -> Callable[[], nn.Module]:
         return net
 
     return make
+
+
+def monai_classifier() -> nn.Module:
+    from monai.networks.nets.diffusion_model_unet import DiffusionModelEncoder
+
+    net: nn.Module = DiffusionModelEncoder(
+        spatial_dims=2,
+        in_channels=1,
+        out_channels=4,
+        channels=(8, 16),
+        attention_levels=(False, True),
+        num_res_blocks=1,
+        num_head_channels=8,
+        norm_num_groups=4,
+    )
+    return net
 
 
 def named(*names: str) -> Callable[[nn.Module], Options]:
@@ -454,6 +528,19 @@ SOURCES: tuple[Source, ...] = (
             "ema": {f"ema_model.{name}": each for name, each in net.state_dict().items()},
         },
     ),
+    Source(
+        _IMPROVED,
+        "a picture beside x, and --condition",
+        lambda: OpenAINet(heads=4, channels=6, outputs=3),
+        f"{_PIXELS} --condition image",
+    ),
+    Source(
+        _GUIDED,
+        "an upsampler",
+        lambda: OpenAINet(resblock_updown=True, head_channels=32, channels=6),
+        f"{_PIXELS} --num-head-channels 32",
+        refused="an upsampler, which takes a smaller picture as well: give --condition image",
+    ),
     Source("DDPM (Ho et al.)", "names of its PyTorch ports", HoNet, _PIXELS),
     Source("MONAI", "DiffusionModelUNet, pixels in [0, 1]", monai(), _MONAI),
     Source("MONAI", "classes", monai(num_class_embeds=5), _MONAI, label=2, keyword="class_labels"),
@@ -476,31 +563,54 @@ SOURCES: tuple[Source, ...] = (
     ),
     Source(
         _LUCIDRAINS,
+        "predicts x₀, linear",
+        lambda: package.network(),
+        "--sample-size 16",
+        content=lambda net: package.diffusion(net, objective="pred_x0", beta_schedule="linear").state_dict(),
+    ),
+    Source(
+        _LUCIDRAINS,
+        "classes",
+        lambda: package.network(num_classes=3),
+        "--sample-size 16",
+        label=2,
+        keyword="classes",
+        arguments={"cond_drop_prob": 0.0},
+        content=lambda net: package.diffusion(net).state_dict(),
+    ),
+    Source(
+        _LUCIDRAINS,
         "self_condition",
         lambda: package.network(self_condition=True),
         "--sample-size 16",
-        refused="self_condition",
+        refused="that it takes its last prediction beside the picture is not supported",
         content=lambda net: package.diffusion(net).state_dict(),
+    ),
+    Source(
+        "MONAI",
+        "DiffusionModelEncoder, a noisy classifier",
+        monai_classifier,
+        refused="dense layers over its last feature map, which the classifiers here have not",
     ),
     Source(
         "latent diffusion",
         "CompVis",
         nn.Identity,
-        refused="latents of an autoencoder",
+        refused="it works on the latents of an autoencoder, not on pixels",
         content=named("first_stage_model.encoder.conv_in.weight"),
     ),
     Source(
         "score_sde",
         "Song et al. 2021",
         nn.Identity,
-        refused="numbered",
+        refused="its modules are numbered, so what they are is not in the file",
         content=named("all_modules.1.weight", "all_modules.1.bias"),
     ),
     Source(
         "DiT",
         "a transformer",
         nn.Identity,
-        refused="not a U-Net",
+        refused="it is not a U-Net",
         content=named("x_embedder.proj.weight", "t_embedder.mlp.0.weight"),
     ),
 )
@@ -508,13 +618,10 @@ SOURCES: tuple[Source, ...] = (
 
 def table() -> str:
     """The cases as Markdown."""
-    lines = ["|Family|What|Loads|", "|---|---|---|"]
-    for case in CASES:
-        verdict = "yes" if not case.refused else f"no: {case.refused}"
-        lines.append(f"|{case.family}|{case.what}|{verdict}|")
-    for source in SOURCES:
-        verdict = "converted" if not source.refused else f"no: {source.refused}"
-        lines.append(f"|{source.family}|{source.what}|{verdict}|")
+    lines = ["|Family|What|Loads|Why not|", "|---|---|---|---|"]
+    rows: list[tuple[Case | Source, str]] = [(case, "yes") for case in CASES]
+    for each, loads in [*rows, *((source, "converted") for source in SOURCES)]:
+        lines.append(f"|{each.family}|{each.what}|{'no' if each.refused else loads}|{each.refused}|")
     return "\n".join(lines) + "\n"
 
 

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from model import checkpoint, noise
 from model.chain import Chain
-from model.checkpoint import CheckpointError
+from model.checkpoint import Checkpoint, CheckpointError
 from model.convert.__main__ import main as convert
 from model.denoiser import Denoiser, generate, to_pixels
 from model.runtimes import TorchRuntime
-from model.samplers import build_plan
+from model.samplers import Plan, build_plan
 from service.engine.warmup import warm_up
 from tests.matrix import CASES, SOURCES, Case, Source, table
 from tests.service.live import serving
@@ -47,12 +47,30 @@ def by_diffusers(case: Case, timesteps: tuple[int, ...]) -> NDArray[np.uint8]:
     height, width = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
     y = None if case.label is None else torch.tensor([case.label])
 
+    channels = min(config.in_channels, config.out_channels)
+    condition = torch.from_numpy(beside(config.in_channels - channels, (height, width))[None])
+
     def network(x: Tensor, t: Tensor) -> Tensor:
-        out: Tensor = net(x, t, class_labels=y).sample
+        out: Tensor = net(torch.cat((x, condition), dim=1), t, class_labels=y).sample
         return out
 
-    shape = config.in_channels, height, width
+    shape = channels, height, width
     return pixels(ddim(network, shape, case.scheduler_config(), timesteps, ends_at_one=case.ends_at_one))
+
+
+def beside(channels: int, size: tuple[int, int]) -> NDArray[np.float32]:
+    """What such a network takes beside x: [channels, H, W]."""
+    return noise.normals([SEED + 1], [noise.START], (channels, *size))[0]
+
+
+def generated(model: Checkpoint, plan: Plan, label: int | None) -> NDArray[np.uint8]:
+    """What we generate: [H, W, C] uint8."""
+    inputs, *size = model.unet.config.shape
+    extra = inputs - model.shape[0]
+    condition = beside(extra, (size[0], size[1])) if extra else None
+    chain = Chain(plan, SEED, label, condition=condition)
+    sample = generate(Denoiser.of(model, TorchRuntime(model)), [chain])[0]
+    return to_pixels(sample, model.schedule.data_range).transpose(1, 2, 0)
 
 
 def ddim(
@@ -106,10 +124,7 @@ def assert_alike(ours: NDArray[np.uint8], theirs: NDArray[np.uint8]) -> None:
 def test_a_folder_generates_what_diffusers_does(case: Case, tmp_path: Path) -> None:
     model = checkpoint.load(case.make(tmp_path / "model"), sample_size=case.sample_size)
     plan = build_plan(model.schedule, "ddim", STEPS)
-    denoiser = Denoiser.of(model, TorchRuntime(model))
-    sample = generate(denoiser, [Chain(plan, SEED, case.label)])[0]
-    ours = to_pixels(sample).transpose(1, 2, 0)
-    assert_alike(ours, by_diffusers(case, plan.timesteps))
+    assert_alike(generated(model, plan, case.label), by_diffusers(case, plan.timesteps))
 
 
 @pytest.mark.parametrize(
@@ -131,14 +146,19 @@ def test_a_converted_checkpoint_generates_what_its_own_network_does(source: Sour
     assert convert([str(tmp_path / "model.pt"), str(out), *source.options.split()]) == 0
     model = checkpoint.load(out)
     plan = build_plan(model.schedule, "ddim", STEPS)
-    sample = generate(Denoiser.of(model, TorchRuntime(model)), [Chain(plan, SEED, source.label)])[0]
     options = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
     low = options.pop("data_range", [-1, 1])[0]
     scale = options.pop("timestep_scale", 1.0)
     labels = {} if source.label is None else {source.keyword: torch.tensor([source.label])}
-    theirs = ddim(lambda x, t: net(x, t * scale, **labels), model.shape, options, plan.timesteps)
-    ours = to_pixels(sample, model.schedule.data_range).transpose(1, 2, 0)
-    assert_alike(ours, pixels(theirs, low))
+    inputs, height, width = model.unet.config.shape
+    condition = torch.from_numpy(beside(inputs - model.shape[0], (height, width))[None])
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        out: Tensor = net(torch.cat((x, condition), dim=1), t * scale, **labels, **source.arguments)
+        return out
+
+    theirs = ddim(network, model.shape, options, plan.timesteps)
+    assert_alike(generated(model, plan, source.label), pixels(theirs, low))
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+from model.condition import PARTS, Part
 from model.convert import source, unet2d
 from model.convert.conversion import Choices, ClassifierConversion, Conversion, ConversionError
 from model.convert.families import recognise
@@ -47,6 +49,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="the option of that name of denoising-diffusion-pytorch's Unet",
     )
     network("--layers-per-block", type=_positive, help="residual blocks per level (noisy classifiers)")
+    network(
+        "--condition",
+        type=_parts,
+        help=f"what it takes beside x, in order, as mask,masked_image; of {', '.join(PARTS)}",
+    )
+    network(
+        "--class-vectors",
+        type=Path,
+        help="a file of one tensor, [classes, width]: the vectors that a network of class_embed_type identity"
+        " was trained with",
+    )
     network("--norm-num-groups", type=_positive, help="groups of the group norms (MONAI)")
     schedule = parser.add_argument_group("the noise schedule").add_argument
     schedule("--scheduler-config", type=Path, help="scheduler_config.json, instead of the options below")
@@ -96,6 +109,7 @@ def convert(
     """
     if path.is_dir():
         folder, taken = unet2d.convert_folder(path, choices)
+        folder = _conditioned(folder, choices)
         choices.check_all_used(folder.family)
         return folder, taken
     table = source.read(path)
@@ -104,6 +118,8 @@ def convert(
         place = source.choose_prefix(found, prefix)
         averaged = source.lightning_ema(table, place) if prefix is None else None
         conversion = family.convert(averaged or source.weights_at(table, place), choices)
+        if isinstance(conversion, Conversion):
+            conversion = _conditioned(conversion, choices)
         choices.check_all_used(conversion.family)
     except ConversionError as error:
         raise ConversionError(f"{path}: {error}") from error
@@ -116,6 +132,18 @@ def convert(
         f"; averaged (EMA) weights, which give better samples, lie beside it: {beside[-1]}" if beside else ""
     )
     return conversion, f"{place or 'all of it'}; no averaged (EMA) weights are in the file{note}"
+
+
+def _conditioned(conversion: Conversion, choices: Choices) -> Conversion:
+    """The same with what the command line says that the network takes beside x."""
+    return replace(conversion, condition=choices.given("condition") or conversion.condition)
+
+
+def _parts(text: str) -> tuple[Part, ...]:
+    names = text.split(",")
+    if any(name not in PARTS for name in names):
+        raise argparse.ArgumentTypeError(f"{text}: some of {', '.join(PARTS)} are expected, as a,b")
+    return tuple(part for name in names for part in PARTS if part == name)
 
 
 def _positive(text: str) -> int:

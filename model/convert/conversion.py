@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from model.condition import Part
+
 State = dict[str, Tensor]
 EPSILON_SCHEDULE: dict[str, Any] = {
     "num_train_timesteps": 1000,
@@ -30,7 +32,8 @@ class Conversion:
     """A model in diffusers' terms.
 
     unet: a `unet/config.json`. weights: by `UNet2DModel`'s names. scheduler: a `scheduler_config.json`.
-    labels: `id2label` of the `model_index.json`, where the class names are known.
+    labels: `id2label` of the `model_index.json`, where the class names are known. condition: what the network
+    takes beside x, in order, where that has to be said (model/condition.py).
     """
 
     family: str
@@ -38,6 +41,7 @@ class Conversion:
     weights: State
     scheduler: Mapping[str, Any]
     labels: Mapping[str, str] | None = None
+    condition: tuple[Part, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from model.condition import channels_of
 from model.convert.conversion import (
     Choices,
     Conversion,
@@ -116,7 +117,7 @@ def convert(state: State, choices: Choices) -> Conversion:
         defaults |= release.options
         why = f"as of {release.name} of {family}, whose shapes these are"
 
-    inputs, outputs = _channels(state, shape, choices, family)
+    inputs, outputs, picture = _channels(state, shape, choices, family)
     multiples = tuple(value // shape.widths[0] for value in shape.widths)
     size = (
         choices.choose("sample_size", (SIZES[multiples],) * 2, f"for which {family} has widths × {multiples}")
@@ -153,25 +154,33 @@ def convert(state: State, choices: Choices) -> Conversion:
         "resnet_time_scale_shift": "scale_shift" if shape.scale_shift else "default",
         "num_class_embeds": shape.classes,
     }
-    scheduler = _scheduler(choices, defaults, why, learned=outputs == 2 * inputs)
+    scheduler = _scheduler(choices, defaults, why, learned=outputs == 2 * picture)
     return Conversion(family, unet, rename(state, shape, head_dim, new_order, family), scheduler)
 
 
-def _channels(state: Mapping[str, Tensor], shape: Shape, choices: Choices, family: str) -> tuple[int, int]:
-    """The channels of input and output. Raises ConversionError where these ends are not a `UNet2DModel`'s."""
+def _channels(
+    state: Mapping[str, Tensor], shape: Shape, choices: Choices, family: str
+) -> tuple[int, int, int]:
+    """The channels of input, output and picture.
+
+    Raises ConversionError where these ends are not a `UNet2DModel`'s.
+    """
     conv_in = state["input_blocks.0.0.weight"]
     if conv_in.ndim != 4:
         raise ConversionError(f"{family}: a network of one or three dimensions, not of pictures")
     width, inputs = conv_in.shape[:2]
     outputs = len(state["out.2.weight"])
-    if inputs == outputs == 6 and choices.given("variance_type") is None:
+    condition = choices.given("condition") or ()
+    picture = channels_of(inputs, condition)
+    if inputs == outputs == 6 and not condition and choices.given("variance_type") is None:
         raise ConversionError(
-            f"{family}: 6 channels in and 6 out, so an upsampler, which takes a smaller picture as well, and "
-            "is not supported; if its pictures have 6 channels, give --variance-type fixed_large"
+            f"{family}: 6 channels in and 6 out, so an upsampler, which takes a smaller picture as well: give"
+            " --condition image; or if its pictures have 6 channels, --variance-type fixed_large"
         )
-    if outputs not in (inputs, 2 * inputs):
+    if outputs not in (picture, 2 * picture):
         raise ConversionError(
-            f"{family}: {inputs} channels in and {outputs} out: more goes in than a picture"
+            f"{family}: {inputs} channels in and {outputs} out: what goes in beside a picture has to be said"
+            " by --condition"
         )
     base = state["time_embed.0.weight"].shape[1]
     if not width == shape.widths[0] == base:
@@ -179,7 +188,7 @@ def _channels(state: Mapping[str, Tensor], shape: Shape, choices: Choices, famil
             f"{family}: its first convolution has {width} channels, its first level {shape.widths[0]}, its "
             f"timestep embedding {base}; UNet2DModel has one width for the three"
         )
-    return inputs, outputs
+    return inputs, outputs, picture
 
 
 def _scheduler(choices: Choices, defaults: Mapping[str, Any], why: str, learned: bool) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from model import pipeline
+from model.condition import PARTS
 from model.convert import source
 from model.convert.conversion import (
     Choices,
@@ -30,7 +31,8 @@ SUFFIXES = (".safetensors", ".bin")
 def convert(state: State, choices: Choices) -> Conversion:
     """A state dict of it, with `--config` for its shape."""
     path = choices.need("config", f"a state dict of {FAMILY} does not say its config")
-    return Conversion(FAMILY, _config(path, choices), state, _scheduler(choices, None))
+    config, state = _with_classes(_config(path, choices), state, choices)
+    return Conversion(FAMILY, config, state, _scheduler(choices, None, {}))
 
 
 def convert_folder(folder: Path, choices: Choices) -> tuple[Conversion, str]:
@@ -49,12 +51,14 @@ def convert_folder(folder: Path, choices: Choices) -> tuple[Conversion, str]:
         raise ConversionError(f"{folder}: no {CONFIG} in it, in {parts.network}/ or in {parts.network}_ema/")
     schedulers = (folder / name / SCHEDULER_CONFIG for name in (parts.scheduler, "", place.name))
     config = _config(place / CONFIG, choices)
-    scheduler = _scheduler(choices, next((path for path in schedulers if path.exists()), None))
+    scheduler = _scheduler(choices, next((path for path in schedulers if path.exists()), None), index)
     files = _files(place)
     state = {name: tensor for file in files for name, tensor in source.read(file).items()}
+    config, state = _with_classes(config, state, choices)
     averaged = ", the averaged (EMA) weights" if place.name.endswith("_ema") else ""
     taken = f"{', '.join(str(file) for file in files)}{averaged}"
-    return Conversion(FAMILY, config, state, scheduler, index.get("id2label")), taken
+    condition = tuple(part for part in index.get("condition") or () if part in PARTS)
+    return Conversion(FAMILY, config, state, scheduler, index.get("id2label"), condition), taken
 
 
 def _config(path: Path, choices: Choices) -> dict[str, Any]:
@@ -70,10 +74,29 @@ def _config(path: Path, choices: Choices) -> dict[str, Any]:
     return config
 
 
-def _scheduler(choices: Choices, found: Path | None) -> Mapping[str, Any]:
+def _with_classes(config: dict[str, Any], state: State, choices: Choices) -> tuple[dict[str, Any], State]:
+    """A network that takes a class's vector (class_embed_type `identity`) as one that takes the class.
+
+    It adds the vector to the embedding of the timestep, as others add a row of their table of classes: with
+    the vectors it was trained with as that table, it is one of them. Raises ConversionError without them.
+    """
+    if config.get("class_embed_type") != "identity":
+        return config, state
+    path = choices.need("class_vectors", "class_embed_type=identity: it takes vectors, which are not in it")
+    tables = list(source.read(path).values())
+    if len(tables) != 1 or tables[0].ndim != 2:
+        raise ConversionError(f"{path}: one tensor is expected, [classes, width]")
+    config |= {"class_embed_type": None, "num_class_embeds": len(tables[0])}
+    return config, {**state, "class_embedding.weight": tables[0]}
+
+
+def _scheduler(choices: Choices, found: Path | None, index: Mapping[str, Any]) -> Mapping[str, Any]:
     """The one that the command line names, or the one that lies in the folder, or diffusers' default."""
-    path = choices.given("scheduler_config") or found
-    return _read(path) if path else scheduler_config(choices, "the default of diffusers' DDPMScheduler")
+    if (path := choices.given("scheduler_config")) is not None:
+        return _read(path)
+    if found is not None:
+        return pipeline.as_declared(index, _read(found))
+    return scheduler_config(choices, "the default of diffusers' DDPMScheduler")
 
 
 def _files(place: Path) -> list[Path]:

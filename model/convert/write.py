@@ -72,6 +72,7 @@ def _write(folder: Path, conversion: Conversion) -> None:
         "unet": [library or "diffusers", class_name],
         "scheduler": ["diffusers", scheduler_class],
         **({} if conversion.labels is None else {"id2label": conversion.labels}),
+        **({"condition": list(conversion.condition)} if conversion.condition else {}),
     }
     for path, content in (
         (folder / "model_index.json", index),

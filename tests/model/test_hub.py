@@ -33,7 +33,6 @@ def repository(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         "samples/0001.png": b"PNG",
     }
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS", True)
     return Hub({FIRST: {**files, **others}}, {"main": FIRST, "refs/pr/1": FIRST})
 
 
@@ -76,6 +75,11 @@ def test_a_model_is_downloaded_and_loads(
         "unet/config.json",
         f"unet/{WEIGHTS}",
     }
+
+
+def test_a_download_shows_how_far_it_is(served: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    locate(MODEL)
+    assert "100%|██████████|" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("revision", ["main", "refs/pr/1", FIRST])

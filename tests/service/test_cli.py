@@ -210,15 +210,24 @@ def test_an_interrupted_stream_cancels_its_job_and_no_other(
 # ── Programs ───────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("name", ["serve", "convert", "train", "evaluate"])
+WANTED = {
+    "serve": "--max-batch",
+    "inspect": "--sample-size",
+    "convert": "--beta-schedule",
+    "train": "--data",
+    "evaluate": "--model",
+}
+
+
+@pytest.mark.parametrize("name", WANTED)
 def test_a_program_has_its_own_help(ddpm: Run, capsys: Printed, name: str) -> None:
     assert ddpm(name, "--help") == 0
-    wanted = {"serve": "--max-batch", "convert": "--beta-schedule", "train": "--data", "evaluate": "--model"}
-    assert wanted[name] in capsys.readouterr().out
+    assert WANTED[name] in capsys.readouterr().out
 
 
 def test_a_program_s_exit_code_is_the_command_s(ddpm: Run, capsys: Printed) -> None:
     assert ddpm("convert", "nowhere.pt", "out") == 3
+    assert ddpm("inspect", "nowhere") == 3
     assert ddpm("train", "--bogus") == 2
 
 

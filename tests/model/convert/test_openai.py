@@ -53,6 +53,24 @@ def test_the_network_computes_the_same(options: dict[str, Any], given: dict[str,
     assert difference(net, convert(net, **given), y) < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("channels", "outputs", "condition", "learned"),
+    [(6, 3, ("image",), False), (6, 6, ("image",), True), (7, 3, ("mask", "masked_image"), False)],
+)
+def test_a_picture_may_go_in_beside_x(
+    channels: int, outputs: int, condition: tuple[str, ...], learned: bool
+) -> None:
+    net = reference(heads=4, channels=channels, outputs=outputs)
+    found = convert(net, condition=condition)
+    x = noisy(channels)
+    with torch.inference_mode():
+        torch.testing.assert_close(diffusers_net(found)(x, T).sample, net(x, T), atol=1e-4, rtol=0)
+    assert (found.unet["in_channels"], found.unet["out_channels"]) == (channels, outputs)
+    assert found.scheduler["variance_type"] == ("learned_range" if learned else "fixed_large")
+    with pytest.raises(ConversionError, match="--condition"):
+        convert(net)
+
+
 def test_the_order_of_queries_keys_and_values_matters() -> None:
     net = reference(heads=4, multiples=(1, 2, 2), attention=(1, 2))
     assert difference(net, convert(net, use_new_attention_order=True)) > 1e-2
@@ -160,7 +178,10 @@ def without(state: dict[str, Tensor], part: str) -> dict[str, Tensor]:
         (lambda s: without(s, "input_blocks.2.0.op"), "conv_resample=False"),
         (lambda s: s | {"time_embed.0.weight": torch.zeros(128, 64)}, "timestep embedding 64"),
         (lambda s: s | {"input_blocks.0.0.weight": torch.zeros(32, 6, 3, 3)}, "an upsampler"),
-        (lambda s: s | {"input_blocks.0.0.weight": torch.zeros(32, 4, 3, 3)}, "4 channels in and 6 out"),
+        (
+            lambda s: s | {"input_blocks.0.0.weight": torch.zeros(32, 4, 3, 3)},
+            "4 channels in and 6 out: what goes",
+        ),
         (lambda s: s | {"input_blocks.0.0.weight": torch.zeros(32, 3, 3)}, "one or three dimensions"),
         (lambda s: s | {"middle_block.1.qkv.weight": torch.zeros(192, 64, 1, 1)}, "consistency model"),
         (lambda s: without(s, "output_blocks.3"), "not those of a U-Net"),

@@ -9,7 +9,9 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from safetensors.torch import save_file
 
+from model import checkpoint
 from model.convert import unet2d
+from model.convert.__main__ import main
 from model.convert.conversion import Choices, ConversionError
 from model.unet_config import EMA_KEYS
 from tests.model.conftest import TINY, randomise
@@ -141,3 +143,47 @@ def test_a_size_that_the_config_leaves_open_is_given(net: UNet2DModel, tmp_path:
     pickled(net, tmp_path)
     found, _ = unet2d.convert_folder(tmp_path, Choices({"sample_size": (8, 16)}))
     assert found.unet["sample_size"] == [8, 16]
+
+
+def test_vectors_of_classes_become_a_table_of_them(tmp_path: Path) -> None:
+    net = UNet2DModel(**TINY | {"num_class_embeds": None, "class_embed_type": "identity"}).eval()
+    randomise(net)
+    folder = pickled(net, tmp_path / "model")
+    width = net.config.block_out_channels[0] * 4
+    vectors = torch.randn(3, width, generator=torch.Generator().manual_seed(0))
+    torch.save({"vectors": vectors}, tmp_path / "vectors.pt")
+    save_file({"a": vectors, "b": vectors.clone()}, tmp_path / "two.safetensors")
+    assert main([str(folder), str(tmp_path / "out")]) == 3
+    assert (
+        main([str(folder), str(tmp_path / "out"), "--class-vectors", str(tmp_path / "two.safetensors")]) == 3
+    )
+    assert not (tmp_path / "out").exists()
+    assert main([str(folder), str(tmp_path / "out"), "--class-vectors", str(tmp_path / "vectors.pt")]) == 0
+    model = checkpoint.load(tmp_path / "out")
+    assert model.class_names == ("0", "1", "2")
+    x, t = torch.randn(3, 1, 8, 8), torch.tensor([0, 400, 999])
+    with torch.inference_mode():
+        expected = net(x, t, class_labels=vectors).sample
+        torch.testing.assert_close(model.unet(x, t, torch.tensor([0, 1, 2])), expected)
+        assert (net(x, t, class_labels=vectors.flip(0)).sample - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("how", ["in the folder", "on the command line"])
+def test_what_goes_in_beside_x_is_kept(how: str, tmp_path: Path) -> None:
+    options = TINY | {"in_channels": 3, "num_class_embeds": None}
+    folder, condition = pickled(UNet2DModel(**options), tmp_path / "model"), ["mask", "masked_image"]
+    index: dict[str, Any] = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}
+    given = ["--condition", ",".join(condition)]
+    if how == "in the folder":
+        index["condition"], given = condition, []
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert main([str(folder), str(tmp_path / "out"), *given]) == 0
+    assert checkpoint.load(tmp_path / "out").condition == ("mask", "masked_image")
+
+
+def test_the_scheduler_is_the_one_that_the_pipeline_says(net: UNet2DModel, tmp_path: Path) -> None:
+    folder = pickled(net, tmp_path)
+    index = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "PNDMScheduler"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    found, _ = unet2d.convert_folder(folder, Choices())
+    assert found.scheduler["_class_name"] == "PNDMScheduler"
