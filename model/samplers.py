@@ -284,6 +284,8 @@ def build_plan(
     options = _Options(
         eta, variance or schedule.variance_type, use_clipped_model_output or not schedule.bounded
     )
+    # Each step ends where the next one begins. diffusers' DDIM ends T // steps lower: with *linspace*, and
+    # with *trailing* where that does not divide T, at another timestep (its issue 11347).
     update = builder(_Steps(here, np.append(here[1:], final)), options)
     table = _table(schedule, chosen, guidance, update, np.append(here[1:], 1.0))  # known pixels end exact
     return Plan(table, 0.0 if strength == 1 else math.sqrt(here[0]))

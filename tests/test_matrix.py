@@ -60,7 +60,8 @@ def by_diffusers(case: Case, timesteps: tuple[int, ...]) -> NDArray[np.uint8]:
 
 def beside(channels: int, size: tuple[int, int]) -> NDArray[np.float32]:
     """What such a network takes beside x: [channels, H, W]."""
-    return noise.normals([SEED + 1], [noise.START], (channels, *size))[0]
+    drawn: NDArray[np.float32] = noise.normals([SEED + 1], [noise.START], (channels, *size))[0]
+    return drawn
 
 
 def generated(model: Checkpoint, plan: Plan, label: int | None) -> NDArray[np.uint8]:
@@ -83,7 +84,7 @@ def ddim(
 ) -> Tensor:
     """A sample [C, H, W] by diffusers' DDIMScheduler. options: of the folder's scheduler."""
     x = torch.from_numpy(noise.normals([SEED], [noise.START], shape))
-    name = options["_class_name"].replace("LMS", "Euler")  # alike up to the solver, which needs scipy
+    name = options["_class_name"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some of them ask NumPy for what it no longer does
         own = getattr(diffusers, name).from_config(options)

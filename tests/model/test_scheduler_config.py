@@ -32,7 +32,7 @@ from model.scheduler_config import (
 )
 from tests.model.reference import SHAPE, Network, assert_same_chain, drive, follow, network, noise
 
-CANNOT_BE_MADE = {"DPMSolverSDEScheduler", "LMSDiscreteScheduler"}  # without torchsde and scipy
+CANNOT_BE_MADE = {"DPMSolverSDEScheduler"}  # without torchsde
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning"),
@@ -343,6 +343,7 @@ def test_eulers_methods_are_ddim_and_ddpm(
         "UniPCMultistepScheduler",
         "HeunDiscreteScheduler",
         "KDPM2DiscreteScheduler",
+        "LMSDiscreteScheduler",
     ],
 )
 def test_other_solvers_lead_to_the_same_image(name: str) -> None:
@@ -354,7 +355,7 @@ def test_other_solvers_lead_to_the_same_image(name: str) -> None:
     def out(x: Tensor, ac: float) -> Tensor:
         return x * (math.sqrt(1 - ac) / (ac * 0.25 + 1 - ac))
 
-    in_sigmas = name in ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler")
+    in_sigmas = name in ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "LMSDiscreteScheduler")
     theirs = noise(-1) * (float(scheduler.init_noise_sigma) if in_sigmas else 1.0)
     known = torch.from_numpy(schedule.alphas_cumprod)
     for t in scheduler.timesteps:
