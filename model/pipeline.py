@@ -91,7 +91,7 @@ def as_declared(index: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str
     own = OWN_SCHEDULERS.get(kind) if isinstance(kind, str) else None
     declared = own or next((name for name in _classes(index).values() if name.endswith("Scheduler")), None)
     written = config.get("_class_name")
-    if declared in (None, written):
+    if declared in (None, written) or not isinstance(written, str | None):
         return dict(config)
     if written is not None:
         logger.warning(

@@ -150,6 +150,8 @@ OPTIONAL = _names(
     " steps_offset rescale_betas_zero_snr set_alpha_to_one variance_type final_sigmas_type"
 )
 """Read from the classes that have them."""
+FLAGS = _names("clip_sample thresholding rescale_betas_zero_snr set_alpha_to_one predict_epsilon")
+WHOLE = _names("num_train_timesteps steps_offset")
 BELONGING = {
     "clip_sample_range": "clip_sample",
     "dynamic_thresholding_ratio": "thresholding",
@@ -196,6 +198,7 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
     kind = SCHEDULERS[name]
     _check_keys(config, name, kind)
     known = {key: value for key, value in config.items() if key in COMMON or _has(kind, key)}
+    _check_values(known)
     zero_snr = bool(known.get("rescale_betas_zero_snr"))
     predicts_epsilon = known.get("predict_epsilon", True)
     thresholding = bool(known.get("thresholding"))
@@ -253,6 +256,16 @@ def _check_keys(config: Mapping[str, Any], name: str, kind: Scheduler) -> None:
             raise ScheduleError(
                 f"{key}={value!r} is an option of no scheduler; remove it if it means nothing"
             )
+
+
+def _check_values(config: Mapping[str, Any]) -> None:
+    """Raises ScheduleError for what would be taken for another value: "false" is a text, and no false."""
+    for key in config.keys() & FLAGS:
+        if config[key] not in (True, False, None):
+            raise ScheduleError(f"{key}={config[key]!r} must be true or false")
+    for key in config.keys() & WHOLE:
+        if float(config[key]) != int(config[key]):
+            raise ScheduleError(f"{key}={config[key]!r} must be a whole number")
 
 
 def _betas(config: Mapping[str, Any], kind: Scheduler, *, zero_snr: bool) -> Array:

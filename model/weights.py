@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +30,11 @@ Module = TypeVar("Module", bound=nn.Module)
 PRECISIONS = ("fp64", "fp32", "", "fp16", "bf16", "fp8")
 """What a variant may say of its precision, the best first."""
 
-_NAME = re.compile(r"diffusion_pytorch_model(?:\.(?P<variant>.+))?\.safetensors")
-_SHARD = re.compile(r".+-\d{5}-of-\d{5}\.safetensors")
-_INDEX = re.compile(r".+?\.safetensors(?:\.(?P<before>.+))?\.index(?:\.(?P<after>.+))?\.json")
+_NAME = re.compile(r"diffusion_pytorch_model(?:\.(?P<variant>.+))?\.(?:safetensors|bin)")
+_SHARD = re.compile(r".+-\d{5}-of-\d{5}(?P<suffix>\.safetensors|\.bin)")
+_INDEX = re.compile(
+    r".+?(?P<suffix>\.safetensors|\.bin)(?:\.(?P<before>.+))?\.index(?:\.(?P<after>.+))?\.json"
+)
 _LEGACY = re.compile(rf"\.({'|'.join(LEGACY_ATTENTION)})\.(weight|bias)$")
 _WRAPPER = re.compile(r"(?<![^.])(?:_orig_mod|module)\.")  # of torch.compile, of DataParallel
 
@@ -74,11 +76,15 @@ class Weights:
         return set((self.variant or "").lower().replace("-", "_").split("."))
 
 
-def copies(place: Path) -> list[Weights]:
-    """All copies of the weights in a folder, the best first. Raises CheckpointError for a broken index."""
+def copies(place: Path, suffix: str = ".safetensors") -> list[Weights]:
+    """All copies of the weights in a folder, the best first. suffix: or `.bin`, of pickles, for a converter.
+
+    Raises CheckpointError for a broken index.
+    """
     found = []
     for path in sorted(place.iterdir()):
-        if _INDEX.fullmatch(path.name) or (path.suffix == ".safetensors" and not _SHARD.fullmatch(path.name)):
+        index = _INDEX.fullmatch(path.name)
+        if index["suffix"] == suffix if index else path.suffix == suffix and not _SHARD.fullmatch(path.name):
             found.append(named(path))
     return sorted(found, key=lambda each: each.rank)
 
@@ -91,6 +97,14 @@ def choose(place: Path, source: Path) -> Weights:
     found = copies(place)
     if not found:
         raise _none(place, source)
+    return best_of(found, place)
+
+
+def best_of(found: Sequence[Weights], place: Path) -> Weights:
+    """The best of the copies in a folder, as `copies` returns them.
+
+    Raises CheckpointError where the names do not say which that is.
+    """
     best = [each for each in found if each.rank == found[0].rank]
     if len(best) > 1:
         names = ", ".join(each.files[0].name for each in best)
@@ -189,7 +203,7 @@ def _shards(index: Path) -> tuple[Path, ...]:
 
 def _none(place: Path, source: Path) -> CheckpointError:
     paths = sorted(place.iterdir())
-    if shards := [path for path in paths if _SHARD.fullmatch(path.name)]:
+    if shards := [path for path in paths if path.suffix not in PICKLES and _SHARD.fullmatch(path.name)]:
         return CheckpointError(
             f"{shards[0]}: one of several shards, but the index that lists them is missing"
         )

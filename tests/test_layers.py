@@ -190,8 +190,9 @@ MODEL = {
     # Other projects' checkpoints: a program for the terminal; nothing above imports it.
     "model.convert": "",
     "model.convert.*": (
-        "model.checkpoint model.condition model.convert.* model.denoising_diffusion model.encoder model.folder"
-        " model.layout model.pipeline model.schedule model.unet_config model.weights numpy torch safetensors"
+        "model.checkpoint model.condition model.convert.* model.denoising_diffusion model.encoder"
+        " model.folder model.layout model.pipeline model.schedule model.unet_config model.weights numpy"
+        " torch safetensors"
     ),
     # Programs for developers, not in the image; nothing above imports them.
     "model.training": "",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from model import pipeline
+from model import pipeline, weights
 from model.condition import PARTS
 from model.convert import source
 from model.convert.conversion import (
@@ -20,7 +20,7 @@ from model.convert.conversion import (
 from model.folder import CheckpointError, read_json
 from model.layout import CONFIG, INDEX, SCHEDULER_CONFIG
 from model.unet_config import EMA_KEYS
-from model.weights import PICKLES
+from model.weights import PICKLES, Weights
 
 FAMILY = "diffusers' UNet2DModel"
 ANCHORS = ("time_embedding.linear_1.weight", "conv_in.weight", "conv_norm_out.weight")
@@ -52,10 +52,12 @@ def convert_folder(folder: Path, choices: Choices) -> tuple[Conversion, str]:
     schedulers = (folder / name / SCHEDULER_CONFIG for name in (parts.scheduler, "", place.name))
     config = _config(place / CONFIG, choices)
     scheduler = _scheduler(choices, next((path for path in schedulers if path.exists()), None), index)
-    files = _files(place)
+    chosen = _weights(place)
+    files = chosen.files
     state = {name: tensor for file in files for name, tensor in source.read(file).items()}
     config, state = _with_classes(config, state, choices)
-    averaged = ", the averaged (EMA) weights" if place.name.endswith("_ema") else ""
+    is_ema = chosen.is_ema or place.name.endswith("_ema")
+    averaged = ", the averaged (EMA) weights" if is_ema else ""
     taken = f"{', '.join(str(file) for file in files)}{averaged}"
     condition = tuple(part for part in index.get("condition") or () if part in PARTS)
     return Conversion(FAMILY, config, state, scheduler, index.get("id2label"), condition), taken
@@ -99,20 +101,24 @@ def _scheduler(choices: Choices, found: Path | None, index: Mapping[str, Any]) -
     return scheduler_config(choices, "the default of diffusers' DDPMScheduler")
 
 
-def _files(place: Path) -> list[Path]:
-    """The files that hold the weights of a network's folder: one, or several where an index lists them."""
-    for suffix in SUFFIXES:
-        whole = place / f"{WEIGHTS}{suffix}"
-        if whole.exists():
-            return [whole]
-        index = whole.with_name(f"{whole.name}.index.json")
-        if index.exists():
-            return sorted({place / file for file in _read(index).get("weight_map", {}).values()})
-    # Only a variant, or under another name.
-    found = sorted(path for path in place.iterdir() if path.suffix in {".safetensors", *PICKLES})
-    if len(found) == 1:
-        return found
-    there = ", ".join(path.name for path in found) or "no weights"
+def _weights(place: Path) -> Weights:
+    """The copy of the weights that is taken, by the rule of model/weights.py; of equals, no pickle.
+
+    Raises ConversionError where there is none, or where the names do not say which of several.
+    """
+    try:
+        safe, pickled = (
+            [each for each in weights.copies(place, suffix) if each.variant is not None]
+            for suffix in SUFFIXES
+        )
+        if found := pickled if pickled and not (safe and safe[0].rank <= pickled[0].rank) else safe:
+            return weights.best_of(found, place)
+    except CheckpointError as error:
+        raise ConversionError(str(error)) from error
+    others = sorted(path for path in place.iterdir() if path.suffix in {".safetensors", *PICKLES})
+    if len(others) == 1:  # under another name
+        return Weights((others[0],), None)
+    there = ", ".join(path.name for path in others) or "no weights"
     raise ConversionError(f"{place}: {WEIGHTS}.bin is missing; there are {there}")
 
 

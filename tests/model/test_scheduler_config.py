@@ -401,6 +401,9 @@ def test_a_class_of_another_network_is_refused_by_name(name: str) -> None:
         ({"data_range": [1, 0]}, "data_range"),
         ({"data_range": 1}, "data_range=1"),
         ({"timestep_scale": 0}, "timestep_scale=0"),
+        ({"clip_sample": "false"}, "clip_sample='false' must be true or false"),
+        ({"num_train_timesteps": 100.5}, "num_train_timesteps=100.5 must be a whole number"),
+        ({"steps_offset": 0.5}, "steps_offset=0.5 must be a whole number"),
     ],
 )
 def test_an_option_that_changes_the_network_is_refused(options: dict[str, Any], named: str) -> None:

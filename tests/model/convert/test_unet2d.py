@@ -85,15 +85,47 @@ def test_weights_in_several_files(net: UNet2DModel, tmp_path: Path) -> None:
     assert taken.count(".bin") == 2
 
 
-def test_one_variant_is_taken_and_of_two_none(net: UNet2DModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("there", "taken"),
+    [
+        (["fp16.bin"], "fp16.bin"),
+        (["bin", "fp16.bin"], "bin"),
+        (["bin", "ema.bin", "non_ema.bin"], "ema.bin, the averaged (EMA) weights"),
+        (["bin", "safetensors", "fp16.safetensors"], "safetensors"),
+        (["bin", "fp16.safetensors"], "bin"),
+        (["ema.bin", "safetensors"], "ema.bin, the averaged (EMA) weights"),
+    ],
+)
+def test_the_best_copy_is_taken(net: UNet2DModel, tmp_path: Path, there: list[str], taken: str) -> None:
+    place = pickled(net, tmp_path) / "unet"
+    whole = (place / "diffusion_pytorch_model.bin").read_bytes()
+    (place / "diffusion_pytorch_model.bin").unlink()
+    (place / "optimizer.bin").write_bytes(b"")
+    for name in there:
+        path = place / f"diffusion_pytorch_model.{name}"
+        if name.endswith("bin"):
+            path.write_bytes(whole)
+        else:
+            save_file(net.state_dict(), path)
+    found, said = unet2d.convert_folder(tmp_path, Choices())
+    assert said == f"{place}/diffusion_pytorch_model.{taken}"
+    assert torch.equal(found.weights["conv_in.weight"], net.conv_in.weight)
+
+
+def test_names_that_do_not_say_are_refused(net: UNet2DModel, tmp_path: Path) -> None:
     place = pickled(net, tmp_path) / "unet"
     whole = place / "diffusion_pytorch_model.bin"
-    whole.rename(place / "diffusion_pytorch_model.fp16.bin")
-    assert unet2d.convert_folder(tmp_path, Choices())[1].endswith("diffusion_pytorch_model.fp16.bin")
-    (place / "diffusion_pytorch_model.ema.bin").write_bytes(b"")
-    with pytest.raises(
-        ConversionError, match=r"diffusion_pytorch_model.bin is missing; there are .*ema.bin, .*fp16"
-    ):
+    whole.rename(place / "diffusion_pytorch_model.v2.bin")
+    (place / "diffusion_pytorch_model.v3.bin").touch()
+    with pytest.raises(ConversionError, match=r"several copies of the weights \(.*v2.bin, .*v3.bin\)"):
+        unet2d.convert_folder(tmp_path, Choices())
+    for path in place.glob("*.bin"):
+        path.unlink()
+    with pytest.raises(ConversionError, match=r"diffusion_pytorch_model.bin is missing; there are no weigh"):
+        unet2d.convert_folder(tmp_path, Choices())
+    (place / "last.ckpt").touch()
+    (place / "first.ckpt").touch()
+    with pytest.raises(ConversionError, match=r"there are first.ckpt, last.ckpt"):
         unet2d.convert_folder(tmp_path, Choices())
 
 
