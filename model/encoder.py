@@ -3,8 +3,8 @@
 ∇ log p(x_t | y) = ∇ log p(x_t) + ∇ log p(y | x_t), so a classifier of noisy images that knows the timestep
 guides a chain towards a class (Dhariwal & Nichol 2021, §4). It runs in every step that it guides, so ours are
 small: they halve the image first, and their residual blocks follow at that size. They are trained by
-`model/training/noise_classifier.py`. The other options are those of guided-diffusion's classifiers, which
-`model/convert/classifier.py` converts.
+`model/training/noise_classifier.py`. The other options are those of other projects' classifiers, which
+`model/convert` converts.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from model.unet_config import (
     UNetConfig,
     check_count,
     check_list,
+    check_size,
     size_to_json,
 )
 
@@ -39,7 +40,8 @@ class EncoderConfig:
     block_out_channels: widths per level; with a stem, the first is the stem's, which has no blocks and halves
     the image. down_block_types: of each level with blocks, None for `DownBlock2D` in all; this, and
     downsample_type, attention_head_dim and resnet_time_scale_shift, as in `UNetConfig`. mid_block: residual
-    block, attention, residual block after the last level. pool: the mean over positions, or attention by it.
+    block, attention, residual block after the last level. pool: the mean over positions, or attention by it,
+    or none (`dense`): the last level halves too, and a layer of hidden_width sees all positions.
     """
 
     sample_size: tuple[int, int]
@@ -53,8 +55,10 @@ class EncoderConfig:
     downsample_type: str = "conv"
     attention_head_dim: int | None = None
     resnet_time_scale_shift: str = "scale_shift"
+    norm_eps: float = 1e-5
     mid_block: bool = False
     pool: str = "mean"
+    hidden_width: int | None = None
 
     def __post_init__(self) -> None:
         check_list("block_out_channels", self.block_out_channels, MAX_LEVELS)
@@ -71,14 +75,28 @@ class EncoderConfig:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be true or false")
         if self.down_block_types is not None:
             check_list("down_block_types", self.down_block_types, MAX_LEVELS)
-        if self.pool not in ("mean", "attention"):
-            raise ConfigError(f"pool={self.pool!r} is not supported (known: mean, attention)")
+        if self.pool not in ("mean", "attention", "dense"):
+            raise ConfigError(f"pool={self.pool!r} is not supported (known: mean, attention, dense)")
+        if self.pool == "dense":
+            check_count("hidden_width", self.hidden_width)
         if self.attention_head_dim is not None and self.block_out_channels[-1] % self.attention_head_dim:
             raise ConfigError(f"attention_head_dim={self.attention_head_dim} does not divide the last width")
         size = self.blocks().sample_size  # raises ConfigError for what these do not allow
         if size is None:
             raise ConfigError("sample_size is missing")
+        check_size(size, self.halvings)
         object.__setattr__(self, "sample_size", size)
+
+    @property
+    def halvings(self) -> int:
+        """How often the image is halved before what comes after the levels."""
+        return len(self.block_out_channels) - (self.pool != "dense")
+
+    @property
+    def positions(self) -> int:
+        """Of the feature map that comes out of the levels."""
+        height, width = self.sample_size
+        return (height >> self.halvings) * (width >> self.halvings)
 
     def blocks(self) -> UNetConfig:
         """The options of its blocks. The timestep scales and shifts, as in Dhariwal & Nichol 2021, §3.1."""
@@ -97,6 +115,7 @@ class EncoderConfig:
             attention_head_dim=self.attention_head_dim,
             attn_norm_num_groups=self.norm_num_groups,
             resnet_time_scale_shift=self.resnet_time_scale_shift,
+            norm_eps=self.norm_eps,
         )
 
     @classmethod
@@ -155,15 +174,20 @@ class NoiseClassifier(nn.Module):
         for i, (kind, (inputs, outputs)) in enumerate(zip(kinds, steps, strict=True)):
             shapes = [(inputs, outputs)] + [(outputs, outputs)] * (config.layers_per_block - 1)
             last = i == len(kinds) - 1
-            self.levels.append(Level(blocks, kind, shapes, emb, None if last else "down"))
+            level = Level(blocks, kind, shapes, emb, None if last and config.pool != "dense" else "down")
+            self.levels.append(level)
         self.mid_block = MidBlock(blocks, emb) if config.mid_block else None
-        self.norm_out = nn.GroupNorm(config.norm_num_groups, widths[-1], blocks.norm_eps)
         self.pool: AttentionPool | None = None
+        self.hidden: nn.Linear | None = None
+        features = widths[-1]
+        if config.pool == "dense":
+            features = cast("int", config.hidden_width)
+            self.hidden = nn.Linear(config.positions * widths[-1], features)
+        else:
+            self.norm_out = nn.GroupNorm(config.norm_num_groups, features, blocks.norm_eps)
         if config.pool == "attention":
-            height, width = (side // 2 ** (len(widths) - 1) for side in config.sample_size)
-            head_dim = config.attention_head_dim or widths[-1]
-            self.pool = AttentionPool(height * width, widths[-1], head_dim)
-        self.head = nn.Linear(widths[-1], config.classes)
+            self.pool = AttentionPool(config.positions, features, config.attention_head_dim or features)
+        self.head = nn.Linear(features, config.classes)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x: [B, C, H, W] float32, noisy; t: [B] int64, its timesteps. Returns logits [B, classes]."""
@@ -173,6 +197,9 @@ class NoiseClassifier(nn.Module):
             h = cast("Level", level).down(h, emb, [])
         if self.mid_block is not None:
             h = self.mid_block(h, emb)
+        if self.hidden is not None:
+            logits: Tensor = self.head(F.relu(self.hidden(h.flatten(1))))
+            return logits
         h = F.silu(self.norm_out(h))
         out: Tensor = self.head(h.mean((2, 3)) if self.pool is None else self.pool(h))
         return out

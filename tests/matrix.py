@@ -472,22 +472,6 @@ def monai(**options: Any) -> Callable[[], nn.Module]:
     return make
 
 
-def monai_classifier() -> nn.Module:
-    from monai.networks.nets.diffusion_model_unet import DiffusionModelEncoder
-
-    net: nn.Module = DiffusionModelEncoder(
-        spatial_dims=2,
-        in_channels=1,
-        out_channels=4,
-        channels=(8, 16),
-        attention_levels=(False, True),
-        num_res_blocks=1,
-        num_head_channels=8,
-        norm_num_groups=4,
-    )
-    return net
-
-
 def named(*names: str) -> Callable[[nn.Module], Options]:
     """A file that is recognised by these weights."""
     return lambda _: {name: torch.zeros(4, 4, 3, 3) for name in names}
@@ -585,12 +569,6 @@ SOURCES: tuple[Source, ...] = (
         "--sample-size 16",
         refused="that it takes its last prediction beside the picture is not supported",
         content=lambda net: package.diffusion(net).state_dict(),
-    ),
-    Source(
-        "MONAI",
-        "DiffusionModelEncoder, a noisy classifier",
-        monai_classifier,
-        refused="dense layers over its last feature map, which the classifiers here have not",
     ),
     Source(
         "latent diffusion",

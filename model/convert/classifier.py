@@ -66,7 +66,7 @@ def convert(state: State, choices: Choices) -> ClassifierConversion:
         "pool": "attention" if pools else "mean",
     }
     names = Renaming(state, FAMILY)
-    _move_time(names, widths[0])
+    move_time(names, widths[0])
     names.layer("input_blocks.0.0", "conv_in")
     for level in range(levels):
         target = f"levels.{level}"
@@ -97,7 +97,7 @@ def convert(state: State, choices: Choices) -> ClassifierConversion:
     return ClassifierConversion(FAMILY, config, names.finish())
 
 
-def _move_time(names: Renaming, width: int) -> None:
+def move_time(names: Renaming, width: int) -> None:
     """Our embedding has four times as many frequencies, of which every fourth is one of theirs."""
     theirs = names.take("time_embed.0.weight")  # for [cosines, sines]; ours is for [sines, cosines]
     weight = theirs.new_zeros(len(theirs), 4 * width)

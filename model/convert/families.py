@@ -7,7 +7,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from model.convert import classifier, ddpm, denoising_diffusion, monai, openai, unet2d
+from model.convert import (
+    classifier,
+    ddpm,
+    denoising_diffusion,
+    monai,
+    monai_classifier,
+    openai,
+    unet2d,
+)
 from model.convert.conversion import Choices, ClassifierConversion, Conversion, ConversionError, State
 from model.convert.source import prefixes
 
@@ -33,6 +41,7 @@ class Refused:
 FAMILIES = (
     Family("guided-diffusion or improved-diffusion", openai.ANCHORS, openai.convert),
     Family(ddpm.FAMILY, ddpm.ANCHORS, ddpm.convert),
+    Family(monai_classifier.FAMILY, monai_classifier.ANCHORS, monai_classifier.convert),
     Family(monai.FAMILY, monai.ANCHORS, monai.convert),
     Family(unet2d.FAMILY, unet2d.ANCHORS, unet2d.convert),
     Family(denoising_diffusion.FAMILY, denoising_diffusion.ANCHORS, denoising_diffusion.convert),
@@ -55,11 +64,6 @@ REFUSED = (
         "score_sde (Song et al. 2021)",
         ("all_modules.1.weight", "all_modules.1.bias"),
         "its modules are numbered, so what they are is not in the file; diffusers has a script for NCSN++",
-    ),
-    Refused(
-        "MONAI's DiffusionModelEncoder",
-        ("time_embed.0.weight", "conv_in.conv.weight", "out.3.weight"),
-        "a noisy classifier with dense layers over its last feature map, which the classifiers here have not",
     ),
     Refused(
         "diffusers' UNet2DConditionModel",

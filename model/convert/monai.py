@@ -103,7 +103,7 @@ def convert(state: State, choices: Choices) -> Conversion:
 def _rename(
     state: State, widths: list[int], layers: int, attends: list[bool], resblock_updown: bool
 ) -> State:
-    names = Renaming(_current_names(state), FAMILY)
+    names = Renaming(current_names(state), FAMILY)
     names.layer("time_embed.0", "time_embedding.linear_1")
     names.layer("time_embed.2", "time_embedding.linear_2")
     if "class_embedding.weight" in state:
@@ -117,7 +117,7 @@ def _rename(
                 names.block(f"{place}.resnets.{j}", f"{place}.resnets.{j}", RESIDUAL)
                 if attends[level]:
                     attention = f"{place}.attentions.{j}"
-                    _move_attention(names, attention, attention, widths[level])
+                    move_attention(names, attention, attention, widths[level])
             if i == levels - 1:
                 continue
             source, target = f"{place}.{side}sampler", f"{place}.{side}samplers.0"
@@ -127,18 +127,18 @@ def _rename(
                 names.layer(f"{source}.{conv}", f"{target}.conv")
     for i in (0, 1):
         names.block(f"middle_block.resnet_{i + 1}", f"mid_block.resnets.{i}", RESIDUAL)
-    _move_attention(names, "middle_block.attention", "mid_block.attentions.0", widths[-1])
+    move_attention(names, "middle_block.attention", "mid_block.attentions.0", widths[-1])
     names.layer("out.0", "conv_norm_out")
     names.layer("out.2.conv", "conv_out")
     return names.finish()
 
 
-def _current_names(state: Mapping[str, Tensor]) -> State:
+def current_names(state: Mapping[str, Tensor]) -> State:
     """Those of MONAI Generative as MONAI has them since."""
     renamed = {}
     for name, tensor in state.items():
         parts = name.split(".")
-        if parts[-2] in ("to_q", "to_k", "to_v", "proj_attn") and parts[-3] != "attn":
+        if len(parts) > 2 and parts[-2] in ("to_q", "to_k", "to_v", "proj_attn") and parts[-3] != "attn":
             parts[-2:-1] = ["attn", parts[-2].replace("proj_attn", "out_proj")]
         elif parts[-4:-1] == ["upsampler", "conv", "conv"]:
             parts[-3] = "postconv"
@@ -146,7 +146,8 @@ def _current_names(state: Mapping[str, Tensor]) -> State:
     return renamed
 
 
-def _move_attention(names: Renaming, source: str, target: str, width: int) -> None:
+def move_attention(names: Renaming, source: str, target: str, width: int) -> None:
+    """An attention block, whose queries, keys and values may be one layer there, or its last layer none."""
     names.layer(f"{source}.norm", f"{target}.group_norm")
     if names.has(f"{source}.attn.qkv.weight"):  # use_combined_linear: queries, keys and values in one layer
         for kind in ("weight", "bias"):

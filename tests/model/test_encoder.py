@@ -117,6 +117,8 @@ def test_its_configuration_comes_back() -> None:
         ({"block_out_channels": [16, 30]}, "does not divide width 30"),
         ({"layers_per_block": 0}, "layers_per_block=0"),
         ({"pool": "spatial"}, "pool='spatial' is not supported"),
+        ({"pool": "dense"}, "hidden_width=None"),
+        ({"pool": "dense", "hidden_width": 8, "sample_size": 24}, "sample_size=.* can be halved 4 times"),
         ({"attention_head_dim": 64}, "attention_head_dim=64 does not divide"),
         ({"down_block_types": ["AttnDownBlock2D"]}, "differ in length"),
         ({"depth": 2}, "depth is not an option"),

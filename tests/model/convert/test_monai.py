@@ -105,3 +105,9 @@ def test_what_cannot_be_represented_is_refused(options: dict[str, Any], reason: 
 def test_its_cosine_schedule_is_refused() -> None:
     with pytest.raises(ConversionError, match="--beta-schedule must be one of"):
         converted(monai.convert, reference(), **GIVEN, beta_schedule="squaredcos_cap_v2")
+
+
+def test_a_name_of_another_kind_is_refused() -> None:
+    state = dict(reference().state_dict()) | {"other": torch.zeros(1)}
+    with pytest.raises(ConversionError, match="other is a weight that"):
+        monai.convert(state, Choices({"sample_size": (8, 8)} | GIVEN))
