@@ -22,11 +22,27 @@ from model.convert.source import prefixes
 
 @dataclass(frozen=True)
 class Family:
-    """Networks of one project. anchors: names of weights that all of them have, and no family below it."""
+    """Networks of one project.
+
+    anchors: names of weights that all of them have, and no family below it. read: of a whole state dict.
+    """
 
     name: str
     anchors: tuple[str, ...]
-    convert: Callable[[State, Choices], Conversion | ClassifierConversion]
+    read: Callable[[State, Choices], Conversion | ClassifierConversion]
+
+    def convert(self, state: State, choices: Choices) -> Conversion | ClassifierConversion:
+        """A state dict as one of ours. Raises ConversionError for what is refused, incomplete or damaged."""
+        try:
+            return self.read(state, choices)
+        except ConversionError:
+            raise
+        except KeyError as error:
+            raise ConversionError(f"{self.name}: {error.args[0]} is missing") from error
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            # Of shapes that no such network has.
+            reason = " ".join(str(error).split())
+            raise ConversionError(f"{self.name}: its weights do not fit together ({reason})") from error
 
 
 @dataclass(frozen=True)

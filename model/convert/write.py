@@ -54,7 +54,7 @@ def write_classifier(folder: Path, conversion: ClassifierConversion) -> None:
     except CheckpointError as error:
         raise ConversionError(f"{conversion.family} goes into a model folder: {error}") from error
     except (ConfigError, RuntimeError) as error:
-        raise ConversionError(f"{conversion.family}: {error}") from error
+        raise ConversionError(f"{conversion.family}: {' '.join(str(error).split())}") from error
     checkpoint.save_classifier(folder, classifier)
     try:
         checkpoint.load(folder)
