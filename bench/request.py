@@ -53,7 +53,8 @@ from service.engine.messages import (
 from service.http.bodies import bodies_of
 from service.http.negotiation import choose_media_type
 from service.http.state import capabilities_of
-from service.server import DrainingServer, HttpProtocol
+from service.protocol import HttpProtocol
+from service.server import DrainingServer
 from service.settings import Settings
 from service.tasks.generate import GenerateRequest, prepare_generate
 from service.tasks.images import encode

@@ -41,9 +41,10 @@ SERVICE = {
         " service.settings service.telemetry fastapi"
     ),
     "service.server": (
-        "service.engine.worker service.errors service.heap service.http.state service.settings"
-        " service.startup httptools uvicorn starlette"
+        "service.engine.worker service.errors service.heap service.http.state service.protocol"
+        " service.settings service.startup uvicorn starlette"
     ),
+    "service.protocol": "service.settings httptools uvicorn",
     "service.heap": "",
     "service.settings": "service.engine.messages model.unet_config pydantic pydantic_core pydantic_settings",
     # The client: what it talks to is at the other end of a connection.

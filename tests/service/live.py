@@ -23,7 +23,8 @@ from service.engine.messages import EngineConfig
 from service.engine.warmup import Warm
 from service.errors import CancelledError
 from service.http.state import AppState
-from service.server import DrainingServer, http_protocol
+from service.protocol import http_protocol
+from service.server import DrainingServer
 from service.settings import Settings
 from tests.service.fakes import PATIENCE_S, FakeDenoiser, fake_warm, until
 from tests.service.threads import ThreadConnection

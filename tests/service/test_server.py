@@ -19,7 +19,8 @@ import torch
 
 from service.engine import worker
 from service.engine.worker import Phase
-from service.server import FLUSH_S, MAX_HEAD_BYTES
+from service.protocol import MAX_HEAD_BYTES
+from service.server import FLUSH_S
 from tests.service.fakes import PATIENCE_S, FakeDenoiser, job_of, until
 from tests.service.http.test_problems import problem
 from tests.service.live import ROOT, Process, Serve, Threaded, sse
@@ -257,6 +258,46 @@ def test_more_clients_than_open_files_do_not_fill_the_log(launch: Launch, tiny_f
         until(lambda: psutil.Process(process.popen.pid).num_fds() < 63, "their end")
         assert client.get("/readyz").status_code == 200
     assert len(process.lines) < 20
+
+
+LIMITED = """
+import resource, sys
+from service.__main__ import main
+resource.setrlimit(resource.RLIMIT_NOFILE, (96, 96))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /edit HTTP/1.1\r\nhost: a\r\ncontent-length: 9\r\n\r\n"])
+def test_health_is_answered_and_an_engine_replaced_whatever_connections_are_held(
+    launch: Launch, tiny_folder: Path, sent: bytes
+) -> None:
+    flags = "--model", str(tiny_folder), "--runtime", "torch", "--max-batch", "1", "--allowed-hosts", "*"
+    process = launch(*flags, command=("-c", LIMITED), PYTHONPATH=str(ROOT))
+    with closing(process.connect()) as client, ExitStack() as held:
+        address = client.base_url.host, client.base_url.port
+        for _ in range(150):
+            connection = held.enter_context(socket.create_connection(address))
+            connection.sendall(sent)
+        assert httpx.get(client.base_url.join("/livez"), timeout=5).status_code == 200
+        assert psutil.Process(process.popen.pid).num_fds() < 96
+        before = engine_of(process)
+        before.kill()
+        until(lambda: psutil.Process(process.popen.pid).children() not in ([], [before]), "another engine")
+        until(lambda: httpx.get(client.base_url.join("/readyz"), timeout=5).status_code == 200, "readiness")
+
+
+def test_what_is_being_answered_gives_way_to_nobody(launch: Launch, tiny_folder: Path) -> None:
+    flags = "--model", str(tiny_folder), "--runtime", "torch", "--max-batch", "1"
+    process = launch(*flags, command=("-c", LIMITED), PYTHONPATH=str(ROOT))
+    with closing(process.connect()) as client, ExitStack() as held:
+        events = sse(held.enter_context(client.stream("GET", f"{SLOW}8")))
+        next(events)
+        address = client.base_url.host, client.base_url.port
+        for _ in range(150):
+            held.enter_context(socket.create_connection(address))
+        assert httpx.get(client.base_url.join("/livez"), timeout=5).status_code == 200
+        assert [event.name for event in events][-1] == "completed"
 
 
 # ── The engine's process ───────────────────────────────────────────────────────────────────────

@@ -13,7 +13,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from service.engine import streams
 from service.http.middleware import address_of
 from service.http.problems import MAX_RETRY_AFTER_S
-from service.server import SEND_TIMEOUT_S, HttpProtocol
+from service.protocol import SEND_TIMEOUT_S, HttpProtocol
 from tests.service.fakes import until
 from tests.service.http.test_problems import problem
 from tests.service.live import Serve, Threaded, sse
