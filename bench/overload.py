@@ -4,6 +4,7 @@ rate         twice as many requests as its capacity, measured before, for --seco
              whatever became of those before it. Every client streams, so that it has an estimate.
 held         1,000 streams that wait, and 1,000 clients that never finish their request, all at once
 descriptors  the service under `ulimit -n 256`, and more connections than that
+shares       a client that asks for all there is beside a modest one, with a key each and with one for both
 
 meanwhile `/livez` and `/metrics` are asked again and again. The device is simulated (`bench.device`), so that
 the network does not compete with the clients for cores. Exits with 1 where an aim is missed.
@@ -29,6 +30,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import psutil
 
+from bench.greedy import contest
 from bench.http import metric, saturate
 from bench.load import Answer, Endpoint, drive, summarise
 from bench.servers import ROOT, free_port
@@ -40,13 +42,14 @@ from service.server import serve
 from service.settings import Settings
 from service.startup import bind
 
-MODES = ("rate", "held", "descriptors")
+MODES = ("rate", "held", "descriptors", "shares")
 CAPACITY_S = 5.0
 PATIENCE_S = 60.0
 ASK_S, ASKED_EVERY_S = 5.0, 0.1
 """A probe without an answer for so long has failed."""
 HELD = 1000
 DESCRIPTORS = 256
+KEYS = ("greedy-0123456789", "modest-0123456789")
 START_S = 120.0
 GOODPUT, REJECTED_S, PROBE_S, GROWTH = 0.95, 0.05, 0.5, 1.0
 """Aims: of the capacity; the 99th percentile of a refusal; of a probe; MiB a minute of either process."""
@@ -154,7 +157,9 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 def overload(url: str, process: psutil.Process, load: float, seconds: float, clients: int) -> list[Figure]:
     """Measure the capacity by so many clients, then send so many times as much for so many seconds."""
-    capacity = saturate(url, "application/json", {"num_inference_steps": 20}, CAPACITY_S, clients)
+    form = {"num_inference_steps": 20}
+    of_json = saturate(url, "application/json", form, CAPACITY_S, clients)
+    capacity = saturate(url, "text/event-stream", form, CAPACITY_S, clients)
     requests = trace("mix", load * capacity, int(10 * seconds * load * capacity), seed=0)
     due = [each for each in requests if each.created < seconds]
     with Watch(url, process) as watch:
@@ -162,7 +167,7 @@ def overload(url: str, process: psutil.Process, load: float, seconds: float, cli
         answers = asyncio.run(drive(Endpoint(f"{url}/generate", streams=True), due, PATIENCE_S))
         computed = (metric(url, "ddpm_batch_rows_sum") - before) / (time.perf_counter() - begun)
     return [
-        Figure("capacity", f"{capacity:,.0f} rows/s"),
+        Figure("capacity, with streams as here", f"{capacity:,.0f} rows/s ({of_json:,.0f} with JSON)"),
         Figure("rows computed", f"{computed / capacity:.0%} of it"),
         *rated(answers, capacity, seconds),
         *watch.figures(),
@@ -306,6 +311,26 @@ def exhaust(url: str, process: psutil.Process, limit: int) -> list[Figure]:
     ]
 
 
+# ── One client beside another ──────────────────────────────────────────────────────────────────
+
+
+def shared(url: str, seconds: float) -> list[Figure]:
+    """A modest client's waits beside a greedy one, first with one key for both."""
+    found = []
+    for name, key in (("one key", KEYS[0]), ("a key each", KEYS[1])):
+        greedy, modest = contest(url, seconds, KEYS[0], key)
+        p50, p95 = (percentile(modest.seconds, p) for p in (50, 95))
+        own = key != KEYS[0]
+        text = f"{len(modest.seconds)} served, {modest.refused} refused, p50 {p50:.2f} s, p95 {p95:.2f} s"
+        none = modest.refused + modest.failed == 0
+        aim = ("none refused", none) if own else ("–", None)
+        found.append(Figure(f"{name}: the modest client", text, *aim))
+        found.append(
+            Figure(f"{name}: the greedy client", f"{greedy.images} images, {greedy.refused} refused")
+        )
+    return found
+
+
 # ── The service ────────────────────────────────────────────────────────────────────────────────
 
 
@@ -317,6 +342,8 @@ def served(args: argparse.Namespace, mode: str) -> Iterator[tuple[str, psutil.Pr
     if mode == "descriptors":
         command += ["--descriptors", str(args.descriptors)]
     command += ["--queue", str(2 * args.held if mode == "held" else args.queue)]
+    if mode == "shares":
+        command += ["--api-keys", ",".join(KEYS)]
     with subprocess.Popen(command, cwd=ROOT, stderr=None if args.log else subprocess.DEVNULL) as popen:
         url, process = f"http://127.0.0.1:{port}", psutil.Process(popen.pid)
         try:
@@ -348,6 +375,7 @@ def _serve(args: argparse.Namespace) -> int:
         port=args.serve,
         max_queue=args.queue,
         access_log=False,
+        **({"api_keys": args.api_keys} if args.api_keys else {}),
         stream_grace_s=0.0,
         drain_s=0.0,
     )
@@ -377,8 +405,8 @@ def _be_engine(args: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the tables as Markdown, or serve. Returns the exit code."""
     parser = argparse.ArgumentParser("python -m bench.overload", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", choices=MODES, help="one of the three")
-    parser.add_argument("--seconds", type=float, default=600.0, help="of the rate")
+    parser.add_argument("--only", choices=MODES, help="one of the four")
+    parser.add_argument("--seconds", type=float, default=600.0, help="of the rate; of shares a tenth of it")
     parser.add_argument("--load", type=float, default=2.0, help="times the capacity")
     parser.add_argument("--held", type=int, default=HELD, help="streams, and senders")
     parser.add_argument("--rows", type=int, default=16, help="rows of a network call")
@@ -388,6 +416,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--descriptors", type=int, default=0, help=f"that it may have; of that mode {DESCRIPTORS}"
     )
+    parser.add_argument("--api-keys", default="", help=argparse.SUPPRESS)
     parser.add_argument("--serve", type=int, metavar="PORT", help="serve the app over the device instead")
     parser.add_argument("--engine", metavar="FD", help="be an engine of that, which talks to it here")
     args = parser.parse_args(arguments)
@@ -402,6 +431,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "rate": f"{args.load:g} times the capacity for {args.seconds:g} s",
         "held": f"{args.held} streams and {args.held} senders that do not finish",
         "descriptors": f"`ulimit -n {args.descriptors}`",
+        "shares": f"a greedy client beside a modest one, {args.seconds / 10:g} s each time",
     }
     missed = False
     for mode in [args.only] if args.only else MODES:
@@ -410,8 +440,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 found = overload(url, process, args.load, args.seconds, min(args.queue, args.rows * 3 // 2))
             elif mode == "held":
                 found = hold(url, process, args.held)
-            else:
+            elif mode == "descriptors":
                 found = exhaust(url, process, args.descriptors)
+            else:
+                found = shared(url, args.seconds / 10)
         print(f"{titles[mode]}, {os.cpu_count()} cores\n\n|figure|found|aim|met|\n|---|---|---|---|")
         for figure in found:
             print(figure, flush=True)
