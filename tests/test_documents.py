@@ -259,7 +259,7 @@ def test_every_error_code_is_in_the_api_reference():
 
 
 # ----------------------------------------------------------------------------------------------------
-# Security: each defence has its test.
+# Security and reliability: each defence has its test.
 
 
 def named_tests(file: str) -> set[str]:
@@ -275,9 +275,10 @@ def defined_tests() -> set[str]:
     }
 
 
-def test_every_test_that_the_security_review_names_exists():
-    assert len(named_tests("docs/security.md")) > 50
-    assert named_tests("docs/security.md") - defined_tests() == set()
+@pytest.mark.parametrize("file", ["docs/security.md", "docs/reliability.md"])
+def test_every_test_that_a_review_names_exists(file):
+    assert len(named_tests(file)) > 50
+    assert named_tests(file) - defined_tests() == set()
 
 
 # ----------------------------------------------------------------------------------------------------
