@@ -112,6 +112,9 @@ SERVICE = {
     "service.engine.promises": "service.engine.estimates service.engine.jobs sortedcontainers",
     "service.engine.arrivals": "",
     "service.engine.estimates": "service.engine.jobs",
+    # A fleet: what needs no Ray is pure.
+    "service.cluster": "",
+    "service.cluster.policies": "",
     "service.engine.streams": "service.engine.messages service.errors msgspec",
     "service.engine.messages": (
         "service.engine.jobs service.errors model.condition model.schedule model.typicality msgspec numpy"

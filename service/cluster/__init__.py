@@ -1,0 +1,1 @@
+"""The service as replicas of one deployment, behind one address."""
