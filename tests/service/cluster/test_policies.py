@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.cluster.policies import ReplicaLoad, by_work, choose, desired_replicas
+from service.cluster.policies import ReplicaLoad, by_requests, by_work, choose, desired_replicas
 
 
 def load(name, evaluations=0.0, ongoing=0, slots_free=1, rows_per_s=100.0):
@@ -28,8 +28,8 @@ def test_less_work_decides_among_equals():
 
 def test_a_full_replica_comes_last():
     full, busy = load("full", slots_free=0), load("busy", 900.0, 9)
-    for key in ({}, {"key": by_work}):
-        assert choose([full, busy], Random(0), **key) == ["busy", "full"]
+    for key in (by_requests, by_work):
+        assert choose([full, busy], Random(0), key=key) == ["busy", "full"]
 
 
 def test_the_rate_counts():
