@@ -58,11 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a hundredth of the requests")
     parser.add_argument("--out", type=Path, help="folder for scale-tables.md and scale.svg")
     parser.add_argument("--check", action="store_true", help="the real service beside the simulation")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of each run of the check")
     args = parser.parse_args(arguments)
     if args.check:
         from bench.fleet.check import check
 
-        print(check(6.0) if args.quick else check())
+        print(check(args.seconds))
         return
     study = Study(0.01 if args.quick else 1.0, args.seed, args.price, largest=100 if args.quick else 10_000)
     texts = []

@@ -242,7 +242,7 @@ class _Run:
         self.serving.remove(replica)
         self.result.replicas.append((self.now, len(self.serving)))
 
-    def _lose(self, _: None) -> None:
+    def _lose(self, nothing: None) -> None:  # noqa: ARG002 - as every event's
         if not self.serving:
             return
         replica = self.random.choice(self.serving)
@@ -258,7 +258,7 @@ class _Run:
         for number in numbers:
             self._route(number, 0)
 
-    def _scale(self, _: None) -> None:
+    def _scale(self, nothing: None) -> None:  # noqa: ARG002 - as every event's
         assert self.scaler is not None
         work = sum(replica.evaluations for replica in self.held.values())
         self.work_s += work * TICK_S

@@ -11,8 +11,9 @@ the next report (Mitzenmacher 2000, "How useful is old information?"). With two 
 2/n of the requests at most, and most of the gain of looking at all is there (Mitzenmacher 2001, "The power of
 two choices in randomized load balancing").
 
-**Scaling.** How many devices there should be does follow from the work: requests differ in it by a factor of
-hundreds, so their number says little about how long a fleet is busy.
+**Scaling.** `desired_replicas` shares out the seconds of work. In simulation it is no better than sharing out
+requests with the same delays, and costs more devices: one chain of 1000 steps is much work, which a second
+replica cannot take over (docs/scale.md). What counts are the delays, which are options of Ray Serve.
 """
 
 from __future__ import annotations

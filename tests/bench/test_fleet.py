@@ -1,5 +1,6 @@
 from dataclasses import replace
 from random import Random
+from typing import Any
 from warnings import catch_warnings, simplefilter
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from bench.fleet import __main__ as program
 from bench.fleet.arrivals import MEAN_EVALUATIONS, Diurnal, Flash, arrivals
 from bench.fleet.check import compared, latencies
-from bench.fleet.replica import Replica, engine_of
+from bench.fleet.replica import Batching, Replica, engine_of
 from bench.fleet.routers import CACHE_S, RayDefault
 from bench.fleet.scaling import Delay, Scaler, Scaling, ray_desired
 from bench.fleet.simulation import Fleet, simulate
@@ -31,7 +32,8 @@ def requests_of(fleet, load, count, **shape):
 
 
 def test_one_replica_is_the_simulation_of_one():
-    for batching, policy in (("steps", "remaining"), ("requests", "peer")):
+    pairs: tuple[tuple[Batching, str], ...] = (("steps", "remaining"), ("requests", "peer"))
+    for batching, policy in pairs:
         fleet = Fleet(CPU, batching=batching, max_batch_size=8, max_ongoing=10**9)
         requests = requests_of(fleet, 0.9, 150)
         alone = Case(CPU, policy=policy, batch_size=8).drive(jobs_of(requests))
@@ -89,8 +91,8 @@ def test_a_router_believes_its_cache_for_ten_seconds():
     busy.ongoing = 5  # what another router has sent
     idle.ongoing = 2
     # Its cache has 0 and 2, though the replicas have 5 and 2.
-    assert {router.choose(0, 2.0, 100).name for _ in range(9)} == {busy.name}
-    assert {router.choose(0, 2.0 + CACHE_S, 100).name for _ in range(9)} == {idle.name}
+    assert {router.choose(0, 2.0, 100) for _ in range(9)} == {busy}
+    assert {router.choose(0, 2.0 + CACHE_S, 100) for _ in range(9)} == {idle}
 
 
 def test_the_shape_of_arrivals():
@@ -109,7 +111,8 @@ def test_delays_are_rays_own():
     for _ in range(20):
         up, down = random.choice([0.0, 3.0, 30.0]), random.choice([0.0, 5.0, 60.0])
         config = AutoscalingConfig(upscale_delay_s=up, downscale_delay_s=down, max_replicas=99)
-        state, ours, theirs = {}, 5, 5
+        state: dict[str, Any] = {}
+        ours = theirs = 5
         delay, now = Delay(up, down), 0.0
         wanted = 5
         for _ in range(200):
@@ -131,7 +134,8 @@ def test_the_number_that_is_wanted_is_rays_own():
 
     for requests in (0.0, 0.5, 7.0, 33.3):
         for running in (0, 1, 8):
-            desired, _ = _core_replica_queue_length_policy(Context(requests, running, 2.0))
+            context: Any = Context(requests, running, 2.0)
+            desired, _ = _core_replica_queue_length_policy(context)
             assert ray_desired(requests, running, 4, 2.0) == int(np.ceil(desired))
 
 
