@@ -287,6 +287,11 @@ class EngineClient:
             pace = seconds / size
         return time.monotonic() + (worker.backlog + spec.evaluations) * pace
 
+    @property
+    def left(self) -> tuple[int, int]:
+        """Network evaluations that remain, and slots that are free."""
+        return sum(each.backlog for each in self._workers), self._slots.capacity - self._slots.taken
+
     def _show_slots(self, who: str) -> None:
         self._telemetry.slots_in_use.set(self._slots.taken)
         label = self._label(who)
