@@ -37,6 +37,7 @@ PROGRAMS = frozenset(
         "promtool",
         "docker/build-check",
         "./docker/build-check",
+        "serve",
     }
     | {"buildah", "podman", "apt-get", "git", "export", "for", "mkdir", "jq", "source", "eval"}
 )
@@ -230,6 +231,7 @@ NOT_RUN: tuple[tuple[str, str, Callable[[str], None]], ...] = (
     (r"(\S+/)?python -m (bench\.|tests\.matrix)", "measures for minutes or hours", check_arguments),
     (r"(\S+/)?python -m service\b(?!.*--help)", "runs until it is stopped", check_arguments),
     (r"ddpm serve\b", "runs until it is stopped", lambda command: None),
+    (r"serve run service\.cluster:(app|build)\b", "starts Ray", lambda command: None),
     (r"git clone ", "needs a connection", lambda command: None),
 )
 """(pattern of the command, why it is not run, what is checked instead)."""

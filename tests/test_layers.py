@@ -113,7 +113,11 @@ SERVICE = {
     "service.engine.arrivals": "",
     "service.engine.estimates": "service.engine.jobs",
     # A fleet: what needs no Ray is pure.
-    "service.cluster": "",
+    "service.cluster": "service.cluster.options service.cluster.replica service.settings ray",
+    "service.cluster.replica": (
+        "service.app service.engine.worker service.http.state service.settings service.telemetry fastapi ray"
+    ),
+    "service.cluster.options": "service.settings",
     "service.cluster.policies": "",
     "service.engine.streams": "service.engine.messages service.errors msgspec",
     "service.engine.messages": (

@@ -21,9 +21,8 @@ def build(arguments: dict[str, str] | None = None) -> Any:
     from service.settings import Settings
 
     replicas = (arguments or {}).get("num_replicas", "1")
-    options = replica_options(Settings())
-    options["num_replicas"] = replicas if replicas == "auto" else int(replicas)
-    return serve.deployment(Replica, name="ddpm").options(**options).bind()
+    number = replicas if replicas == "auto" else int(replicas)
+    return serve.deployment(name="ddpm", num_replicas=number, **replica_options(Settings()))(Replica).bind()
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,8 @@ stopped after 20 s loses chains.
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 from service.settings import Settings
 
 BESIDE = 64
@@ -17,7 +19,18 @@ START_S = 600.0
 """That loading a model and its first steps may take."""
 
 
-def replica_options(settings: Settings) -> dict[str, object]:
+class ReplicaOptions(TypedDict):
+    """As Ray Serve names them. Requests, and seconds."""
+
+    max_ongoing_requests: int
+    max_queued_requests: int
+    graceful_shutdown_timeout_s: float
+    graceful_shutdown_wait_loop_s: float
+    health_check_period_s: float
+    health_check_timeout_s: float
+
+
+def replica_options(settings: Settings) -> ReplicaOptions:
     """Options of the deployment, from what a replica does by itself.
 
     max_ongoing_requests: one for each slot (a request has an image at least), and as many streams again that

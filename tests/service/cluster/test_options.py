@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ray.serve.schema import DeploymentSchema
+import warnings
 
 from service.cluster.options import replica_options
 from service.settings import Settings
@@ -17,6 +17,9 @@ def test_there_is_room_for_whoever_has_a_slot_and_time_for_whoever_has_a_deadlin
 
 
 def test_ray_takes_them() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's own use of pydantic
+        from ray.serve.schema import DeploymentSchema
     options = replica_options(Settings(_env_file=None))
     schema = DeploymentSchema(name="ddpm", **options)
     assert {name: getattr(schema, name) for name in options} == options
