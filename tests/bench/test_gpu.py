@@ -12,9 +12,14 @@ from typing import Any, cast
 
 import pytest
 
-from bench import gpu, gpu_sections, wheels
-from bench.gpu_report import markdown
-from bench.gpu_sections import CELEBAHQ_256, REAL, SECTIONS, SIMULATED, bits, operations, product_limit, rates
+from bench import wheels
+from bench.gpu import __main__ as gpu
+from bench.gpu import networks
+from bench.gpu.checks import bits
+from bench.gpu.networks import compiled, operations, product_limit, rates
+from bench.gpu.report import markdown
+from bench.gpu.scale import CELEBAHQ_256, REAL, SHIPPED, SIMULATED, Scale
+from bench.gpu.sections import SECTIONS
 from bench.roofline import CIFAR10_32
 from bench.roofline import operations as of_a_model
 from model import checkpoint
@@ -142,7 +147,7 @@ def test_the_sections_fit_into_one_call_in_order_of_worth() -> None:
 
 
 def test_checks_hold_on_the_simulated_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_sections.Scale, "model", lambda *_: tiny_checkpoint(num_class_embeds=11))
+    monkeypatch.setattr(Scale, "model", lambda *_: tiny_checkpoint(num_class_embeds=11))
     found = dict(bits(SIMULATED))
     assert found["noise is the host's"]
     assert found["float32: recorded is eager"]
@@ -150,7 +155,7 @@ def test_checks_hold_on_the_simulated_device(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_rates_of_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_sections.Scale, "model", lambda *_: tiny_checkpoint())
+    monkeypatch.setattr(Scale, "model", lambda *_: tiny_checkpoint())
     found = dict(rates(replace(SIMULATED, product=64), "cifar10-32"))
     assert set(found) == {"operations", "float32/product", "float32/recorded/1", "float32/eager/1"}
     assert all(value > 0 for value in found.values())
@@ -162,8 +167,8 @@ def test_a_rate_that_fails_is_noted_and_the_next_one_goes_on(monkeypatch: pytest
             raise RuntimeError("no such unit")
         return product_limit("float32", scale)
 
-    monkeypatch.setattr(gpu_sections, "product_limit", limit)
-    monkeypatch.setattr(gpu_sections.Scale, "model", lambda *_: tiny_checkpoint())
+    monkeypatch.setattr(networks, "product_limit", limit)
+    monkeypatch.setattr(Scale, "model", lambda *_: tiny_checkpoint())
     scale = replace(SIMULATED, product=64, precisions=("tf32", "float32"))
     found = {}
     for name, value in rates(scale, "cifar10-32"):
@@ -172,6 +177,36 @@ def test_a_rate_that_fails_is_noted_and_the_next_one_goes_on(monkeypatch: pytest
             break
     assert found["tf32/error"] == "RuntimeError: no such unit"
     assert "float32/recorded/1" in found
+
+
+def test_a_compiled_network_has_its_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scale, "model", lambda *_: tiny_checkpoint())
+    found = dict(compiled(replace(SIMULATED, rows={"ours": (1, 2, 64)})))
+    assert found.pop("no time was left for") == []
+    figures = ("seconds to compile", "compiled/2", "compiled and recorded/2")
+    assert list(found) == [f"ours/float32/{figure}" for figure in figures]
+    assert all(value > 0 for value in found.values())
+
+
+def test_every_network_is_compiled_in_every_precision_in_order_of_worth(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def one(_: Scale, name: str, precision: str) -> Iterator[tuple[str, float]]:
+        yield f"{name}/{precision}", 1.0
+        if precision == "tf32":
+            raise RuntimeError("no such unit")
+
+    monkeypatch.setattr(networks, "_compiled", one)
+    found = dict(compiled(replace(REAL, device="cpu")))
+    assert found.pop("no time was left for") == []
+    assert [name for name, value in found.items() if value == 1.0] == [
+        f"{network}/{precision}"
+        for precision in ("bfloat16", "float16", "tf32", "float32")
+        for network in ("ours", "cifar10-32", "celebahq-256")
+    ]
+    assert found["celebahq-256/tf32/error"] == "RuntimeError: no such unit"
+    found = dict(compiled(replace(SIMULATED, compile_s=0.0)))
+    assert found == {"no time was left for": [f"{name}/float32" for name in SIMULATED.rows]}
 
 
 def test_operations_are_counted_without_computing_any() -> None:
@@ -194,7 +229,7 @@ def test_the_published_shapes_have_the_published_sizes() -> None:
 
 def test_the_simulation_does_a_little_of_everything() -> None:
     assert SIMULATED.configs().keys() == REAL.configs().keys() == REAL.rows.keys() - {"ours"}
-    assert checkpoint.load(gpu_sections.SHIPPED).unet.config == REAL.model("ours").unet.config
+    assert checkpoint.load(SHIPPED).unet.config == REAL.model("ours").unet.config
 
 
 # ── Wheels ─────────────────────────────────────────────────────────────────────────────────────

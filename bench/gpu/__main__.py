@@ -1,6 +1,6 @@
 """Check and measure everything on a GPU in one go: `bench/gpu.sh`, which also brings the packages it needs.
 
-Each section (`bench/gpu_sections.py`) runs in a process of its own, for a limited time. What it has found by
+Each section (`bench/gpu/sections.py`) runs in a process of its own, for a limited time. What it has found by
 then is kept, and so is why it failed; the next one goes on. All of it is written to one JSON file after each
 section, and as Markdown beside it. `--simulated` does a little of everything on the CPU, so that it is known
 to work before there is a GPU to try it on. `--report FILE` writes the Markdown of such a file again.
@@ -21,9 +21,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from bench.gpu_report import markdown
+from bench.gpu.report import markdown
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 TOTAL_S = 525.0
 """Seconds for all sections."""
 LEAST_S = 5.0
@@ -32,7 +32,8 @@ LEAST_S = 5.0
 
 def run_section(name: str, *, simulated: bool, notes: Path) -> None:
     """Run a section in this process; write its figures after each of them."""
-    from bench.gpu_sections import REAL, SECTIONS, SIMULATED  # with torch
+    from bench.gpu.scale import REAL, SIMULATED  # with torch
+    from bench.gpu.sections import SECTIONS
 
     if simulated:
         import torch
@@ -84,7 +85,7 @@ def section_apart(name: str, limit_s: float, *, simulated: bool) -> dict[str, An
 def limits() -> dict[str, float]:
     """The seconds that each section may take; in a process of its own, since this one keeps off the GPU."""
     names = "{name: limit for name, (_, limit) in SECTIONS.items()}"
-    code = f"import json; from bench.gpu_sections import SECTIONS; print(json.dumps({names}))"
+    code = f"import json; from bench.gpu.sections import SECTIONS; print(json.dumps({names}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"the sections cannot be loaded:\n{done.stderr}")

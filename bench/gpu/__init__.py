@@ -1,0 +1,1 @@
+"""All that takes a GPU to check or measure, in one run."""
