@@ -25,8 +25,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import psutil
@@ -47,7 +48,7 @@ HTTP = {"json": "application/json", "streams": "text/event-stream"}
 """The layers that are a process, by what their clients accept."""
 QUEUE = 4096
 WARM = "the simulated device is warm"
-STOP_S = 30.0
+READY_S, STOP_S = 30.0, 30.0
 
 
 @dataclass
@@ -97,6 +98,16 @@ def slowest_livez(url: str, seconds: float) -> float:
     return slowest
 
 
+def await_ready(url: str) -> None:
+    """Wait until `/readyz` says so. Raises RuntimeError if it never does."""
+    end = time.monotonic() + READY_S
+    while time.monotonic() < end:
+        with suppress(HTTPError), urlopen(f"{url}/readyz", timeout=READY_S):
+            return
+        time.sleep(0.05)
+    raise RuntimeError("the service did not become ready")
+
+
 def _cpu_s(processes: Mapping[str, Sequence[psutil.Process]]) -> dict[str, list[float]]:
     times = {name: [each.cpu_times() for each in some] for name, some in processes.items()}
     return {name: [each.user + each.system for each in some] for name, some in times.items()}
@@ -119,8 +130,9 @@ def served(args: argparse.Namespace) -> Iterator[Service]:
             warm = sum(popen.stdout.readline().strip() == WARM for _ in range(args.devices))
             if warm < args.devices:
                 raise RuntimeError("the service did not become ready")
-            time.sleep(0.5)  # until the API has heard of it
-            yield Service(f"http://127.0.0.1:{port}", psutil.Process(popen.pid))
+            url = f"http://127.0.0.1:{port}"
+            await_ready(url)  # the API has to hear of it
+            yield Service(url, psutil.Process(popen.pid))
         finally:
             popen.terminate()
             popen.wait(STOP_S)

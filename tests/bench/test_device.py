@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
@@ -41,6 +43,33 @@ def test_a_layer_alone_on_two_devices(capsys: pytest.CaptureFixture[str]) -> Non
     assert 50 < share <= 115
     assert "each of 2 devices' 100 rows/s" in printed
     assert re.search(r"engine \d+% \+ \d+%", printed)
+
+
+def test_nothing_is_measured_before_the_service_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class Readyz(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200 if len(asked) == 3 else 503)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (its base's name)
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Readyz) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            url = f"http://127.0.0.1:{server.server_port}"
+            device.await_ready(url)
+            assert asked == ["/readyz"] * 3
+            monkeypatch.setattr(device, "READY_S", 0.2)
+            with pytest.raises(RuntimeError, match="did not become ready"):
+                device.await_ready(url)
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def test_an_unknown_layer_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
