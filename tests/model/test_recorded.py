@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from model.chain import Chain, KnownPixels, from_pixels
 from model.checkpoint import Checkpoint
 from model.denoiser import ALL, Denoiser, Stepped, _Parts
+from model.device_noise import normals, table
 from model.runtimes import DtypeName, Recorded, SkippedError, TorchRuntime
 from model.samplers import Guidance, build_plan, build_repaint
 from model.schedule import NoiseSchedule, linear_betas
@@ -231,6 +233,17 @@ def test_later_recordings_share_the_memory_of_the_first(device: str, tiny: Check
     assert all(each.beside is first for each in others)
 
 
+WHOLE = _Parts(16, True, ALL, ALL, ALL, [], ALL, thresholded=True, recorded=True)
+"""A step that has everything in it, at 16 rows."""
+
+
+def packed(rows: Sequence[Row]) -> Tensor:
+    """The upload of their first steps, at 16 rows."""
+    guided = [index for index, row in enumerate(rows) if row.chain.plan.evaluations[0] == 2]
+    coefficients = np.array([np.frombuffer(row.chain.plan.coefficients[0], np.float32) for row in rows])
+    return torch.from_numpy(pack(rows, coefficients, guided, 3, 16))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("schedule", [SCHEDULE, LEARNED], ids=["fixed", "learned"])
 def test_what_is_recorded_looks_at_no_value(schedule: NoiseSchedule, dtype: DtypeName) -> None:
@@ -240,12 +253,27 @@ def test_what_is_recorded_looks_at_no_value(schedule: NoiseSchedule, dtype: Dtyp
     rows = [Row(one, slot, 0) for slot, one in enumerate(chains(schedule))]
     with torch.inference_mode():
         denoiser._begin(rows)
-        guided = [index for index, row in enumerate(rows) if row.chain.plan.evaluations[0] == 2]
-        coefficients = np.array([np.frombuffer(row.chain.plan.coefficients[0], np.float32) for row in rows])
-        upload = torch.from_numpy(pack(rows, coefficients, guided, 3, 16)).to("meta")
-        done = denoiser._update(upload, _Parts(16, True, ALL, ALL, ALL, [], ALL, recorded=True))
+        done = denoiser._update(packed(rows).to("meta"), WHOLE)
     assert [each.shape for each in (done.before, done.x, done.x0)] == [(16, 1, 8, 8)] * 3
     assert done.finite.shape == (16,)
+
+
+def test_the_whole_step_is_one_graph_to_a_compiler() -> None:
+    """From the gather to the scatter, with the network and its noise: `fullgraph` raises where it breaks."""
+    model = tiny_checkpoint(out_channels=2)
+    rows = [Row(one, slot, 0) for slot, one in enumerate(chains(LEARNED))]
+    known, left = table(), []
+    for way in (lambda step: step, partial(torch.compile, backend="eager", fullgraph=True, dynamic=False)):
+        denoiser = made(model, "cpu", sizes=(16,))
+        # As on a GPU: a processor's noise is NumPy's.
+        denoiser._normals = lambda seeds, steps, stream: normals(seeds, steps, (1, 8, 8), stream, known)
+        with torch.inference_mode():
+            denoiser._begin(rows)
+            done = way(partial(denoiser._update, parts=WHOLE))(packed(rows))
+        left.append((done.before, done.x, done.x0, done.finite, denoiser.slots.x, denoiser.slots.x0))
+    eager, compiled = left
+    assert all(torch.equal(*both) for both in zip(eager, compiled, strict=True))
+    assert done.finite[: len(rows)].all()
 
 
 # ── Only with a GPU ────────────────────────────────────────────────────────────────────────────

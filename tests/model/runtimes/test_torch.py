@@ -29,3 +29,19 @@ def test_torch_pads_to_the_next_shape_it_was_given(tiny: Checkpoint, monkeypatch
     for rows in (1, 2, 3, 8, 9):
         assert len(runtime.forward(*batch(rows))) == rows
     assert seen == [2, 2, 8, 8, 9]
+
+
+@pytest.mark.parametrize(
+    ("device", "compiled", "last"),
+    [("cpu", False, False), ("cpu", True, True), pytest.param("cuda", False, True, marks=pytest.mark.gpu)],
+)
+def test_channels_come_last_on_a_gpu_and_where_it_is_compiled(
+    tiny: Checkpoint, device: str, compiled: bool, last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda network, **_: network)
+    runtime = TorchRuntime(tiny, device, compiled=compiled)
+    kernels = [each for each in runtime.unet.parameters() if each.dim() == 4 and each.shape[-1] > 1]
+    assert kernels
+    for each in kernels:
+        assert each.is_contiguous(memory_format=torch.channels_last) == last or each.shape[1] == 1
+    assert all(each.is_contiguous() for each in tiny.unet.parameters())  # the caller's is left alone

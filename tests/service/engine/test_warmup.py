@@ -91,6 +91,22 @@ def test_torch_is_not_padded_where_invariance_is_not_asked_for() -> None:
     assert all(seconds > 0 for _, seconds in found.info.step_times)
 
 
+@pytest.mark.parametrize("invariant", [True, False])
+def test_tf32_is_allowed_only_where_invariance_is_not_asked_for(
+    invariant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed: list[bool] = []
+    load_runtime: Any = runtimes.load_runtime
+
+    def loaded(*given: Any, tf32: bool, **options: Any) -> Any:
+        allowed.append(tf32)
+        return load_runtime(*given, tf32=tf32, **options)
+
+    monkeypatch.setattr(warmup, "load_runtime", loaded)
+    warm(max_batch=1, batch_invariant=invariant)
+    assert allowed == [not invariant]
+
+
 def test_the_batch_size_follows_the_times_of_unpadded_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
