@@ -113,7 +113,8 @@ def compiled(scale: Scale) -> Figures:
             yield f"{name}/{precision}/error", f"{type(error).__name__}: {str(error)[:500]}"
         torch.compiler.reset()
         scale.free()
-    yield "no time was left for", [f"{name}/{precision}" for name, precision in wanted]
+    if wanted:
+        yield "no time was left for", [f"{name}/{precision}" for name, precision in wanted]
 
 
 def _compiled(scale: Scale, name: Network, precision: str) -> Figures:

@@ -182,7 +182,6 @@ def test_a_rate_that_fails_is_noted_and_the_next_one_goes_on(monkeypatch: pytest
 def test_a_compiled_network_has_its_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Scale, "model", lambda *_: tiny_checkpoint())
     found = dict(compiled(replace(SIMULATED, rows={"ours": (1, 2, 64)})))
-    assert found.pop("no time was left for") == []
     figures = ("seconds to compile", "compiled/2", "compiled and recorded/2")
     assert list(found) == [f"ours/float32/{figure}" for figure in figures]
     assert all(value > 0 for value in found.values())
@@ -198,7 +197,6 @@ def test_every_network_is_compiled_in_every_precision_in_order_of_worth(
 
     monkeypatch.setattr(networks, "_compiled", one)
     found = dict(compiled(replace(REAL, device="cpu")))
-    assert found.pop("no time was left for") == []
     assert [name for name, value in found.items() if value == 1.0] == [
         f"{network}/{precision}"
         for precision in ("bfloat16", "float16", "tf32", "float32")
