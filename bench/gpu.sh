@@ -48,4 +48,4 @@ else
 	echo "no wheels in $WHEELS: going on with what $PYTHON has"
 fi
 export PYTHONUNBUFFERED=1
-exec "$PYTHON" -m bench.gpu "$@"
+exec "$PYTHON" -m bench.gpu --spent-s "$SECONDS" "$@" # with what the wheels took

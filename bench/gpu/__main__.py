@@ -104,6 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu.json")
     parser.add_argument("--only", help="sections, separated by semicolons")
     parser.add_argument("--total-s", type=float, default=TOTAL_S, help="seconds for all of it")
+    parser.add_argument("--spent-s", type=float, default=0.0, help="seconds of it that are over already")
     parser.add_argument("--simulated", action="store_true", help="a little of everything, on the CPU")
     parser.add_argument("--report", type=Path, help="print the Markdown of such a JSON file instead")
     parser.add_argument("--section", help=argparse.SUPPRESS)
@@ -115,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.section is not None:
         run_section(args.section, simulated=args.simulated, notes=args.notes)
         return 0
-    begun = time.monotonic()
+    begun = time.monotonic() - args.spent_s
     each = limits()
     chosen = [name.strip() for name in args.only.split(";")] if args.only else list(each)
     if unknown := set(chosen) - set(each):

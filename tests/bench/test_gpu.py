@@ -133,10 +133,13 @@ def test_an_unknown_section_is_refused(
     assert "no such section: luck" in capsys.readouterr().err
 
 
-def test_nothing_begins_once_the_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("over", [["--total-s", "1"], ["--spent-s", "600"]])
+def test_nothing_begins_once_the_time_is_over(
+    over: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(gpu, "limits", lambda: {"machine": 40.0})
     out = tmp_path / "gpu.json"
-    assert gpu.main(["--total-s", "1", "--out", str(out)]) == 1
+    assert gpu.main([*over, "--out", str(out)]) == 1
     assert json.loads(out.read_text())["sections"]["machine"]["error"] == "no time was left"
 
 
