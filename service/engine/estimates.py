@@ -82,7 +82,9 @@ def until_finished(job: Job, work: float, backlog: int, times: StepTimes, max_ba
 
 def steps_left(job: Job) -> int:
     """Steps until `job` is finished, if all its images advance in each."""
-    return sum(steps for steps, _ in _stages_left(job))
+    left = max([sample.steps - sample.step for sample in job.samples], default=0)
+    later = job.spec.stages[job.place + 1 :]
+    return left + sum(stage.steps for stage in later) if later else left
 
 
 def _stages_left(job: Job) -> Iterator[tuple[int, int]]:

@@ -57,10 +57,15 @@ class _Promise:
 
 def _promise(job: Job, deadline: float) -> _Promise:
     most, least = [], []
+    of_plan: dict[int, tuple[int, int]] = {}  # images of a request share one
     for stage in job.spec.stages:
-        plans = [chain.plan.evaluations for chain in stage.chains]
-        most.append([max(plan) for plan in plans])
-        least.append(sum(map(min, plans)) if len(set(map(len, plans))) == 1 else 1)
+        for plan in (chain.plan for chain in stage.chains):
+            if id(plan) not in of_plan:
+                of_plan[id(plan)] = max(plan.evaluations), min(plan.evaluations)
+        rows = [of_plan[id(chain.plan)] for chain in stage.chains]
+        most.append([high for high, _ in rows])
+        even = len({len(chain.plan) for chain in stage.chains}) == 1
+        least.append(sum(low for _, low in rows) if even else 1)
     return _Promise(deadline, job.id, job, max(map(max, most)), max(map(sum, most)), min(least))
 
 
@@ -151,12 +156,13 @@ class Promises:
         if not self._order or (load.start < self._calm_until and self._steps % RECKONED_STEPS):
             return Urgency.NONE
         # A step that the policy decides takes its time, and may leave a job's images unequally far.
-        self._calm_until = self._spare(load) - 2 * load.full
+        full = load.full
+        self._calm_until = self._spare(load) - 2 * full
         if load.start < self._calm_until:
             return Urgency.NONE
         steps = _steps(self._hopeful(load), load.rows)
-        spare = min((promise.deadline - most * load.full for promise, most in steps.items()), default=inf)
-        self._calm_until = spare - 2 * load.full
+        spare = min((promise.deadline - most * full for promise, most in steps.items()), default=inf)
+        self._calm_until = spare - 2 * full
         if load.start > spare:
             return Urgency.ONLY
         return Urgency.FIRST if load.start >= self._calm_until else Urgency.NONE
@@ -170,10 +176,11 @@ class Promises:
         return min(promise.deadline for promise in promises) - load.full * steps
 
     def _hopeful(self, load: Load) -> list[_Promise]:
+        alone = {rows: load.times.at(rows) for rows in {promise.per_sample for promise in self._order}}
         return [
             promise
             for promise in self._order
-            if load.start + steps_left(promise.job) * load.times.at(promise.per_sample) <= promise.deadline
+            if load.start + steps_left(promise.job) * alone[promise.per_sample] <= promise.deadline
         ]
 
 
