@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 
-from service.engine.arrivals import FIRST_S, SIZES, WINDOW_S, Arrivals, evaluations
+from service.engine.arrivals import SIZES, WINDOW_S, Arrivals, evaluations
 
 RATE = 100.0
 
@@ -34,11 +32,12 @@ def test_more_than_the_device_can_do_slows_no_further_than_the_steps_in_order_of
     assert fed(work=500, every_s=1.0, seconds=100.0).slower(RATE, 8, 100.0)[-1] == 8.0
 
 
-def test_one_job_is_not_a_rate() -> None:
+def test_one_job_is_not_a_rate_and_does_not_overtake_itself() -> None:
     arrivals = Arrivals()
-    arrivals.add(50, 0.0)
-    busy = 50 / RATE / (WINDOW_S * (1 - math.exp(-FIRST_S / WINDOW_S)))
-    assert arrivals.slower(RATE, 8, 0.0)[10] == pytest.approx(1 / (1 - busy))
+    arrivals.add(500, 0.0)
+    slower = arrivals.slower(RATE, 8, 0.0)
+    assert slower[9] == 1.0
+    assert 1 < slower[12] < 1.2  # 500 evaluations in 20 s would be a quarter of the device; a third is believed
 
 
 def test_arrivals_are_forgotten() -> None:
