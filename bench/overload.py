@@ -45,6 +45,8 @@ from service.startup import bind
 MODES = ("rate", "held", "descriptors", "shares")
 CAPACITY_S = 5.0
 PATIENCE_S = 60.0
+CLIENTS_S = 330.0
+"""How long a client waits for an answer: longer than any deadline, so that the service's word counts."""
 ASK_S, ASKED_EVERY_S = 5.0, 0.1
 """A probe without an answer for so long has failed."""
 HELD = 1000
@@ -164,7 +166,7 @@ def overload(url: str, process: psutil.Process, load: float, seconds: float, cli
     due = [each for each in requests if each.created < seconds]
     with Watch(url, process) as watch:
         before, begun = metric(url, "ddpm_batch_rows_sum"), time.perf_counter()
-        answers = asyncio.run(drive(Endpoint(f"{url}/generate", streams=True), due, PATIENCE_S))
+        answers = asyncio.run(drive(Endpoint(f"{url}/generate", streams=True), due, CLIENTS_S))
         computed = (metric(url, "ddpm_batch_rows_sum") - before) / (time.perf_counter() - begun)
     return [
         Figure("capacity, with streams as here", f"{capacity:,.0f} rows/s ({of_json:,.0f} with JSON)"),
