@@ -37,7 +37,8 @@ def test_one_job_is_not_a_rate_and_does_not_overtake_itself() -> None:
     arrivals.add(500, 0.0)
     slower = arrivals.slower(RATE, 8, 0.0)
     assert slower[9] == 1.0
-    assert 1 < slower[12] < 1.2  # 500 evaluations in 20 s would be a quarter of the device; a third is believed
+    # 500 evaluations in 20 s would be a quarter of the device; a third is believed.
+    assert 1 < slower[12] < 1.2
 
 
 def test_arrivals_are_forgotten() -> None:
