@@ -90,6 +90,11 @@ class Settings(BaseSettings):
     drain_s: float = Field(30.0, ge=0, description="seconds that running work gets after SIGTERM")
     stall_s: float = Field(60.0, gt=0, description="a step that takes longer counts as hung (/livez)")
     stream_grace_s: float = Field(10.0, ge=0, description="seconds a lost stream may be resumed for")
+    resume_secret: SecretStr | None = Field(
+        None,
+        min_length=16,
+        description="signs the ids of events: who has the same one can go on with another's lost streams",
+    )
     result_ttl_s: float = Field(
         600.0, gt=0, description="seconds that results of Prefer: respond-async are kept for"
     )

@@ -15,6 +15,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+from uuid import uuid4
 
 import httpx
 from httpx_sse import ServerSentEvent
@@ -31,6 +32,8 @@ LONGEST_ANSWER_S = 330.0
 """Without a byte: a little more than the service's own default deadline."""
 LONGEST_SILENCE_S = 45.0
 """On a stream, where the service sends a comment every 15 seconds."""
+SESSION = "X-Session-ID"
+"""By which the requests of a stream reach the same one of several replicas."""
 
 
 @dataclass(frozen=True)
@@ -97,15 +100,16 @@ class Following:
         self._first = first
         self._labels = (first.body or {}).get("class_label")
         self._last_id = ""
+        self._session = uuid4().hex
         self.over = False
 
     def call(self) -> Call:
         """The request that starts the stream, or that continues it."""
         if not self._last_id:
             first = self._first
-            headers = {**first.headers, "Accept": EVENTS}
+            headers = {**first.headers, "Accept": EVENTS, SESSION: self._session}
             return Call(first.method, first.path, first.body, headers, LONGEST_SILENCE_S)
-        headers = {"Accept": EVENTS, "Last-Event-ID": self._last_id}
+        headers = {"Accept": EVENTS, "Last-Event-ID": self._last_id, SESSION: self._session}
         return Call("GET", "/stream", None, headers, LONGEST_SILENCE_S)
 
     def check(self, response: httpx.Response) -> None:

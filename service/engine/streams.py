@@ -34,6 +34,13 @@ SHORT_GRACE_S = 2.0
 """Grace period of a stream while others are refused: enough to reconnect after a lost connection."""
 
 
+class Position(NamedTuple):
+    """How far a reader had come elsewhere: the number of the last event, and the step that it was of."""
+
+    number: int = 0
+    step: int = 0
+
+
 class SequencedEvent(NamedTuple):
     """An event as a reader gets it. Numbers rise by one within a job."""
 
@@ -42,16 +49,16 @@ class SequencedEvent(NamedTuple):
 
 
 class Stream(Generic[Context]):
-    """The events of one job, for one reader at a time."""
+    """The events of one job, for one reader at a time. after: those up to there were read elsewhere."""
 
-    def __init__(self, job_id: str, context: Context) -> None:
-        self.job_id, self.context = job_id, context
+    def __init__(self, job_id: str, context: Context, after: Position | None = None) -> None:
+        self.job_id, self.context, self._after = job_id, context, after
         self._wake: asyncio.Future[bool] | None = None  # of a reader who waits
         self._queued: Queued | None = None
         self._previews: dict[tuple[int, str], Preview] = {}  # (image, kind) → its latest snapshot
         self._last: Terminal | None = None
         self._taken: deque[SequencedEvent] = deque()
-        self._number = 0
+        self._number = after.number if after is not None else 0
         self._last_number: int | None = None
         self._reader = 0
         self._shown: dict[tuple[int, str], Preview] = {}  # as previews, read or not, until it is over
@@ -62,6 +69,8 @@ class Stream(Generic[Context]):
 
     def publish(self, event: Event) -> None:
         """Hand over an event."""
+        if self._after is not None and _read(event, self._after):
+            return
         match event:
             case Queued():
                 self._queued = event
@@ -203,6 +212,10 @@ class Subscription(Generic[Context]):
         raise asyncio.CancelledError  # another reader took over
 
 
+def _read(event: Event, after: Position) -> bool:
+    return isinstance(event, Queued) or (isinstance(event, Preview) and event.step <= after.step)
+
+
 def _resolve(waiting: asyncio.Future[bool] | None, value: bool) -> None:
     if waiting is not None and not waiting.done():
         waiting.set_result(value)
@@ -232,16 +245,16 @@ class Streams(Generic[Context]):
 
     @asynccontextmanager
     async def subscribe(
-        self, job_id: str, context: Context, grace_s: float = 0.0
+        self, job_id: str, context: Context, grace_s: float = 0.0, after: Position | None = None
     ) -> AsyncIterator[Subscription[Context]]:
         """Read a job's events, from the start or from where the reader before this one stopped.
 
         grace_s: how long the stream and a running job outlive this reader. A job that turns out to be refused
-        (a ServiceError in the body) is forgotten at once.
+        (a ServiceError in the body) is forgotten at once. after: where a reader of another process stopped.
         """
         stream = self._streams.get(job_id)
         if stream is None:
-            stream = self._streams[job_id] = Stream(job_id, context)
+            stream = self._streams[job_id] = Stream(job_id, context, after)
         subscription = stream.attach()
         self._keep(stream)
         try:

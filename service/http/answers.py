@@ -13,10 +13,11 @@ from typing import Any, Protocol
 import msgspec
 from fastapi import Response
 
-from service.engine.messages import Cancelled, Failed, Finished, Picture, Preview, Queued
+from service.engine.messages import Cancelled, Event, Failed, Finished, Picture, Preview, Queued
 from service.engine.streams import SequencedEvent
 from service.errors import CancelledError
 from service.http.bodies import bodies_of, queued_body
+from service.http.event_ids import EventIds
 from service.http.problems import to_problem
 from service.tasks.images import MEDIA_TYPES, ImageFormat
 from service.tasks.sampling import PreparedRequest
@@ -85,11 +86,13 @@ class PicturePresenter:
 class EventPresenter:
     """A job's events as server-sent events: `queued`, `preview` …, then `completed` or `error`."""
 
-    def __init__(self, prepared: PreparedRequest, model: str) -> None:
+    def __init__(self, prepared: PreparedRequest, model: str, ids: EventIds | None = None) -> None:
+        """ids: absent, they are not signed."""
         self.prepared, self.model = prepared, model
+        self._ids = (ids or EventIds()).of(prepared)
 
     async def chunk(self, item: SequencedEvent) -> bytes:
-        """One event with its id, `<job>:<number>`."""
+        """One event with its id."""
         event, prepared = item.event, self.prepared
         pictures = event.pictures if isinstance(event, Preview | Finished) else ()
         work = isinstance(event, Finished) and bool(event.measurements)
@@ -99,7 +102,7 @@ class EventPresenter:
 
     def _chunk(self, item: SequencedEvent) -> bytes:
         name, data = self._named(item)
-        identity = f"{self.prepared.spec.id}:{item.number}"
+        identity = self._ids.at(item.number, step_of(item.event))
         # JSON has no line breaks, so it is one `data` field.
         return b"event: %b\ndata: %b\nid: %b\n\n" % (
             name.encode(),
@@ -120,6 +123,17 @@ class EventPresenter:
             case Cancelled():
                 cancelled = CancelledError("The job was cancelled.")
                 return "error", to_problem(cancelled).model_dump(exclude_none=True)
+
+
+def step_of(event: Event) -> int | None:
+    """The step that an event is of; None for the last event."""
+    match event:
+        case Queued():
+            return 0
+        case Preview():
+            return event.step
+        case _:
+            return None
 
 
 async def encoded(

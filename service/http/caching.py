@@ -24,13 +24,18 @@ def entity_tag(prepared: PreparedRequest, media_type: str, model: ModelInfo, eng
     decisive = {
         "parameters": prepared.parameters,
         "media_type": media_type,
-        "model": [model.name, model.checksum, model.shape],
-        "version": __version__,
-        # Of torch a batch's size may change the last bit of a result.
-        "runtime": [engine.runtime, engine.device, engine.dtype, engine.max_batch_size],
+        "computed_by": computed_by(model, engine),
     }
     digest = sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:32]
     return f'"{digest}"' if engine.invariance.holds else f'W/"{digest}"'
+
+
+def computed_by(model: ModelInfo, engine: EngineInfo) -> str:
+    """All that a job's bytes follow from besides its request, as one line of JSON."""
+    # Of torch a batch's size may change the last bit of a result.
+    widest = engine.max_batch_size if engine.runtime.startswith("torch") else None
+    runtime = [engine.runtime, engine.device, engine.dtype, widest]
+    return json.dumps([__version__, model.name, model.checksum, model.shape, runtime])
 
 
 def kept(tag: str, *, private: bool) -> dict[str, str]:

@@ -15,7 +15,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from service.engine.jobs import JobSpec
 from service.engine.messages import Cancelled, Failed, Finished, Located, Preview, Terminal
-from service.engine.streams import SequencedEvent, Subscription
+from service.engine.streams import Position, SequencedEvent, Subscription
 from service.errors import CancelledError, DeadlineError
 from service.http.answers import (
     EVENTS,
@@ -26,6 +26,7 @@ from service.http.answers import (
     Presenter,
     StreamPresenter,
 )
+from service.http.event_ids import parse
 from service.http.intake import intake_of, release_body
 from service.http.jobs import state_body
 from service.http.state import AppState, app_state
@@ -80,7 +81,7 @@ async def answer(media_type: str, prepared: PreparedRequest, request: Request) -
     state = app_state(request)
     release_body(request)  # the pictures are decoded, and their files are gone
     model = state.capabilities.name
-    events = EventPresenter(prepared, model)
+    events = EventPresenter(prepared, model, state.event_ids)
     if wants_async(request) and state.jobs.start(events, state.capabilities.shape):
         return accepted(prepared.spec.id, request)
     if media_type == EVENTS:
@@ -135,12 +136,21 @@ class EventStream(Response):
 
     media_type = EVENTS
 
-    def __init__(self, presenter: StreamPresenter, state: AppState, spec: JobSpec | None = None) -> None:
-        """spec: a job to submit; None continues the one that the presenter is of."""
+    def __init__(
+        self,
+        presenter: StreamPresenter,
+        state: AppState,
+        spec: JobSpec | None = None,
+        after: Position | None = None,
+    ) -> None:
+        """spec: a job to submit; None continues the one that the presenter is of.
+
+        after: of a job that is computed again, what its reader has seen of it.
+        """
         self.status_code, self.background = 200, None
         headers = {"Cache-Control": UNBUFFERED, "X-Accel-Buffering": "no", "Vary": "Accept"}
         self.init_headers({**headers, "X-Job-ID": presenter.prepared.spec.id})
-        self._presenter, self._state, self._spec = presenter, state, spec
+        self._presenter, self._state, self._spec, self._after = presenter, state, spec, after
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream. Raises the refusal of a job that is not accepted."""
@@ -154,8 +164,8 @@ class EventStream(Response):
             await self._run(job_id, receive, send)
 
     async def _run(self, job_id: str, receive: Receive, send: Send) -> None:
-        state, begun = self._state, False
-        async with state.streams.subscribe(job_id, self._presenter, state.settings.stream_grace_s) as events:
+        state, begun, grace_s = self._state, False, self._state.settings.stream_grace_s
+        async with state.streams.subscribe(job_id, self._presenter, grace_s, self._after) as events:
             try:
                 async with while_connected(receive):
                     first = await self._submit(events)
@@ -169,6 +179,8 @@ class EventStream(Response):
         if self._spec is None:
             return []
         self._state.engine.submit(self._spec)
+        if self._after is not None:  # it was told the first one
+            return []
         first = await events.first()
         if isinstance(first.event, Terminal):
             finished(first.event)
@@ -201,13 +213,23 @@ def _body(content: bytes, *, more: bool = True) -> Message:
 
 
 def resume(last_event_id: str, state: AppState) -> Response:
-    """Continue a job's stream; 204, which tells an EventSource to stop, once there is nothing left."""
-    job_id, _, number = last_event_id.rpartition(":")
+    """Continue a job's stream; 204, which tells an EventSource to stop, once there is nothing left.
+
+    A job that is not known here is computed again, if its id is signed: it began elsewhere.
+    """
+    job_id, number = parse(last_event_id) or ("", 0)
     found = state.streams.find(job_id)
-    known = number.isdecimal() and len(number) < 10  # int() refuses thousands of digits
-    if found is None or found.context is None or not known or found.delivered(int(number)):
+    if found is not None:
+        if found.context is None or found.delivered(number):
+            return Response(status_code=204)
+        return EventStream(found.context, state)
+    ids = state.event_ids
+    again = ids.continued(last_event_id, state.capabilities) if ids.secret is not None else None
+    if again is None:
         return Response(status_code=204)
-    return EventStream(found.context, state)
+    prepared, after = again
+    presenter = EventPresenter(prepared, state.capabilities.name, ids)
+    return EventStream(presenter, state, prepared.spec, after)
 
 
 @asynccontextmanager

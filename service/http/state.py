@@ -15,6 +15,8 @@ from service.engine.messages import ModelInfo
 from service.engine.streams import Streams
 from service.errors import ClientLimitError, LoadingError
 from service.http.answers import StreamPresenter
+from service.http.caching import computed_by
+from service.http.event_ids import EventIds
 from service.http.intake import Bodies, Decoders
 from service.http.jobs import Jobs
 from service.settings import Settings
@@ -38,6 +40,7 @@ class AppState:
     jobs: Jobs = field(init=False)
     bodies: Bodies = field(init=False)
     _capabilities: ModelCapabilities | None = None
+    _event_ids: EventIds | None = None
     _open_streams: Counter[str] = field(default_factory=Counter)  # by owner
 
     def __post_init__(self) -> None:
@@ -68,6 +71,17 @@ class AppState:
                 raise self.engine.refusal() or LoadingError("The network is being loaded.", 2.0)
             self._capabilities = capabilities_of(self.engine.model, self.settings)
         return self._capabilities
+
+    @property
+    def event_ids(self) -> EventIds:
+        """Ids of events, signed where there is a secret. Raises LoadingError as long as nothing can be sent."""
+        if self._event_ids is None:
+            secret, info = self.settings.resume_secret, self.engine.info
+            if info is None:
+                raise self.engine.refusal() or LoadingError("The network is being loaded.", 2.0)
+            key = secret.get_secret_value().encode() if secret is not None else None
+            self._event_ids = EventIds(key, computed_by(self.capabilities, info))
+        return self._event_ids
 
 
 def capabilities_of(model: ModelInfo, settings: Settings) -> ModelCapabilities:

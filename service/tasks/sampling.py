@@ -144,7 +144,7 @@ class PreparedRequest:
     """A job, and what its answer needs besides the results.
 
     parameters: the request with every default filled in. per_image: extra fields of each image. columns: of
-    the contact sheet. scale: pixels of a picture per pixel of the model and side.
+    the contact sheet. scale: pixels of a picture per pixel of the model and side. request: as it was asked.
     """
 
     spec: JobSpec
@@ -153,6 +153,7 @@ class PreparedRequest:
     per_image: tuple[dict[str, Any], ...] = ()
     columns: int | None = None
     scale: int = 1
+    request: JobRequest | None = None
 
     def extra(self, index: int) -> dict[str, Any]:
         """The extra fields of one image."""
@@ -345,6 +346,7 @@ def sampling_request(
         tuple(per_image) or params.per_image,
         columns,
         request.scale,
+        request,
     )
 
 

@@ -24,11 +24,12 @@ export class Problem extends Error {
 // of every route. body: that of a POST, else it is a GET.
 export async function* follow(url, signal, body = null) {
   const first = body && { method: "POST", body: JSON.stringify(body) };
+  const session = crypto.getRandomValues(new Uint32Array(4)).join("-"); // leads to the same one of several replicas
   let lastId = "";
   let drops = 0;
   for (;;) {
     try {
-      const headers = { Accept: "text/event-stream", ...key.headers() };
+      const headers = { Accept: "text/event-stream", "X-Session-ID": session, ...key.headers() };
       if (lastId) headers["Last-Event-ID"] = lastId;
       else if (body) headers["Content-Type"] = "application/json";
       const options = { headers, signal, cache: "no-store", ...(lastId ? null : first) };

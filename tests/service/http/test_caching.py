@@ -185,9 +185,10 @@ def test_a_tag_names_all_that_decides_the_bytes() -> None:
         entity_tag(prepared, "image/png", replace(model, name="other"), engine),
         entity_tag(prepared, "image/png", model, replace(engine, device="cuda:0")),
         entity_tag(prepared, "image/png", model, replace(engine, dtype="bfloat16")),
-        entity_tag(prepared, "image/png", model, replace(engine, max_batch_size=64)),
+        entity_tag(prepared, "image/png", model, replace(engine, runtime="torch")),
+        entity_tag(prepared, "image/png", model, replace(engine, runtime="torch", max_batch_size=64)),
     }
-    assert len(tags) == 8
+    assert len(tags) == 9
 
 
 def test_where_neighbours_change_bits_a_tag_is_weak() -> None:
