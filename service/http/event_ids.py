@@ -33,7 +33,7 @@ END = "end"
 
 @dataclass(frozen=True)
 class EventIds:
-    """Makes ids and reads them. secret: None signs none. computed_by: what the bytes follow from beside it."""
+    """Makes ids and reads them. secret: None signs none. computed_by: what bytes follow from beside a request."""
 
     secret: bytes | None = None
     computed_by: str = ""

@@ -74,7 +74,7 @@ class AppState:
 
     @property
     def event_ids(self) -> EventIds:
-        """Ids of events, signed where there is a secret. Raises LoadingError as long as nothing can be sent."""
+        """Ids of events, signed where there is a secret. Raises LoadingError until the network is loaded."""
         if self._event_ids is None:
             secret, info = self.settings.resume_secret, self.engine.info
             if info is None:
