@@ -33,7 +33,7 @@ END = "end"
 
 @dataclass(frozen=True)
 class EventIds:
-    """Makes ids and reads them. secret: None signs none. computed_by: what bytes follow from beside a request."""
+    """Makes ids and reads them. secret: None signs none. computed_by: what bytes follow from besides."""
 
     secret: bytes | None = None
     computed_by: str = ""
