@@ -50,6 +50,9 @@ class Settings(BaseSettings):
         pattern=r"^[^\x00]+$",
         description="model folder in diffusers layout, or hf:owner/name@revision on the Hugging Face Hub",
     )
+    served_model_name: str = Field(
+        "", pattern=r"^[^\x00-\x1f]*$", description="what clients call the model; its folder's name if empty"
+    )
     sample_size: str = Field(
         "",
         pattern=r"^([1-9]\d*(x[1-9]\d*)?)?$",

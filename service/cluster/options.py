@@ -13,6 +13,8 @@ from service.settings import Settings
 
 BESIDE = 64
 """Requests beside those that have slots: health, metrics, refusals, readers of jobs."""
+OPEN = 4096
+"""Requests of a front, streams for the most part, each a few kilobytes and a coroutine or two."""
 FLUSH_S = 5.0
 """For answers that are being read when their chain is done."""
 START_S = 600.0
@@ -28,6 +30,15 @@ class ReplicaOptions(TypedDict):
     graceful_shutdown_wait_loop_s: float
     health_check_period_s: float
     health_check_timeout_s: float
+    request_router_config: dict[str, str]
+
+
+class FrontOptions(TypedDict):
+    """The same of what answers for all replicas."""
+
+    max_ongoing_requests: int
+    max_queued_requests: int
+    graceful_shutdown_timeout_s: float
 
 
 def replica_options(settings: Settings) -> ReplicaOptions:
@@ -45,4 +56,14 @@ def replica_options(settings: Settings) -> ReplicaOptions:
         "graceful_shutdown_wait_loop_s": 1.0,
         "health_check_period_s": 5.0,
         "health_check_timeout_s": START_S,
+        "request_router_config": {"request_router_class": "service.cluster.routing.SessionRouter"},
+    }
+
+
+def front_options(settings: Settings) -> FrontOptions:
+    """Options of the front, which only passes on: replicas say when it is too much."""
+    return {
+        "max_ongoing_requests": OPEN,
+        "max_queued_requests": OPEN,
+        "graceful_shutdown_timeout_s": settings.deadline_s + FLUSH_S,
     }

@@ -1,15 +1,19 @@
-"""A replica: the whole service, one API and its engines, as an actor of Ray Serve.
+"""A replica: the whole service of one model, an API and its engines, as an actor of Ray Serve.
 
-The app is made in the replica and not sent there. Ray's proxy hands it each request as ASGI messages, so that
-streams are sent as they come and a client that leaves is seen, as behind uvicorn.
+It gets each request from the front (service/cluster/front.py) as ASGI messages, so that streams are sent as
+they come and a client that leaves is seen, as behind uvicorn.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from typing import Any
 
-from fastapi import FastAPI
+from prometheus_client import generate_latest
 from ray import serve
+from starlette.types import Message
 
 from service.app import create_app
 from service.engine.worker import Phase
@@ -18,20 +22,23 @@ from service.settings import Settings
 from service.telemetry import configure_logging
 
 LOOK_S = 0.05
+UNREAD = 16
+"""Messages of an answer that wait to be taken."""
 
 
-@serve.ingress()
 class Replica:
-    """One service of the settings that its process has in its environment."""
+    """One service of the settings that its process has in its environment, and of those that are given."""
 
-    def __init__(self) -> None:
-        settings = Settings()
+    async def __init__(self, **overrides: Any) -> None:  # type: ignore[misc]  # Ray awaits it
+        settings = Settings(**overrides)
         configure_logging(settings.log_format)
         # It is reached through a proxy, under whatever name that has.
         self._app = create_app(settings.model_copy(update={"host": "0.0.0.0"}))
+        self._running: AbstractAsyncContextManager[Any] = self._app.router.lifespan_context(self._app)
+        await self._running.__aenter__()
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return self._app
+    async def __del__(self) -> None:
+        await self._running.__aexit__(None, None, None)
 
     @property
     def _state(self) -> AppState:
@@ -48,6 +55,52 @@ class Replica:
             await asyncio.sleep(LOOK_S)
         if engine.phase is Phase.DEAD:
             raise RuntimeError("the engine has been given up")
+
+    async def asgi(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[list[Message]]:
+        """Answer a request. Yields the messages of the answer, those together that are there.
+
+        A caller that cancels is a client that has left.
+        """
+        taken, gone = False, asyncio.Event()
+        messages: asyncio.Queue[Message | None] = asyncio.Queue(UNREAD)
+
+        async def receive() -> Message:
+            nonlocal taken
+            if not taken:
+                taken = True
+                return {"type": "http.request", "body": body, "more_body": False}
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def answer() -> None:
+            try:
+                await self._app(scope, receive, messages.put)
+            finally:
+                if not gone.is_set():
+                    await messages.put(None)
+
+        answering = asyncio.create_task(answer())
+        try:
+            over = False
+            while not over:
+                batch = [await messages.get()]
+                while not messages.empty():
+                    batch.append(messages.get_nowait())
+                over = batch[-1] is None
+                if found := [message for message in batch if message is not None]:
+                    yield found
+        finally:
+            gone.set()
+            while not answering.done():  # what it still sends is read by nobody
+                if not messages.empty():
+                    messages.get_nowait()
+                await asyncio.sleep(0)
+            answering.result()
+
+    def metrics(self) -> tuple[str, str]:
+        """Id of the replica, and its metrics in Prometheus's text format."""
+        registry = self._state.telemetry.registry
+        return serve.get_replica_context().replica_id.unique_id, generate_latest(registry).decode()
 
     def record_routing_stats(self) -> dict[str, float]:
         """What a router may know: the work that remains, at which rate it is done, and free slots."""

@@ -10,7 +10,6 @@ none from another model, starts a chain.
 from __future__ import annotations
 
 import base64
-import binascii
 import hmac
 import json
 from dataclasses import dataclass, replace
@@ -100,6 +99,21 @@ def parse(event_id: str) -> tuple[str, int] | None:
     return job_id, int(number)
 
 
+def is_signed(event_id: str) -> bool:
+    """Whether an id looks like a signed one; nothing is said of the signature."""
+    return event_id.count(":") == 4
+
+
+def is_last(event_id: str) -> bool:
+    """Whether a signed id is that of a last event."""
+    return is_signed(event_id) and event_id.split(":")[2] == END
+
+
+def request_of(event_id: str) -> bytes:
+    """The request that a signed id has, as JSON, whoever signed it; of any other id nothing."""
+    return _decoded(event_id.split(":")[3]) if is_signed(event_id) else b""
+
+
 def _packed(prepared: PreparedRequest) -> str:
     """A request for an id, with the seeds that were drawn for it; empty where it does not fit into one."""
     if not isinstance(prepared.request, GenerateRequest):
@@ -115,5 +129,5 @@ def _encoded(data: bytes) -> str:
 def _decoded(text: str) -> bytes:
     try:
         return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
-    except binascii.Error:
+    except ValueError:  # not base64, or not ASCII
         return b""

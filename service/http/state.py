@@ -86,8 +86,9 @@ class AppState:
 
 def capabilities_of(model: ModelInfo, settings: Settings) -> ModelCapabilities:
     """What can be asked of a model under these settings."""
+    known = asdict(model)
     return ModelCapabilities(
-        **asdict(model),
+        **{**known, "name": settings.served_model_name or model.name},
         max_images=min(settings.max_images, settings.max_queue),  # more would always be refused
         deadline_s=settings.deadline_s,
     )

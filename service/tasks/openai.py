@@ -36,7 +36,7 @@ class ImagesRequest(BaseModel):
     prompt: str = Field(
         max_length=32_000, description="names a class of the model, in words around it or not"
     )
-    model: str | None = Field(None, description="any: there is one model")
+    model: str | None = Field(None, description="any where there is one model, else its name")
     n: int = Field(1, ge=1, description="images; image i has seed + i")
     size: str = Field(
         "auto",

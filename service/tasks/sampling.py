@@ -42,6 +42,7 @@ class JobRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
+    model: str | None = Field(None, description="the model's name, of several behind one address")
     seed: Seeds = Field(None, description="of the first image, or of each as a list; random if absent")
     class_label: Labels = Field(
         None, description="class index or name, or one for each image as a list; null: unconditional"
@@ -355,8 +356,10 @@ def job_spec(
 ) -> JobSpec:
     """A job of these stages, under a new id. sampler: what its images are counted by.
 
-    Raises InvalidRequestError for timesteps that the network has no value at.
+    Raises InvalidRequestError for another model, and for timesteps that the network has no value at.
     """
+    if request.model not in (None, capabilities.name):
+        raise InvalidRequestError("model", f"The model here is {capabilities.name}.")
     lowest = capabilities.lowest_timestep
     if lowest and any(min(chain.plan.timesteps) < lowest for stage in stages for chain in stage.chains):
         half = capabilities.schedule.timesteps // 2
