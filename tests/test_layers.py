@@ -113,10 +113,24 @@ SERVICE = {
     "service.engine.arrivals": "",
     "service.engine.estimates": "service.engine.jobs",
     # A fleet: what needs no Ray is pure.
-    "service.cluster": "service.cluster.options service.cluster.replica service.settings ray",
-    "service.cluster.replica": (
-        "service.app service.engine.worker service.http.state service.settings service.telemetry fastapi ray"
+    "service.cluster": (
+        "service.cluster.front service.cluster.naming service.cluster.options service.cluster.replica"
+        " service.settings ray"
     ),
+    "service.cluster.front": (
+        "service.cluster.forwarding service.cluster.metrics service.cluster.naming service.errors"
+        " service.http.middleware"
+        " service.http.openai service.http.problems service.settings service.telemetry"
+        " fastapi msgspec ray starlette"
+    ),
+    "service.cluster.metrics": "prometheus_client",
+    "service.cluster.replica": (
+        "service.app service.engine.worker service.http.state service.settings service.telemetry"
+        " prometheus_client ray starlette"
+    ),
+    "service.cluster.routing": "service.cluster.policies ray",
+    "service.cluster.forwarding": "service.http.event_ids starlette",
+    "service.cluster.naming": "service.http.event_ids msgspec starlette",
     "service.cluster.options": "service.settings",
     "service.cluster.policies": "",
     "service.engine.streams": "service.engine.messages service.errors msgspec",

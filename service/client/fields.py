@@ -22,6 +22,7 @@ Upload: TypeAlias = "str | PathLike[str] | bytes | Image.Image | NDArray[np.uint
 class JobFields(TypedDict, total=False):
     """Of every request."""
 
+    model: str | None
     deadline_s: float | None
     output_format: Format | None
     preview: Shown

@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
 import msgspec
 from fastapi import FastAPI, HTTPException, Request, Response
-from prometheus_client import CollectorRegistry, Metric, generate_latest
-from prometheus_client.parser import text_string_to_metric_families
-from prometheus_client.registry import Collector
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
@@ -26,6 +23,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from service.cluster.forwarding import Forwarding, NotContinuedError
+from service.cluster.metrics import merged
 from service.cluster.naming import model_named
 from service.errors import QueueFullError, RefusedError
 from service.http.middleware import MAX_UPLOAD_BYTES
@@ -166,27 +164,3 @@ class _Whole:
 async def _left(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-class _Merged(Collector):
-    """Metrics of several processes, each with labels of its own."""
-
-    def __init__(self, texts: Sequence[tuple[Mapping[str, str], str]]) -> None:
-        self._texts = texts
-
-    def collect(self) -> Iterable[Metric]:
-        """One family of each name."""
-        families: dict[str, Metric] = {}
-        for labels, text in self._texts:
-            for found in text_string_to_metric_families(text):
-                family = families.setdefault(found.name, Metric(found.name, found.documentation, found.type))
-                for sample in found.samples:
-                    family.samples.append(sample._replace(labels={**sample.labels, **labels}))
-        return families.values()
-
-
-def merged(texts: Sequence[tuple[Mapping[str, str], str]]) -> bytes:
-    """Metrics in Prometheus's text format as one such text, those of each with its labels."""
-    registry = CollectorRegistry()
-    registry.register(_Merged(texts))
-    return generate_latest(registry)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from math import ceil, inf
 from random import Random
 
@@ -72,6 +73,15 @@ def choose(
         raise ValueError("among must be at least 1")
     drawn = [loads[place] for place in random.sample(range(len(loads)), min(among, len(loads)))]
     return [load.replica_id for load in sorted(drawn, key=key)]
+
+
+def ranked(session: str, names: Sequence[str]) -> list[str]:
+    """Ids of replicas as a session ranks them: the first one that takes the request has its jobs.
+
+    By a hash of both names (rendezvous hashing, Thaler & Ravishankar 1998), so that of all sessions only
+    those move whose replica goes, or that rank a new one first.
+    """
+    return sorted(names, key=lambda name: blake2b(f"{session}\n{name}".encode(), digest_size=8).digest())
 
 
 def desired_replicas(

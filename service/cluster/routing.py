@@ -2,16 +2,15 @@
 
 Without a session: Ray's power of two choices, on how many requests each has; docs/scale.md compares it with
 others. With one (`X-Session-ID`): always the same replica as long as it is there, which has the job that a
-reader comes back to. Replicas are ranked by a hash of both names (rendezvous hashing, Thaler & Ravishankar
-1998), so that of the sessions only those move whose replica goes, or which a new one ranks first for.
+reader comes back to.
 """
 
 from __future__ import annotations
 
-from hashlib import blake2b
-
 from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
 from ray.serve.request_router import PendingRequest, RunningReplica
+
+from service.cluster.policies import ranked
 
 
 class SessionRouter(PowerOfTwoChoicesRequestRouter):
@@ -29,8 +28,3 @@ class SessionRouter(PowerOfTwoChoicesRequestRouter):
             return found
         by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         return [[by_name[name]] for name in ranked(session, list(by_name))]
-
-
-def ranked(session: str, names: list[str]) -> list[str]:
-    """Names of replicas as a session ranks them."""
-    return sorted(names, key=lambda name: blake2b(f"{session}\n{name}".encode(), digest_size=8).digest())

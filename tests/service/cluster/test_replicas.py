@@ -1,4 +1,4 @@
-"""Two models of two replicas each behind one address, on a real Ray."""
+"""Two models of two replicas each behind one address, on a real Ray, with either of its proxies."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ ray.shutdown()
 
 
 @contextmanager
-def fleet(models: str, temporary: Path) -> Iterator[tuple[httpx.Client, psutil.Process]]:
+def fleet(models: str, temporary: Path, haproxy: bool) -> Iterator[tuple[httpx.Client, psutil.Process]]:
     """A client of two replicas of each model, and the process that started them."""
     env = {
         **os.environ,
@@ -59,6 +59,7 @@ def fleet(models: str, temporary: Path) -> Iterator[tuple[httpx.Client, psutil.P
         "OMP_NUM_THREADS": "1",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_SERVE_ENABLE_HA_PROXY": "1" if haproxy else "0",
         "PYTHONPATH": str(ROOT),
     }
     with subprocess.Popen(
@@ -88,13 +89,13 @@ def fleet(models: str, temporary: Path) -> Iterator[tuple[httpx.Client, psutil.P
                     each.kill()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[False, True], ids=["Python's proxy", "HAProxy"])
 def served(
-    tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[httpx.Client, psutil.Process]]:
     other = tmp_path_factory.mktemp("models") / "other"
     checkpoint.save(other, tiny_model(classes=2))
-    with fleet(f"tiny={tiny_folder},{other}", tmp_path_factory.mktemp("ray")) as found:
+    with fleet(f"tiny={tiny_folder},{other}", tmp_path_factory.mktemp("ray"), request.param) as found:
         yield found
 
 
@@ -115,6 +116,12 @@ def engines(process: psutil.Process) -> list[psutil.Process]:
         if "service.engine.process" in (each.info["cmdline"] or [])
         and any(str(parent.cmdline()).find("ServeReplica") >= 0 for parent in each.parents()[:1])
     ]
+
+
+def alive(client: httpx.Client) -> bool:
+    with suppress(httpx.TransportError):
+        return client.get("/livez").status_code == 200
+    return False
 
 
 def samples(client: httpx.Client, name: str) -> dict[tuple[str, str], float]:
@@ -289,6 +296,6 @@ def test_a_front_that_dies_is_a_reconnect(served: tuple[httpx.Client, psutil.Pro
                 os.kill(front.pid, signal.SIGKILL)
     assert seen[-1].name == "preview"
     last = {"last-event-id": seen[-1].id}
-    until(lambda: client.get("/livez").status_code == 200, "another front")
+    until(lambda: alive(client), "another front")
     seen += whole_stream(client, "/stream", **last)
     assert_whole(seen, undisturbed)
