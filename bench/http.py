@@ -233,7 +233,7 @@ def row_rate(url: str, seconds: float) -> float:
 
 
 def metric(url: str, name: str) -> float:
-    """A metric without labels, as a service has it now."""
+    """A metric as a service has it now, summed over its labels."""
     where = urlsplit(url)
     assert where.hostname is not None
     connection = HTTPConnection(where.hostname, where.port)
@@ -242,7 +242,10 @@ def metric(url: str, name: str) -> float:
         lines = connection.getresponse().read().decode().splitlines()
     finally:
         connection.close()
-    return next(float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
+    found = [line.rpartition(" ")[2] for line in lines if line.startswith((f"{name} ", f"{name}{{"))]
+    if not found:
+        raise LookupError(f"{url} has no metric {name}")
+    return sum(map(float, found))
 
 
 async def _keep_requesting(url: str, accept: str, clients: int, body: object) -> None:

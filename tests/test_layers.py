@@ -125,8 +125,8 @@ SERVICE = {
     ),
     "service.cluster.metrics": "prometheus_client",
     "service.cluster.replica": (
-        "service.app service.engine.worker service.http.state service.settings service.telemetry"
-        " prometheus_client ray starlette"
+        "service.app service.engine.connection service.engine.messages service.engine.worker"
+        " service.http.state service.settings service.telemetry prometheus_client ray starlette"
     ),
     "service.cluster.routing": "service.cluster.policies ray",
     "service.cluster.forwarding": "service.http.event_ids starlette",

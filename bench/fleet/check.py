@@ -81,10 +81,11 @@ def compared(measured: Sequence[float], simulated: Sequence[float]) -> list[str]
 
 
 @contextmanager
-def served(devices: int) -> Iterator[str]:
+def served(devices: int, rows: int = ROWS, step_ms: float = STEP_MS) -> Iterator[str]:
     """The service over so many devices, once it is ready. Raises RuntimeError if it never is."""
     port = free_port()
-    command = [sys.executable, "-m", "bench.fleet.check", "--devices", str(devices), "--serve", str(port)]
+    device = "--devices", str(devices), "--rows", str(rows), "--step-ms", str(step_ms)
+    command = [sys.executable, "-m", "bench.fleet.check", *device, "--serve", str(port)]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as popen:
         url, limit = f"http://127.0.0.1:{port}", time.monotonic() + START_S
         try:
@@ -104,10 +105,12 @@ def main() -> int:
     parser = argparse.ArgumentParser("python -m bench.fleet.check")
     parser.add_argument("--serve", type=int, required=True, metavar="PORT")
     parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--rows", type=int, default=ROWS)
+    parser.add_argument("--step-ms", type=float, default=STEP_MS)
     args = parser.parse_args()
     names = ",".join(f"cuda:{place}" for place in range(args.devices))  # which only count
     settings = Settings(_env_file=None, port=args.serve, device=names, max_queue=4096)
-    device = "--rows", str(ROWS), "--step-ms", str(STEP_MS)
+    device = "--rows", str(args.rows), "--step-ms", str(args.step_ms)
     command = (sys.executable, "-m", "bench.overload", *device, "--engine")
     app = create_app(settings, lambda config: ProcessConnection(config, command))
     return serve(app, app.state.ddpm, settings, bind(settings.host, settings.port))

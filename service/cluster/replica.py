@@ -7,7 +7,7 @@ they come and a client that leaves is seen, as behind uvicorn.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
@@ -16,6 +16,8 @@ from ray import serve
 from starlette.types import Message
 
 from service.app import create_app
+from service.engine.connection import Connection, ProcessConnection
+from service.engine.messages import EngineConfig
 from service.engine.worker import Phase
 from service.http.state import AppState
 from service.settings import Settings
@@ -27,13 +29,18 @@ UNREAD = 16
 
 
 class Replica:
-    """One service of the settings that its process has in its environment, and of those that are given."""
+    """One service of the settings that its process has in its environment, and of those that are given.
 
-    async def __init__(self, **overrides: Any) -> None:  # type: ignore[misc]  # Ray awaits it
+    start: starts an engine, as for create_app.
+    """
+
+    async def __init__(  # type: ignore[misc]  # Ray awaits it
+        self, start: Callable[[EngineConfig], Connection] = ProcessConnection, **overrides: Any
+    ) -> None:
         settings = Settings(**overrides)
         configure_logging(settings.log_format)
         # It is reached through a proxy, under whatever name that has.
-        self._app = create_app(settings.model_copy(update={"host": "0.0.0.0"}))
+        self._app = create_app(settings.model_copy(update={"host": "0.0.0.0"}), start)
         self._running: AbstractAsyncContextManager[Any] = self._app.router.lifespan_context(self._app)
         await self._running.__aenter__()
 
