@@ -16,13 +16,13 @@ class _Merged(Collector):
         self._texts = texts
 
     def collect(self) -> Iterable[Metric]:
-        """One family of each name."""
+        """One family of each name. A label that a sample has is kept."""
         families: dict[str, Metric] = {}
         for labels, text in self._texts:
             for found in text_string_to_metric_families(text):
                 family = families.setdefault(found.name, Metric(found.name, found.documentation, found.type))
                 for sample in found.samples:
-                    family.samples.append(sample._replace(labels={**sample.labels, **labels}))
+                    family.samples.append(sample._replace(labels={**labels, **sample.labels}))
         return families.values()
 
 

@@ -34,6 +34,8 @@ b_bucket{le="+Inf"} 3.0
 b_count 3.0
 b_sum 4.0
 """
+    own = merged([({"kind": "y", "replica": "r"}, text)]).decode()
+    assert 'a_total{kind="x",replica="r"} 1.0' in own
     both = merged([({"replica": "r"}, text), ({"replica": "s"}, text)]).decode()
     assert both.count("# TYPE a_total counter") == both.count("# TYPE b histogram") == 1
     for replica in "rs":
