@@ -44,7 +44,8 @@ class NoiseSchedule:
     `timestep_spacing` are the checkpoint's defaults for sampling. spare_timestep: *leading* and *linspace*
     then choose one timestep more and leave out the lowest, as diffusers' multistep solvers do.
     set_alpha_to_one: sampling ends at ᾱ = 1, else at ᾱ_0. data_range: what pixel values 0 and 255 are to the
-    network. timestep_scale: what a timestep is multiplied by before the network sees it.
+    network. timestep_scale: what a timestep is multiplied by before the network sees it. distilled_guidance:
+    of a student that takes each of the T timesteps in one evaluation, the guidance scale folded into it.
     """
 
     betas: Array
@@ -58,6 +59,7 @@ class NoiseSchedule:
     set_alpha_to_one: bool = True
     data_range: DataRange = DATA_RANGE
     timestep_scale: float = 1.0
+    distilled_guidance: float | None = None
 
     def __post_init__(self) -> None:
         betas = self.betas
@@ -79,6 +81,9 @@ class NoiseSchedule:
             )
         if not 0 < self.timestep_scale < math.inf:
             raise ScheduleError(f"timestep_scale={self.timestep_scale} must be a number above 0")
+        folded = self.distilled_guidance
+        if folded is not None and not 0 <= folded < math.inf:
+            raise ScheduleError(f"distilled_guidance={folded} must be a number of at least 0")
         for name, allowed in (
             ("prediction_type", PREDICTION_TYPES),
             ("variance_type", VARIANCE_TYPES),
@@ -101,6 +106,11 @@ class NoiseSchedule:
     def bounded(self) -> bool:
         """Whether the x₀ prediction is clipped or thresholded."""
         return self.clip < math.inf or self.dynamic_thresholding_ratio > 0
+
+    @property
+    def distilled(self) -> bool:
+        """Whether the network is a student of few evaluations: no other steps, no score, no likelihood."""
+        return self.distilled_guidance is not None
 
     @property
     def learned_variance(self) -> bool:

@@ -142,9 +142,9 @@ UNSUPPORTED: Mapping[str, str] = {
 
 COMMON = _names(
     "num_train_timesteps beta_start beta_end beta_schedule trained_betas prediction_type predict_epsilon"
-    " data_range timestep_scale"
+    " data_range timestep_scale distilled_guidance"
 )
-"""Read from every class. The last two are ours; `predict_epsilon` is the old form of `prediction_type`."""
+"""Read from every class. The last three are ours; `predict_epsilon` is the old form of `prediction_type`."""
 OPTIONAL = _names(
     "clip_sample clip_sample_range thresholding dynamic_thresholding_ratio sample_max_value timestep_spacing"
     " steps_offset rescale_betas_zero_snr set_alpha_to_one variance_type final_sigmas_type"
@@ -220,6 +220,7 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
         "set_alpha_to_one": _ends_at_one(known, kind),
         "data_range": _data_range(known.get("data_range", (-1.0, 1.0))),
         "timestep_scale": float(known.get("timestep_scale", 1.0)),
+        "distilled_guidance": _number_or_none(known.get("distilled_guidance")),
     }
 
 
@@ -315,6 +316,10 @@ def _ends_at_one(config: Mapping[str, Any], kind: Scheduler) -> bool:
     if final not in ("zero", "sigma_min"):
         raise ScheduleError(f"final_sigmas_type={final!r} is not supported (known: zero, sigma_min)")
     return bool(config.get("set_alpha_to_one", kind.to_one)) and final == "zero"
+
+
+def _number_or_none(value: Any) -> float | None:
+    return None if value is None else float(value)
 
 
 def _data_range(value: Any) -> tuple[float, float]:

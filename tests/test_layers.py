@@ -219,8 +219,9 @@ MODEL = {
     # Programs for developers, not in the image; nothing above imports them.
     "model.training": "",
     "model.training.*": (
-        "model.checkpoint model.diffusion model.encoder model.files model.schedule model.training.*"
-        " model.unet model.unet_config model.evaluation.plots numpy torch safetensors PIL tqdm"
+        "model.chain model.checkpoint model.denoiser model.denoising_diffusion model.diffusion model.encoder"
+        " model.files model.network model.runtimes model.samplers model.schedule model.training.* model.unet"
+        " model.unet_config model.evaluation.plots numpy torch safetensors PIL tqdm"
     ),
     "model.evaluation": "",
     "model.evaluation.*": (
