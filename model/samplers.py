@@ -41,7 +41,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.betas import NEARLY_NO_SIGNAL
-from model.schedule import Array, NoiseSchedule, Spacing, VarianceType
+from model.schedule import Array, NoiseSchedule, ScheduleError, Spacing, VarianceType
 
 COLUMNS = ("t", "a_x", "a_o", "a_g", "w", "clip", "q", "c_x", "c_0", "c_u", "c_p", "c_n", "c_v", "k_0", "k_n")
 ROW = np.dtype([(name, np.float64) for name in COLUMNS])
@@ -295,8 +295,10 @@ def build_inversion(schedule: NoiseSchedule, steps: int, *, spacing: Spacing | N
     """DDIM run upwards: from an image to the x_T from which η = 0 would generate it (Song et al. 2021, §4.3).
 
     The image stands for x at the lowest timestep. Nothing is clipped: clipping cannot be undone. Raises
-    ScheduleError for an impossible number of steps, 1 included.
+    ScheduleError for an impossible number of steps, 1 included, and for a distilled network.
     """
+    if schedule.distilled:
+        raise ScheduleError("the network is distilled into steps down: nothing inverts them")
     chosen = schedule.spaced_timesteps(steps, spacing)[::-1]
     rising = np.unique(np.concatenate(([0], chosen)))
     ac = schedule.alphas_cumprod[rising]
@@ -366,8 +368,10 @@ def build_measurement(schedule: NoiseSchedule, timesteps: Sequence[int]) -> Plan
 
     All pixels are known, so after each step x is the forward process's at the next step's timestep, with
     fresh noise. What counts is the x₀ prediction of each step (model/likelihood.py). Raises ValueError for
-    timesteps outside [0, T).
+    timesteps outside [0, T), ScheduleError for a distilled network, whose x₀ prediction is no mean of x₀.
     """
+    if schedule.distilled:
+        raise ScheduleError("the network is distilled: its predictions bound no likelihood")
     chosen = np.asarray(timesteps, np.int64)
     if not len(chosen) or chosen.min() < 0 or chosen.max() >= schedule.timesteps:
         raise ValueError(f"timesteps must lie in [0, {schedule.timesteps})")

@@ -6,7 +6,7 @@ import math
 from typing import Any, get_args
 
 from model.likelihood import DEFAULT_TERMS
-from model.samplers import SAMPLERS, SINGLE_STEP
+from model.samplers import SINGLE_STEP
 from service import __version__
 from service.engine.messages import EngineInfo
 from service.http.openapi import lists, objects, typed
@@ -45,6 +45,10 @@ INFO = objects(
         sha256=typed("of its files"),
         timesteps=typed("T", "integer"),
         prediction_type=typed("what the network predicts"),
+        distilled_guidance={
+            "type": ["number", "null"],
+            "description": "the guidance in a network that is distilled into its timesteps; null: none is",
+        },
     ),
     samplers=lists("their names", NAMES),
     defaults=objects(
@@ -125,13 +129,14 @@ INFO = objects(
 def describe(capabilities: ModelCapabilities, settings: Settings, engine: EngineInfo) -> dict[str, Any]:
     """The answer of `/info`."""
     channels, height, width = capabilities.shape
+    distilled = capabilities.schedule.distilled
     picture = dict(zip(("height", "width"), picture_size(capabilities.shape), strict=True))
     return {
         "version": __version__,
         "model": {
             "name": capabilities.name,
             "classes": list(capabilities.class_names),
-            "guidance": capabilities.guided,
+            "guidance": capabilities.guidable,
             "classifier": capabilities.classified,
             "condition": list(capabilities.condition),
             "channels": channels,
@@ -143,12 +148,13 @@ def describe(capabilities: ModelCapabilities, settings: Settings, engine: Engine
             "sha256": capabilities.checksum,
             "timesteps": capabilities.schedule.timesteps,
             "prediction_type": capabilities.schedule.prediction_type,
+            "distilled_guidance": capabilities.schedule.distilled_guidance,
         },
-        "samplers": list(SAMPLERS),
+        "samplers": list(capabilities.samplers),
         "defaults": _defaults(capabilities),
         "editing": _editing(capabilities),
         "scoring": {
-            "max_images": min(score.MAX_SCORED, capabilities.max_images),
+            "max_images": 0 if distilled else min(score.MAX_SCORED, capabilities.max_images),
             "terms": min(DEFAULT_TERMS, capabilities.schedule.timesteps),
             "typicality": capabilities.typicality is not None,
         },
@@ -187,14 +193,16 @@ def _self_test(engine: EngineInfo) -> dict[str, Any]:
 
 def _defaults(capabilities: ModelCapabilities) -> dict[str, Any]:
     steps: dict[str, int] = {
-        sampler: min(most, capabilities.schedule.timesteps) for sampler, most in DEFAULT_STEPS.items()
+        sampler: min(most, capabilities.schedule.timesteps)
+        for sampler, most in DEFAULT_STEPS.items()
+        if sampler in capabilities.samplers
     }
     return {
         "sampler": capabilities.sampler,
         "num_inference_steps": steps[capabilities.sampler],
         "steps_by_sampler": steps,
         "eta": 0.0,
-        "guidance_scale": DEFAULT_GUIDANCE if capabilities.guided else 1.0,
+        "guidance_scale": DEFAULT_GUIDANCE if capabilities.guidable else 1.0,
         "guidance_sigma_min": DEFAULT_SIGMAS[0],
         "guidance_sigma_max": DEFAULT_SIGMAS[1],
         "classifier_scale": 0.0,
@@ -205,17 +213,18 @@ def _defaults(capabilities: ModelCapabilities) -> dict[str, Any]:
 
 def _editing(capabilities: ModelCapabilities) -> dict[str, Any]:
     pictures = FORMATS if capabilities.shape[0] in MODES else ()
+    distilled = capabilities.schedule.distilled
     return {
         "pictures": {"formats": [*(name.lower() for name in pictures), "npy"], "max_pixels": MAX_PIXELS},
         "edit": {"strength": edit.DEFAULT_STRENGTH},
         "inpainting": {
-            "samplers": list(SINGLE_STEP),
-            "jump_length": edit.DEFAULT_JUMP_LENGTH,
+            "samplers": [sampler for sampler in SINGLE_STEP if sampler in capabilities.samplers],
+            "jump_length": edit.default_jump_length(capabilities),
             "jump_n_sample": edit.DEFAULT_JUMP_N_SAMPLE,
             "max_rows": edit.MAX_STEPS,
         },
         "interpolation": {
-            "methods": list(get_args(interpolate.Method)),
+            "methods": list(get_args(interpolate.Method)[:1] if distilled else get_args(interpolate.Method)),
             "points": min(interpolate.DEFAULT_POINTS, capabilities.max_images),
             "strength": interpolate.DEFAULT_STRENGTH,
             "inversion_steps": min(interpolate.DEFAULT_INVERSION_STEPS, capabilities.schedule.timesteps),

@@ -177,20 +177,25 @@ def _fields(body: TextToImage, capabilities: ModelCapabilities) -> dict[str, Any
     label = class_of_prompt(body.prompt, capabilities) if capabilities.class_names else None
     if label is None and capabilities.class_names and not capabilities.guided:
         label = seed % len(capabilities.class_names)  # one there must be: any, and the same for the seed
-    guided = capabilities.guided and label is not None
+    guided = capabilities.guidable and label is not None
     named = sampler_of(body)
     eta = 0.0
     if named is not None:
         eta = body.eta if named.takes_eta and body.eta is not None else named.eta
+    steps, sampler = body.steps, None if named is None else named.sampler
+    spacing = SCHEDULERS.get((body.scheduler or "").casefold(), ("", None))[1]
+    if capabilities.schedule.distilled:  # programs always send what other models want
+        steps = None if steps is None else min(steps, capabilities.schedule.timesteps)
+        sampler, eta, spacing = None, 0.0, None
     return {
         "seed": seed,
         "n": body.images,
         "class_label": label,
         "guidance_scale": body.cfg_scale if guided else None,
-        "num_inference_steps": body.steps,
-        "sampler": None if named is None else named.sampler,
+        "num_inference_steps": steps,
+        "sampler": sampler,
         "eta": eta,
-        "timestep_spacing": SCHEDULERS.get((body.scheduler or "").casefold(), ("", None))[1],
+        "timestep_spacing": spacing,
         "scale": scale_for(body.width, body.height, body.images, capabilities),
         "output_format": "png",
     }

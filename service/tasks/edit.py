@@ -86,10 +86,11 @@ def prepare_edit(request: EditRequest, capabilities: ModelCapabilities) -> Prepa
         reason = "It applies only to a mask without strength."
         refuse_fields(reason, jump_length=request.jump_length, jump_n_sample=request.jump_n_sample)
     # The regenerated part has to come to agree with the known pixels: fresh noise in every step allows it.
-    sampler = request.sampler or ("ddim" if request.mask is None else "ddpm")
+    distilled = capabilities.schedule.distilled
+    sampler = request.sampler or ("ddim" if request.mask is None or distilled else "ddpm")
     params = resolve(request, capabilities, sampler, count)
     reported: dict[str, Any] = {"n": count, "masked": request.mask is not None}
-    jumps = _jumps(request, params) if inpainting else {}
+    jumps = _jumps(request, params, capabilities) if inpainting else {}
     strength = request.strength or DEFAULT_STRENGTH
     reported |= jumps if inpainting else {"strength": strength}
     schedule = capabilities.schedule
@@ -165,11 +166,16 @@ def _repaint(
     )
 
 
-def _jumps(request: EditRequest, params: SamplingParams) -> dict[str, Any]:
+def default_jump_length(capabilities: ModelCapabilities) -> int:
+    """Of a model with few steps a single one, or there would be no jumps."""
+    return 1 if capabilities.schedule.distilled else DEFAULT_JUMP_LENGTH
+
+
+def _jumps(request: EditRequest, params: SamplingParams, capabilities: ModelCapabilities) -> dict[str, Any]:
     """RePaint's parameters, checked before a table of any length is built from them."""
     if params.sampler not in SINGLE_STEP:
         raise InvalidRequestError("sampler", f"Inpainting needs the sampler {' or '.join(SINGLE_STEP)}.")
-    length = request.jump_length or DEFAULT_JUMP_LENGTH
+    length = request.jump_length or default_jump_length(capabilities)
     n_sample = request.jump_n_sample or DEFAULT_JUMP_N_SAMPLE
     if repaint_steps(params.steps, length, n_sample) > MAX_STEPS:
         raise InvalidRequestError("jump_n_sample", f"A chain has at most {MAX_STEPS} steps, jumps included.")

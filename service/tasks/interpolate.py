@@ -24,6 +24,7 @@ from service.tasks.sampling import (
     SamplingRequest,
     check_count,
     refuse_condition,
+    refuse_distilled,
     refuse_fields,
     resolve,
     sampling_request,
@@ -138,6 +139,7 @@ def _by_inversion(
     Nothing is guided, and nothing clipped, or denoising would not undo the inversion. At the ends the images
     come back but for the discretisation error, which falls with the number of steps.
     """
+    refuse_distilled(capabilities, "method", "has no way up to invert pictures by")
     refuse_fields("An inversion always runs all steps.", strength=request.strength)
     _check_deterministic(request, ("ddim",))
     if request.guidance_scale not in (None, 1.0) or request.classifier_scale:

@@ -92,6 +92,16 @@ class ModelCapabilities(ModelInfo, frozen=True, eq=False, kw_only=True):
     max_images: int
     deadline_s: float
 
+    @property
+    def guidable(self) -> bool:
+        """Whether a request may choose a guidance scale: a distilled network has one in it."""
+        return self.guided and not self.schedule.distilled
+
+    @property
+    def samplers(self) -> tuple[str, ...]:
+        """Those that a request may choose from."""
+        return (self.sampler,) if self.schedule.distilled else tuple(DEFAULT_STEPS)
+
     def label(self, wanted: int | str) -> int:
         """Index of a class given by index, or by name (any case). Raises InvalidRequestError for others.
 
@@ -274,6 +284,8 @@ def resolve(
     Raises InvalidRequestError for what this model does not allow.
     """
     schedule = capabilities.schedule
+    if schedule.distilled:
+        _check_distilled(request, sampler, capabilities)
     steps = request.num_inference_steps or min(DEFAULT_STEPS[sampler], schedule.timesteps)
     if steps > schedule.timesteps:
         raise InvalidRequestError("num_inference_steps", f"This model has {schedule.timesteps} timesteps.")
@@ -309,6 +321,31 @@ def resolve(
     )
 
 
+def _check_distilled(request: SamplingRequest, sampler: Sampler, capabilities: ModelCapabilities) -> None:
+    """Raises InvalidRequestError for what a network that is distilled into a few steps cannot do."""
+    schedule = capabilities.schedule
+    what = f"This model is distilled into {schedule.timesteps} steps of {capabilities.sampler}"
+    if sampler != capabilities.sampler:
+        raise InvalidRequestError("sampler", f"{what}, and knows no other sampler.")
+    if request.num_inference_steps is not None and request.num_inference_steps > schedule.timesteps:
+        raise InvalidRequestError("num_inference_steps", f"{what}, and cannot take more.")
+    if request.eta:
+        raise InvalidRequestError("eta", f"{what} without noise: η must be 0.")
+    if request.timestep_spacing not in (None, schedule.timestep_spacing):
+        raise InvalidRequestError("timestep_spacing", f"{what}, spaced {schedule.timestep_spacing}.")
+    if request.guidance_scale not in (None, 1.0):
+        folded = f"guidance {schedule.distilled_guidance:g} is part of it, and it takes no other"
+        raise InvalidRequestError("guidance_scale", f"{what}: {folded}.")
+
+
+def refuse_distilled(capabilities: ModelCapabilities, field: str, reason: str) -> None:
+    """Raises InvalidRequestError for a distilled model, whose teacher can do what is asked for."""
+    if capabilities.schedule.distilled:
+        raise InvalidRequestError(
+            field, f"This model is distilled into few steps, and {reason}. Ask the model it was made from."
+        )
+
+
 def _guidance(request: SamplingRequest, capabilities: ModelCapabilities, has_class: bool) -> Guidance:
     low, high = request.guidance_sigma_min, request.guidance_sigma_max
     if high is not None and high <= low:
@@ -319,7 +356,7 @@ def _guidance(request: SamplingRequest, capabilities: ModelCapabilities, has_cla
         raise InvalidRequestError("classifier_scale", "A classifier needs a class_label to guide towards.")
     scale = request.guidance_scale
     if scale is None:
-        by_default = capabilities.guided and has_class and not request.classifier_scale
+        by_default = capabilities.guidable and has_class and not request.classifier_scale
         scale = DEFAULT_GUIDANCE if by_default else 1.0
     elif scale != 1.0 and not capabilities.guided:
         raise InvalidRequestError("guidance_scale", "This model was trained without a null class.")

@@ -38,6 +38,7 @@ from service.tasks.sampling import (
     check_count,
     job_spec,
     refuse_condition,
+    refuse_distilled,
     resolve_format,
 )
 from service.tasks.uploads import Upload, decode, unpack
@@ -111,6 +112,7 @@ def prepare_score(request: ScoreRequest, capabilities: ModelCapabilities) -> Pre
     seeds beyond all that can be asked for, so that no two samples share noise.
     """
     refuse_condition(capabilities)
+    refuse_distilled(capabilities, "", "its predictions are steps and no means, so they bound no likelihood")
     check_count("images", len(request.images), capabilities)
     total = capabilities.schedule.timesteps
     if request.terms is not None and request.terms > total:

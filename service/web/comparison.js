@@ -3,6 +3,7 @@
 import { generate } from "./generate.js";
 
 const STEP_COUNTS = [4, 8, 16, 32];
+const DISTILLED_COUNTS = [1, 2, 4, 8];
 const CONCURRENCY = 4; // a browser opens six connections to one HTTP/1.1 host
 const SEEDS = 6;
 const GUIDED_STEPS = 20;
@@ -11,7 +12,8 @@ const $ = (id) => document.getElementById(id);
 
 export class SamplerComparison {
   constructor({ samplers, model }) {
-    this.counts = STEP_COUNTS.filter((count) => count <= model.timesteps);
+    const counts = model.distilled_guidance === null ? STEP_COUNTS : DISTILLED_COUNTS;
+    this.counts = counts.filter((count) => count <= model.timesteps);
     this.samplers = samplers;
     const head = this.counts.map((count) => cell("th", `${count} steps`, "col"));
     $("counts").replaceChildren(document.createElement("td"), ...head);

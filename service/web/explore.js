@@ -116,11 +116,13 @@ async function start() {
   $("name").textContent = info.model.name;
   $("summary").textContent = summarize(info);
   showShape($("panels"), info.model);
-  const denoise = new DenoisePanel(info, setStatus);
+  const scored = info.scoring.max_images > 0; // a distilled model has no x₀ predictions to show
+  $("denoise").hidden = !scored;
+  const denoise = scored ? new DenoisePanel(info, setStatus) : null;
   new ResizeObserver(() => layout(info)).observe($("panels"));
   layout(info);
   compare(info);
-  denoise.sample(FIRST_SEED);
+  denoise?.sample(FIRST_SEED);
 }
 
 start();

@@ -54,7 +54,8 @@ export class Form {
     $("n-label").textContent = this.kind === EACH ? "Images per class" : "Images";
     $("guidance-field").hidden = !this.info.model.guidance || unconditional;
     $("guidance-value").textContent = Number($("guidance").value).toFixed(1);
-    $("eta-field").hidden = $("sampler").value !== "ddim";
+    const distilled = this.info.model.distilled_guidance !== null;
+    $("eta-field").hidden = $("sampler").value !== "ddim" || distilled;
     $("eta-value").textContent = Number($("eta").value).toFixed(2);
     const pinned = $("seed").value !== "";
     $("pin").textContent = pinned ? "Unpin" : "Pin";
