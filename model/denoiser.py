@@ -23,7 +23,7 @@ from model import noise
 from model.chain import Chain, Image, InitialLatent
 from model.checkpoint import Checkpoint
 from model.device_noise import Normals, as_int64, normals_on
-from model.diffusion import dynamic_threshold, vlb_terms
+from model.diffusion import dynamic_threshold, guided_output, vlb_terms
 from model.interpolation import angle_between, spherical
 from model.noise import NoiseStream
 from model.runtimes import Pending, Runtime, to_device
@@ -91,8 +91,8 @@ class _Parts:
     """Which rows need what. samples: how many rows are samples; the rest are their unconditional rows.
 
     lookback: those that use the x₀ prediction of the step before. unclipped: those that use x₀ as it is
-    before it is bounded. thresholded: whether any is bounded dynamically. recorded: whether the step is
-    replayed.
+    before it is bounded. thresholded, rescaled: whether any is bounded dynamically, or its guidance rescaled.
+    recorded: whether the step is replayed.
     """
 
     samples: int
@@ -103,6 +103,7 @@ class _Parts:
     classified: list[int]
     unclipped: Places
     thresholded: bool = False
+    rescaled: bool = False
     recorded: bool = False
 
 
@@ -145,7 +146,7 @@ class Denoiser:
         self.timestep_scale = 1.0 if schedule is None else schedule.timestep_scale
         self.slots = Slots(shape, runtime.device, conditions)
         self._normals = normals or normals_on(runtime.device, shape)
-        self._recordings: dict[tuple[int, bool, bool], Callable[[Tensor], _Updated]] = {}
+        self._recordings: dict[tuple[int, bool, bool, bool], Callable[[Tensor], _Updated]] = {}
 
     @classmethod
     def of(cls, model: Checkpoint, runtime: Runtime, normals: Normals | None = None) -> Denoiser:
@@ -221,15 +222,13 @@ class Denoiser:
         ).reshape(len(rows), len(COEFFICIENTS))
         known = [index for index, row in enumerate(rows) if row.chain.known is not None]
         classified = np.flatnonzero(coefficients[:, COEFFICIENTS.index("a_g")]).tolist()
-        thresholded = bool(coefficients[:, COEFFICIENTS.index("q")].any())
+        q, r = (bool(coefficients[:, COEFFICIENTS.index(name)].any()) for name in "qr")
         width = 0 if classified else self._width(used)
         if width:
-            parts = _Parts(width, True, ALL, ALL, ALL if known else [], [], ALL, thresholded, recorded=True)
+            parts = _Parts(width, True, ALL, ALL, ALL if known else [], [], ALL, q, r, True)
         else:
             lookback, noisy, unclipped = (_places(coefficients, name) for name in ("c_p", "c_n", "c_u"))
-            parts = _Parts(
-                len(rows), bool(guided), lookback, noisy, known, classified, unclipped, thresholded
-            )
+            parts = _Parts(len(rows), bool(guided), lookback, noisy, known, classified, unclipped, q, r)
         upload = torch.from_numpy(pack(rows, coefficients, guided, self.null_class or 0, width or used))
         return Launched(rows, self.runtime.queue.submit(lambda: self._step(rows, upload, parts)))
 
@@ -273,7 +272,7 @@ class Denoiser:
 
     def _recorded(self, parts: _Parts, upload: Tensor) -> Callable[[Tensor], _Updated]:
         assert self.runtime.recorder is not None
-        key = parts.samples, parts.known == ALL, parts.thresholded
+        key = parts.samples, parts.known == ALL, parts.thresholded, parts.rescaled
         if any(width not in self.runtime.batch_sizes for width, *_ in self._recordings):
             self._forget()  # all of them, since they share what memory the largest takes
         if key not in self._recordings:
@@ -324,8 +323,8 @@ class Denoiser:
         out, variance_frac = self._split(self.runtime.forward(given, columns["t"], y))
         before, columns = x[:count], {name: column[:count] for name, column in columns.items()}
         if parts.guided:
-            unconditional = out[columns["pair"]]
-            out = unconditional + columns["w"] * (out[:count] - unconditional)
+            rescale = columns["r"] if parts.rescaled else None
+            out = guided_output(out[:count], out[columns["pair"]], columns["w"], rescale)
         else:
             out = out[:count]
         # In place wherever it can be: on a processor memory is what this takes.

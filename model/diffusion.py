@@ -63,6 +63,19 @@ def bounded_x0(schedule: NoiseSchedule, x0: Tensor) -> Tensor:
     return x0.clamp(-bound, bound) / bound
 
 
+def guided_output(given: Tensor, unconditional: Tensor, scale: Tensor, rescale: Tensor | None) -> Tensor:
+    """Classifier-free guidance (Ho & Salimans 2022), and its rescaling (Lin et al. 2024, §3.4, eq. 14 to 16).
+
+    given: [B, C, H, W] with the class. scale: 1 is none. rescale: how far each gets the deviation of `given`,
+    which guidance raises and so exaggerates colours; None for all 0. Both [B, 1, 1, 1].
+    """
+    out = unconditional + scale * (given - unconditional)
+    if rescale is None:
+        return out
+    ratio = given.std((1, 2, 3), keepdim=True) / out.std((1, 2, 3), keepdim=True).clamp(min=1e-12)
+    return out * (rescale * ratio + (1 - rescale))
+
+
 def dynamic_threshold(x0: Tensor, ratio: Tensor, most: Tensor) -> Tensor:
     """What bounds each sample's x₀ prediction: its `ratio`-quantile of |x₀|, at least 1 and at most `most`.
 

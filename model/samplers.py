@@ -2,7 +2,8 @@
 
 At step k of its plan a sample at x does
 
-    out = unet(x, t, y)                              where w ≠ 1: out_∅ + w (out_y − out_∅), 2 evaluations
+    out = unet(x, t, y)                              where w ≠ 1: out_∅ + w (out_y − out_∅), 2 evaluations,
+                                                     times r std(out_y) / std(out) + 1 − r
     x0u = a_x·x + a_o·out + a_g·∇ log p(y | x)
     x0  = clip(x0u)                                  to [−clip, clip], or to a quantile of |x0u|: see below
     x   ← c_x·x + c_0·x0 + c_u·x0u + c_p·x0_prev + c_n·e^(c_v·v)·z
@@ -43,7 +44,7 @@ from numpy.typing import NDArray
 from model.betas import NEARLY_NO_SIGNAL
 from model.schedule import Array, NoiseSchedule, ScheduleError, Spacing, VarianceType
 
-COLUMNS = ("t", "a_x", "a_o", "a_g", "w", "clip", "q", "c_x", "c_0", "c_u", "c_p", "c_n", "c_v", "k_0", "k_n")
+COLUMNS = tuple("t a_x a_o a_g w r clip q c_x c_0 c_u c_p c_n c_v k_0 k_n".split())  # noqa: SIM905
 ROW = np.dtype([(name, np.float64) for name in COLUMNS])
 """A row of a plan: one step of one sample."""
 COEFFICIENTS = COLUMNS[1:]
@@ -132,12 +133,14 @@ class Guidance:
     scale: classifier-free, out_∅ + scale (out_y − out_∅) (Ho & Salimans 2022, counted so that 1 is none).
     sigmas: the interval of noise levels σ = √((1 − ᾱ) / ᾱ) in which it is applied (Kynkäänniemi et al. 2024);
     outside, a step costs one evaluation. classifier_scale: weight of the gradient of a noise-aware classifier
-    (Dhariwal & Nichol 2021, algorithm 2), in the same interval; 0 is none.
+    (Dhariwal & Nichol 2021, algorithm 2), in the same interval; 0 is none. rescale: how far the guided output
+    gets the deviation of the one with the class, from 0 to 1 (φ of Lin et al. 2024, §3.4).
     """
 
     scale: float = 1.0
     sigmas: tuple[float, float] = (0.0, math.inf)
     classifier_scale: float = 0.0
+    rescale: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -399,6 +402,7 @@ def _table(
     moved = np.divide(1 - ac, np.sqrt(ac), out=np.zeros_like(ac), where=ac > 0)
     table["a_g"] = np.where(inside, guidance.classifier_scale * moved, 0.0)
     table["w"] = np.where(inside, guidance.scale, 1.0)
+    table["r"] = np.where(table["w"] != 1, guidance.rescale, 0.0)
     table["clip"], table["q"] = schedule.clip, schedule.dynamic_thresholding_ratio
     for field in fields(update):
         table[field.name] = getattr(update, field.name)

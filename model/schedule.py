@@ -46,6 +46,7 @@ class NoiseSchedule:
     set_alpha_to_one: sampling ends at ᾱ = 1, else at ᾱ_0. data_range: what pixel values 0 and 255 are to the
     network. timestep_scale: what a timestep is multiplied by before the network sees it. distilled_guidance:
     of a student that takes each of the T timesteps in one evaluation, the guidance scale folded into it.
+    guidance_scale, guidance_rescale: what it is sampled with where it is guided; None where it does not say.
     """
 
     betas: Array
@@ -60,6 +61,8 @@ class NoiseSchedule:
     data_range: DataRange = DATA_RANGE
     timestep_scale: float = 1.0
     distilled_guidance: float | None = None
+    guidance_scale: float | None = None
+    guidance_rescale: float | None = None
 
     def __post_init__(self) -> None:
         betas = self.betas
@@ -84,6 +87,8 @@ class NoiseSchedule:
         folded = self.distilled_guidance
         if folded is not None and not 0 <= folded < math.inf:
             raise ScheduleError(f"distilled_guidance={folded} must be a number of at least 0")
+        if not 0 <= (self.guidance_scale or 0) <= 100 or not 0 <= (self.guidance_rescale or 0) <= 1:
+            raise ScheduleError("guidance_scale must be from 0 to 100, and guidance_rescale from 0 to 1")
         for name, allowed in (
             ("prediction_type", PREDICTION_TYPES),
             ("variance_type", VARIANCE_TYPES),

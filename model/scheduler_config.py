@@ -142,9 +142,9 @@ UNSUPPORTED: Mapping[str, str] = {
 
 COMMON = _names(
     "num_train_timesteps beta_start beta_end beta_schedule trained_betas prediction_type predict_epsilon"
-    " data_range timestep_scale distilled_guidance"
+    " data_range timestep_scale distilled_guidance guidance_scale guidance_rescale"
 )
-"""Read from every class. The last three are ours; `predict_epsilon` is the old form of `prediction_type`."""
+"""Read from every class. The last five are ours; `predict_epsilon` is the old form of `prediction_type`."""
 OPTIONAL = _names(
     "clip_sample clip_sample_range thresholding dynamic_thresholding_ratio sample_max_value timestep_spacing"
     " steps_offset rescale_betas_zero_snr set_alpha_to_one variance_type final_sigmas_type"
@@ -221,6 +221,8 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
         "data_range": _data_range(known.get("data_range", (-1.0, 1.0))),
         "timestep_scale": float(known.get("timestep_scale", 1.0)),
         "distilled_guidance": _number_or_none(known.get("distilled_guidance")),
+        "guidance_scale": _number_or_none(known.get("guidance_scale")),
+        "guidance_rescale": _number_or_none(known.get("guidance_rescale")),
     }
 
 

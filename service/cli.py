@@ -93,6 +93,7 @@ class Sampled(Job):
     sampler: Sampler | None = Field(None, description="which reverse process")
     eta: float | None = Field(None, description="η of ddim, 0 to 1")
     guidance_scale: float | None = Field(None, description="classifier-free guidance; 1 is none")
+    guidance_rescale: float | None = Field(None, description="0 to 1: against strong colours")
     guidance_sigma_min: float | None = Field(None, description="lowest noise level that is guided")
     guidance_sigma_max: float | None = Field(None, description="highest one")
     classifier_scale: float | None = Field(None, description="guidance by a classifier")

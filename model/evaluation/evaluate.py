@@ -152,6 +152,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default=[(0.0, None)],
         help="noise levels σ to guide at, like 0.5:5 (default: all, which is 0:)",
     )
+    add("--rescale", type=listed(float), default=[0.0], help="rescaling of guided outputs, like 0,0.7")
     add("--dtype", type=listed(str), default=["float32"], help="of the network, like float32,bfloat16")
     add("--samples", type=int, default=1000, help="images per row of the table")
     add("--seed", type=int, default=0, help="of the first image")
@@ -213,12 +214,20 @@ def prepare(args: argparse.Namespace, model: Checkpoint) -> tuple[Classifier, Re
 def requested(args: argparse.Namespace) -> list[Setting]:
     """The rows of a command line, each once: without guidance, every interval is the same row."""
     every = product(
-        args.samplers, args.steps, args.guidance, args.dtype, args.classifier_scale, args.interval
+        args.samplers,
+        args.steps,
+        args.guidance,
+        args.dtype,
+        args.classifier_scale,
+        args.interval,
+        args.rescale,
     )
     settings = []
-    for sampler, steps, scale, dtype, classifier_scale, interval in every:
+    for sampler, steps, scale, dtype, classifier_scale, interval, rescale in every:
         low, high = interval if scale != 1 or classifier_scale else (0.0, None)
-        settings.append(Setting(sampler, steps, scale, dtype, classifier_scale, low, high))
+        settings.append(
+            Setting(sampler, steps, scale, dtype, classifier_scale, low, high, rescale if scale != 1 else 0.0)
+        )
     return list(dict.fromkeys(settings))
 
 

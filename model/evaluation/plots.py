@@ -168,10 +168,11 @@ def loss_curve(records: Sequence[Mapping[str, float]]) -> Image.Image:
 
 
 def guidance_name(row: Mapping[str, Any]) -> str:
-    """How a row of an evaluation is guided: `2`, `2 at σ 0.5–5`, `1, classifier 4`."""
+    """How a row of an evaluation is guided: `2`, `2 at σ 0.5–5`, `2, rescaled 0.7`, `1, classifier 4`."""
     scale, classifier, low, high = _guidance(row)
     name = f"{scale:g}" + (f", classifier {classifier:g}" if classifier else "")
-    return name + _interval_name(low, high)
+    rescale = row.get("guidance_rescale", 0.0)
+    return name + _interval_name(low, high) + (f", rescaled {rescale:g}" if rescale else "")
 
 
 def _interval_name(low: float, high: float) -> str:

@@ -31,6 +31,7 @@ class Setting:
     classifier_scale: float = 0.0
     guidance_sigma_min: float = 0.0
     guidance_sigma_max: float | None = None
+    guidance_rescale: float = 0.0
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Setting:
@@ -41,7 +42,8 @@ class Setting:
     def guidance(self) -> Guidance:
         """Its guidance, for a plan."""
         high = math.inf if self.guidance_sigma_max is None else self.guidance_sigma_max
-        return Guidance(self.guidance_scale, (self.guidance_sigma_min, high), self.classifier_scale)
+        sigmas = self.guidance_sigma_min, high
+        return Guidance(self.guidance_scale, sigmas, self.classifier_scale, self.guidance_rescale)
 
 
 def resumed(path: Path, fresh: dict[str, Any], identity: Sequence[str]) -> dict[str, Any]:
@@ -72,7 +74,7 @@ def write(path: Path, evaluation: dict[str, Any], over: Axis = "evaluations") ->
 def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
     """Where a row stands in the table."""
     at = Setting.of(row)
-    guidance = at.guidance_scale, at.classifier_scale, at.guidance.sigmas
+    guidance = at.guidance_scale, at.classifier_scale, at.guidance.sigmas, at.guidance_rescale
     return list(SAMPLERS).index(at.sampler), *guidance, at.steps, at.dtype
 
 

@@ -35,6 +35,7 @@ class SamplingFields(JobFields, total=False):
     num_inference_steps: int | None
     eta: float
     guidance_scale: float | None
+    guidance_rescale: float | None
     guidance_sigma_min: float
     guidance_sigma_max: float | None
     classifier_scale: float

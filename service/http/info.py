@@ -14,10 +14,10 @@ from service.settings import Settings
 from service.tasks import edit, interpolate, score
 from service.tasks.images import MODES, formats_of, picture_size
 from service.tasks.sampling import (
-    DEFAULT_GUIDANCE,
     DEFAULT_SIGMAS,
     DEFAULT_STEPS,
     ModelCapabilities,
+    default_guidance,
 )
 from service.tasks.uploads import FORMATS, MAX_PIXELS
 
@@ -58,6 +58,7 @@ INFO = objects(
         steps_by_sampler=typed("with each of them", "object", additionalProperties={"type": "integer"}),
         eta=typed("η of DDIM", "number"),
         guidance_scale=typed("of classifier-free guidance", "number"),
+        guidance_rescale=typed("how far its outputs are rescaled", "number"),
         guidance_sigma_min=typed("lowest noise level with guidance", "number"),
         guidance_sigma_max={"type": ["number", "null"], "description": "highest noise level with guidance"},
         classifier_scale=typed("of classifier guidance", "number"),
@@ -197,12 +198,14 @@ def _defaults(capabilities: ModelCapabilities) -> dict[str, Any]:
         for sampler, most in DEFAULT_STEPS.items()
         if sampler in capabilities.samplers
     }
+    scale, rescale = default_guidance(capabilities)
     return {
         "sampler": capabilities.sampler,
         "num_inference_steps": steps[capabilities.sampler],
         "steps_by_sampler": steps,
         "eta": 0.0,
-        "guidance_scale": DEFAULT_GUIDANCE if capabilities.guidable else 1.0,
+        "guidance_scale": scale,
+        "guidance_rescale": rescale,
         "guidance_sigma_min": DEFAULT_SIGMAS[0],
         "guidance_sigma_max": DEFAULT_SIGMAS[1],
         "classifier_scale": 0.0,

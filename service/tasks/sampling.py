@@ -71,6 +71,9 @@ class SamplingRequest(JobRequest):
     guidance_scale: float | None = Field(
         None, ge=0, le=100, description="classifier-free guidance; 1 is none. Needs a class"
     )
+    guidance_rescale: float | None = Field(
+        None, ge=0, le=1, description="how far guided outputs get the deviation of unguided ones"
+    )
     guidance_sigma_min: float = Field(
         DEFAULT_SIGMAS[0],
         ge=0,
@@ -222,7 +225,7 @@ class SamplingParams:
 
 def unguided(guidance: Guidance) -> Guidance:
     """What becomes of guidance where there is no class to guide towards."""
-    return replace(guidance, scale=1.0, classifier_scale=0.0)
+    return replace(guidance, scale=1.0, classifier_scale=0.0, rescale=0.0)
 
 
 @lru_cache(maxsize=64)
@@ -303,6 +306,7 @@ def resolve(
         "num_inference_steps": steps,
         "eta": request.eta,
         "guidance_scale": guidance.scale,
+        "guidance_rescale": guidance.rescale,
         "guidance_sigma_min": request.guidance_sigma_min,
         "guidance_sigma_max": request.guidance_sigma_max,
         "classifier_scale": request.classifier_scale,
@@ -314,7 +318,11 @@ def resolve(
     per_image: list[dict[str, Any]] = []
     if isinstance(request.class_label, list):
         alone = unguided(guidance)
-        differs = {"guidance_scale": alone.scale, "classifier_scale": alone.classifier_scale}
+        differs = {
+            "guidance_scale": alone.scale,
+            "guidance_rescale": alone.rescale,
+            "classifier_scale": alone.classifier_scale,
+        }
         per_image = [{"class_label": name, **(differs if name is None else {})} for name in classes]
     return SamplingParams(
         seeds, labels, sampler, steps, request.eta, spacing, guidance, reported, tuple(per_image)
@@ -346,6 +354,15 @@ def refuse_distilled(capabilities: ModelCapabilities, field: str, reason: str) -
         )
 
 
+def default_guidance(capabilities: ModelCapabilities) -> tuple[float, float]:
+    """Scale and rescaling of requests that name none: the model's own, where it has some."""
+    known = capabilities.schedule
+    if not capabilities.guidable:
+        return 1.0, 0.0
+    scale = DEFAULT_GUIDANCE if known.guidance_scale is None else known.guidance_scale
+    return scale, known.guidance_rescale or 0.0
+
+
 def _guidance(request: SamplingRequest, capabilities: ModelCapabilities, has_class: bool) -> Guidance:
     low, high = request.guidance_sigma_min, request.guidance_sigma_max
     if high is not None and high <= low:
@@ -357,12 +374,16 @@ def _guidance(request: SamplingRequest, capabilities: ModelCapabilities, has_cla
     scale = request.guidance_scale
     if scale is None:
         by_default = capabilities.guidable and has_class and not request.classifier_scale
-        scale = DEFAULT_GUIDANCE if by_default else 1.0
+        scale = default_guidance(capabilities)[0] if by_default else 1.0
     elif scale != 1.0 and not capabilities.guided:
         raise InvalidRequestError("guidance_scale", "This model was trained without a null class.")
     elif scale != 1.0 and not has_class:
         raise InvalidRequestError("guidance_scale", "Guidance needs a class_label to guide towards.")
-    return Guidance(scale, (low, math.inf if high is None else high), request.classifier_scale)
+    rescale = (
+        default_guidance(capabilities)[1] if request.guidance_rescale is None else request.guidance_rescale
+    )
+    sigmas = low, math.inf if high is None else high
+    return Guidance(scale, sigmas, request.classifier_scale, 0.0 if scale == 1 else rescale)
 
 
 def sampling_request(

@@ -63,7 +63,7 @@ def fake(conditional: bool = True, null_class: int | None = 3) -> Denoiser:
 def chain(sampler: str = "ddim", steps: int = 5, seed: int = 0, **options: Any) -> Chain:
     chosen = {name: options.pop(name) for name in ("label", "start", "known") if name in options}
     if "guidance_scale" in options:
-        options["guidance"] = Guidance(options.pop("guidance_scale"))
+        options["guidance"] = Guidance(options.pop("guidance_scale"), rescale=options.pop("rescale", 0.0))
     return Chain(build_plan(SCHEDULE, sampler, steps, **options), seed, **chosen)
 
 
@@ -98,6 +98,7 @@ MIXED = (
     ),
     chain("dpmpp_2m", 3, seed=14, start=InitialLatent(noises=((0.6, 1), (0.8, 2)))),
     Chain(build_plan(THRESHOLDED, "ddim", 4), 15),
+    chain("ddim", 4, seed=16, label=1, guidance_scale=4.0, rescale=0.7),
     Chain(build_plan(THRESHOLDED, "dpmpp_2m", 5, guidance=Guidance(4.0)), 16, label=1),
 )
 

@@ -13,6 +13,7 @@ from model.diffusion import (
     OBJECTIVES,
     Objective,
     discretised_gaussian_log_likelihood,
+    guided_output,
     l_simple,
     learned_log_variance,
     objective,
@@ -278,3 +279,25 @@ def test_objectives_of_a_half_precision_output_are_finite_float32(kind: Objectiv
     loss.sum().backward()
     assert out.grad is not None
     assert out.grad.isfinite().all()
+
+
+def test_rescaled_guidance_has_the_deviation_of_the_output_with_the_class() -> None:
+    """φ of it, and 1 − φ of plain guidance (Lin et al. 2024, §3.4)."""
+    torch.manual_seed(0)
+    given, unconditional = torch.randn(3, 2, 5, 4), 2 * torch.randn(3, 2, 5, 4)
+    scale = torch.tensor([1.0, 2.0, 7.5])[:, None, None, None]
+    plain = guided_output(given, unconditional, scale, None)
+    assert torch.equal(plain, guided_output(given, unconditional, scale, torch.zeros(3, 1, 1, 1)))
+    for share in (0.7, 1.0):
+        rescaled = guided_output(given, unconditional, scale, torch.full((3, 1, 1, 1), share)).numpy()
+        for row, (cfg, positive) in enumerate(zip(plain.numpy(), given.numpy(), strict=True)):
+            wanted = share * cfg * (positive.std(ddof=1) / cfg.std(ddof=1)) + (1 - share) * cfg
+            np.testing.assert_allclose(rescaled[row], wanted, rtol=1e-5)
+    assert plain[2].std() > 3 * given[2].std()
+    np.testing.assert_allclose(rescaled.std((1, 2, 3)), given.numpy().std((1, 2, 3)), rtol=1e-5)
+
+
+def test_rescaled_guidance_of_an_output_without_deviation_is_finite() -> None:
+    flat = torch.zeros(1, 1, 2, 2)
+    one = torch.ones(1, 1, 1, 1)
+    assert torch.equal(guided_output(flat, flat, 2 * one, one), flat)

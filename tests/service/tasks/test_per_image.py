@@ -42,7 +42,8 @@ def test_an_image_without_a_class_is_not_guided_among_others_that_are() -> None:
     assert guided.plan is prepare({"class_label": "dog"}, known).spec.stages[0].chains[0].plan
     assert free.plan is prepare({}, known).spec.stages[0].chains[0].plan
     assert made.parameters["guidance_scale"] == 2.0
-    assert made.per_image[1] == {"class_label": None, "guidance_scale": 1.0, "classifier_scale": 0.0}
+    unguided = {"guidance_scale": 1.0, "guidance_rescale": 0.0, "classifier_scale": 0.0}
+    assert made.per_image[1] == {"class_label": None, **unguided}
 
 
 def test_nor_is_it_guided_by_a_classifier() -> None:

@@ -347,6 +347,7 @@ def test_the_defaults_are_reported() -> None:
         "num_inference_steps": 20,
         "eta": 0.0,
         "guidance_scale": 1.0,
+        "guidance_rescale": 0.0,
         "guidance_sigma_min": 0.3,
         "guidance_sigma_max": 5.0,
         "classifier_scale": 0.0,
@@ -430,3 +431,28 @@ def test_whatever_can_be_asked_for_has_a_plan(sampler: str, steps: int, eta: flo
     plan = made.spec.stages[0].chains[0].plan
     assert len(plan) == steps
     assert all(np.isfinite(plan.table[name]).all() for name in COLUMNS)
+
+
+# ── Guidance that a model comes with ───────────────────────────────────────────────────────────
+
+
+def test_a_model_says_what_it_is_guided_by() -> None:
+    known = capabilities()
+    schedule = replace(known.schedule, guidance_scale=1.5, guidance_rescale=0.7)
+    own = structs.replace(known, schedule=schedule)
+    named = ("guidance_scale", "guidance_rescale")
+
+    def guided(**fields: Any) -> list[float]:
+        parameters = prepare({"class_label": "dog", **fields}, own).parameters
+        return [parameters[name] for name in named]
+
+    assert guided() == [1.5, 0.7]
+    assert guided(guidance_scale=3.0) == [3.0, 0.7]
+    assert guided(guidance_rescale=0.0) == [1.5, 0.0]
+    assert guided(class_label=None) == [1.0, 0.0]
+    plan = prepare({"class_label": "dog"}, own).spec.stages[0].chains[0].plan
+    inside = plan.table["w"] != 1
+    assert set(plan.table["w"][inside]) == {1.5}
+    assert set(plan.table["r"][inside]) == {0.7}
+    assert not plan.table["r"][~inside].any()
+    assert prepare({"class_label": "dog"}).parameters["guidance_rescale"] == 0.0
