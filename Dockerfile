@@ -8,6 +8,9 @@
 #
 # TORCH_VARIANT (any, cpu, cuda) selects nothing: it says which build is expected, so that a wrong one fails here and
 # not in production.
+#
+# LOCK=cluster adds Ray Serve (requirements-cluster.txt): the same image is then also that of Ray's pods, as
+# docker/kubernetes/ray has them.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 
 FROM ${BASE_IMAGE} AS packages
@@ -15,13 +18,14 @@ ARG TORCH_INDEX_URL=
 WORKDIR /build
 RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
-COPY requirements-serve.txt ./
+ARG LOCK=serve
+COPY requirements-serve.txt requirements-cluster.txt ./
 # torch first and alone, so that its index is used for nothing else; the lock then finds it installed.
 RUN --mount=type=cache,target=/root/.cache/pip \
     if [ -n "$TORCH_INDEX_URL" ]; then \
-        pip install --no-deps --index-url "$TORCH_INDEX_URL" "$(grep '^torch==' requirements-serve.txt)"; \
+        pip install --no-deps --index-url "$TORCH_INDEX_URL" "$(grep '^torch==' "requirements-$LOCK.txt")"; \
     fi \
-    && pip install --requirement requirements-serve.txt
+    && pip install --requirement "requirements-$LOCK.txt"
 ARG TORCH_VARIANT=any
 RUN python -c "import sys, torch; got = 'cuda' if torch.version.cuda else 'cpu'; \
     sys.exit(None if '$TORCH_VARIANT' in ('any', got) else f'TORCH_VARIANT=$TORCH_VARIANT, but this torch is {got}')"
@@ -34,6 +38,8 @@ RUN useradd --uid 10001 --create-home --shell /usr/sbin/nologin ddpm \
     && install --directory --owner 10001 --group 10001 /cache
 
 COPY --from=packages /opt/venv /opt/venv
+# KubeRay starts Ray from a login shell, which has a PATH of its own.
+RUN if [ -x /opt/venv/bin/ray ]; then ln --symbolic /opt/venv/bin/ray /usr/local/bin/; fi
 # On a GPU, noise is drawn by a Triton kernel, and Triton compiles a C file at run time to launch it.
 # hadolint ignore=DL3008
 RUN if /opt/venv/bin/python -c "import sys, torch; sys.exit(torch.version.cuda is None)"; then \
@@ -42,7 +48,7 @@ RUN if /opt/venv/bin/python -c "import sys, torch; sys.exit(torch.version.cuda i
         && rm -rf /var/lib/apt/lists/*; \
     fi
 WORKDIR /app
-COPY LICENSE docker/healthcheck.py ./
+COPY LICENSE docker/healthcheck.py docker/leave.py ./
 COPY model model
 COPY service service
 COPY weights weights

@@ -121,7 +121,7 @@ rules: install ## rewrite the PrometheusRule from docker/alerts.yml
 	$(RUN) -m tests.prometheus_rule
 
 lock: ## rewrite the lock files from pyproject.toml and what .venv and .venv-bench hold
-	$(RUN) -m tests.locks requirements.txt requirements-serve.txt
+	$(RUN) -m tests.locks requirements.txt requirements-serve.txt requirements-cluster.txt
 	if [ -x $(PEERS)/bin/python ]; then $(PEERS)/bin/python -m tests.locks requirements-bench.txt; fi
 
 clean: ## remove the environments and the tools' caches

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 FILES: dict[str, tuple[str, ...]] = {
     "requirements.txt": ("openvino", "hub", "otel", "train", "dev"),
     "requirements-serve.txt": ("openvino", "hub", "otel"),
+    "requirements-cluster.txt": ("openvino", "hub", "otel", "cluster"),
 }
 PEERS: dict[str, tuple[str, ...]] = {"requirements-bench.txt": ("openvino", "train", "bench")}
 # torch's CUDA build pins these itself, each at one version; its other builds don't want them.

@@ -142,7 +142,7 @@ def test_the_build_check_says_what_it_can_do():
     assert result.returncode == 0
     assert result.stderr == ""
     options = set(re.findall(r"^        (--[a-z-]+)\)", BUILD_CHECK.read_text(), re.MULTILINE)) - {"--help"}
-    assert len(options) == 7
+    assert len(options) == 8
     assert all(option in result.stdout for option in options)
 
 

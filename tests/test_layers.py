@@ -425,8 +425,9 @@ def test_a_lock_is_within_the_ranges(file):
         assert requirement.specifier.contains(version), f"{requirement} does not take {version}"
 
 
-def test_what_is_served_is_what_is_tested():
-    assert pins("requirements-serve.txt").items() <= pins("requirements.txt").items()
+@pytest.mark.parametrize("file", ["requirements-serve.txt", "requirements-cluster.txt"])
+def test_what_is_served_is_what_is_tested(file):
+    assert pins(file).items() <= pins("requirements.txt").items()
 
 
 # BentoML's instrumentation is not there yet for the version that the service is tested with.
