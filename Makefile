@@ -85,9 +85,13 @@ check: install ## formatting, lint, types, container, Kubernetes and alert files
 	@if command -v kubectl >/dev/null; then \
 		set -e; \
 		for overlay in docker/kubernetes/overlays/*; do \
-			echo "kubectl kustomize $$overlay | kubernetes-validate --strict"; \
+			case $$overlay in \
+				*/ray-*) validate="$(RUN) -m tests.ray_service" ;; \
+				*) validate="$(VENV)/bin/kubernetes-validate --strict --quiet /dev/stdin" ;; \
+			esac; \
+			echo "kubectl kustomize $$overlay | $$validate"; \
 			manifests=$$(kubectl kustomize $$overlay); \
-			echo "$$manifests" | $(VENV)/bin/kubernetes-validate --strict --quiet /dev/stdin; \
+			echo "$$manifests" | $$validate; \
 		done; \
 	else \
 		echo "SKIPPED: kubectl is not installed, so the overlays of docker/kubernetes are not built"; \

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -11,7 +10,6 @@ from collections.abc import Iterator
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import kubernetes_validate  # type: ignore[import-untyped]  # has no annotations
 import pytest
@@ -19,10 +17,10 @@ import yaml
 
 from service.server import FLUSH_S
 from service.settings import Settings
+from tests.manifests import COMPONENTS as ALL_COMPONENTS
+from tests.manifests import FOLDER, ROOT, Manifest, kustomized, needs_kubectl, one, read, selects
 from tests.prometheus_rule import ALERTS, RULE, prometheus_rule
 
-ROOT = Path(__file__).parent.parent
-FOLDER = ROOT / "docker" / "kubernetes"
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 ADAPTER = FOLDER / "components" / "autoscaling" / "prometheus-adapter-values.yaml"
@@ -30,14 +28,8 @@ MANIFESTS = sorted(
     path for path in FOLDER.rglob("*.yaml") if path.name != "kustomization.yaml" and path != ADAPTER
 )
 OVERLAYS = ("cpu", "gpu")
-COMPONENTS = tuple(sorted(path.name for path in (FOLDER / "components").iterdir()))
-needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl on this machine")
-
-Manifest = dict[str, Any]
-
-
-def read(path: Path) -> Any:
-    return yaml.safe_load(path.read_text())
+# The others are those of the RayService: test_ray_service.py.
+COMPONENTS = tuple(name for name in ALL_COMPONENTS if not name.startswith("ray-"))
 
 
 @pytest.fixture(scope="module")
@@ -46,22 +38,7 @@ def build(tmp_path_factory):
 
     @cache
     def build(overlay: str, *components: str) -> list[Manifest]:
-        folder = tmp_path_factory.mktemp("overlay").resolve()
-
-        def relative(name: str) -> str:
-            return os.path.relpath(FOLDER / name, folder)
-
-        content = {
-            "resources": [relative(f"overlays/{overlay}")],
-            "components": [relative(f"components/{name}") for name in components],
-        }
-        (folder / "kustomization.yaml").write_text(yaml.safe_dump(content))
-        result = subprocess.run(
-            ["kubectl", "kustomize", folder], capture_output=True, text=True, check=False, timeout=60
-        )
-        assert result.returncode == 0, result.stderr
-        assert result.stderr == ""  # where deprecated fields are reported
-        return list(yaml.safe_load_all(result.stdout))
+        return kustomized(tmp_path_factory.mktemp("overlay").resolve(), overlay, *components)
 
     return build
 
@@ -72,15 +49,6 @@ def everything(request, build):
     if shutil.which("kubectl") is None:
         pytest.skip("no kubectl on this machine")
     return build(request.param, *COMPONENTS)
-
-
-def one(manifests: list[Manifest], kind: str, name: str | None = None) -> Manifest:
-    [found] = [
-        manifest
-        for manifest in manifests
-        if manifest["kind"] == kind and name in (None, manifest["metadata"]["name"])
-    ]
-    return found
 
 
 def pod(manifests: list[Manifest]) -> Manifest:
@@ -112,7 +80,9 @@ def image_environment(name: str) -> str:
 
 def named_files(kustomization: Path) -> Iterator[Path]:
     content = read(kustomization)
-    for name in content.get("resources", []) + content.get("components", []):
+    for name in (
+        content.get("resources", []) + content.get("components", []) + content.get("configurations", [])
+    ):
         yield (kustomization.parent / name).resolve()
     for patch in content.get("patches", []):
         if "path" in patch:
@@ -127,11 +97,13 @@ def test_kustomizations_name_every_file_and_no_other():
 
 def of_kubernetes(manifests: list[Manifest]) -> list[Manifest]:
     """Those whose kind Kubernetes itself defines."""
-    return [manifest for manifest in manifests if "monitoring.coreos.com" not in manifest["apiVersion"]]
+    others = "monitoring.coreos.com/", "ray.io/"
+    return [manifest for manifest in manifests if not manifest["apiVersion"].startswith(others)]
 
 
 def written_out() -> list[Manifest]:
-    return of_kubernetes([content for path in MANIFESTS if isinstance(content := read(path), dict)])
+    contents = [read(path) for path in MANIFESTS]
+    return of_kubernetes([each for each in contents if isinstance(each, dict) and "kind" in each])
 
 
 # The oldest release that is meant to work, and the newest one with a schema.
@@ -174,20 +146,20 @@ def test_a_combination_is_valid(build, overlay, components):
 
 
 def test_every_selector_matches_the_pods(everything):
-    labels = pod(everything)["metadata"]["labels"].items()
+    labels = pod(everything)["metadata"]["labels"]
     deployment = one(everything, "Deployment")["spec"]
     [spread] = pod(everything)["spec"]["topologySpreadConstraints"]
     budget = one(everything, "PodDisruptionBudget")["spec"]
     policies = [manifest["spec"] for manifest in everything if manifest["kind"] == "NetworkPolicy"]
     selectors = [
-        deployment["selector"]["matchLabels"],
-        spread["labelSelector"]["matchLabels"],
-        budget["selector"]["matchLabels"],
-        one(everything, "Service")["spec"]["selector"],
-        *(policy["podSelector"]["matchLabels"] for policy in policies),
+        deployment["selector"],
+        spread["labelSelector"],
+        budget["selector"],
+        {"matchLabels": one(everything, "Service")["spec"]["selector"]},
+        *(policy["podSelector"] for policy in policies),
     ]
     assert len(policies) == 3
-    assert all(selector and selector.items() <= labels for selector in selectors)
+    assert all(selects(selector, labels) for selector in selectors)
 
 
 def test_ports_are_named_once_and_found(everything):
