@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Callable
 from copy import deepcopy
@@ -322,6 +323,13 @@ def test_the_monitor_takes_the_fleet_once_under_the_job_that_the_alerts_select(e
     assert keep["sourceLabels"] == ["__meta_kubernetes_pod_label_ray_io_node_type"]
     assert f'job="{job["replacement"]}"' in ALERTS.read_text()
     assert job["targetLabel"] == "job"
+    # As docs/operations.md has it for Prometheus without the operator.
+    document = (ROOT / "docs" / "operations.md").read_text()
+    (block,) = re.findall(r"^```yaml\n(scrape_configs:.*?)^```", document, re.MULTILINE | re.DOTALL)
+    (shown,) = yaml.safe_load(block)["scrape_configs"][0]["metric_relabel_configs"]
+    (given,) = fleet["metricRelabelings"]
+    names = {"source_labels": "sourceLabels", "target_label": "targetLabel"}
+    assert given == {names.get(name, name): value for name, value in shown.items()}
 
 
 def test_the_gpu_overlay_differs_in_what_it_says(build):

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
@@ -87,6 +88,8 @@ class Fleet:
             "RAY_AUTH_MODE": self.service["spec"]["rayClusterConfig"]["authOptions"]["mode"],
             "RAY_AUTH_TOKEN": TOKEN,
             "OMP_NUM_THREADS": "1",
+            # Two HAProxies cannot have one port. test_replicas.py has one.
+            "RAY_SERVE_ENABLE_HA_PROXY": "0",
         }
         cluster = self.service["spec"]["rayClusterConfig"]
         self.head = self._start(
@@ -158,7 +161,9 @@ def fleet(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         pytest.skip("no kubectl on this machine")
     manifests = kustomized(tmp_path_factory.mktemp("overlay").resolve(), "ray-cpu")
     with ExitStack() as stack:
-        found = Fleet(manifests, tmp_path_factory.mktemp("ray"), stack)
+        # Of pytest's own folders the names are too long for sockets.
+        folder = stack.enter_context(TemporaryDirectory(ignore_cleanup_errors=True))
+        found = Fleet(manifests, Path(folder), stack)
         found.send(dict.fromkeys(MODELS, tiny_folder))
         yield found
 
