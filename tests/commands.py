@@ -163,6 +163,8 @@ def check_files(command: str) -> None:
         if word.split("/")[0] in folders or "/" not in word:
             places = ROOT.rglob(word) if "/" not in word else [ROOT / word]
             assert any(place.exists() for place in places), f"no such file: {word}"
+    for folder in re.findall(r"\bapply -k (\S+)", command):
+        assert (ROOT / folder / "kustomization.yaml").exists(), f"nothing to build there: {folder}"
 
 
 def check_extras(command: str) -> None:

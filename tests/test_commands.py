@@ -250,6 +250,11 @@ def test_what_has_no_reason_not_to_run_runs(command: str) -> None:
     [
         (check_make, "make test ARGS=x", "make tests"),
         (check_files, "docker compose -f docker-compose.yml up", "docker compose -f docker/none.yml up"),
+        (
+            check_files,
+            "kubectl apply -k docker/kubernetes/overlays/cpu",
+            "kubectl apply -k docker/kubernetes/overlays/tpu",
+        ),
         (check_extras, "pip install 'ddpm-service[hub]'", "pip install 'ddpm-service[hubs]'"),
         (check_arguments, "python -m bench.loop --rounds 6", "python -m bench.loop --round-count 6"),
         (check_arguments, "python -m bench.loop", "python -m bench.loops"),
