@@ -60,8 +60,8 @@ sbom: $(AUDIT_STAMP) ## list what the service is made of, as CycloneDX: build/sb
 	$(AUDIT)/bin/cyclonedx-py requirements requirements-serve.txt --pyproject pyproject.toml \
 		--output-reproducible --output-format JSON --output-file build/sbom.json
 
-audit: $(AUDIT_STAMP) ## look for known vulnerabilities of what is served (needs the internet)
-	$(AUDIT)/bin/pip-audit --requirement requirements-serve.txt --no-deps --disable-pip --strict
+audit: $(AUDIT_STAMP) ## look for known vulnerabilities of what is served, with Ray Serve (needs the internet)
+	$(AUDIT)/bin/pip-audit --requirement requirements-cluster.txt --no-deps --disable-pip --strict
 
 $(AUDIT_STAMP): | install
 	$(RUN) -m venv $(AUDIT)
