@@ -324,25 +324,27 @@ def drawn(figure: Figure) -> Image.Image:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draw samples.png, samples-guided.png and trajectory.png."""
+    """Draw samples.png, samples-guided.png and trajectory.png; of a distilled model nothing is guided."""
     parser = argparse.ArgumentParser(
         "python -m model.evaluation.plots", description="Draw a model's samples."
     )
     parser.add_argument("--model", type=Path, required=True, help="model folder")
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
-    parser.add_argument("--steps", type=int, default=50, help="DDIM steps")
+    parser.add_argument("--steps", type=int, default=50, help="DDIM steps, at most the model's T")
     parser.add_argument("--guidance", type=float, default=2.0, help="scale of the guided pictures")
     parser.add_argument("--per-class", type=int, default=10, help="samples in a row")
     args = parser.parse_args(argv)
     model = checkpoint.load(args.model)
     args.out.mkdir(parents=True, exist_ok=True)
-    class_sheet(model, args.per_class, args.steps).save(args.out / "samples.png")
+    steps = min(args.steps, model.schedule.timesteps)
+    class_sheet(model, args.per_class, steps).save(args.out / "samples.png")
     labels: list[int | None] = [*range(len(model.class_names))][-3:] or [None] * 3
-    scale = args.guidance if model.null_class is not None else 1.0
+    guidable = model.null_class is not None and not model.schedule.distilled
+    scale = args.guidance if guidable else 1.0
     if scale != 1.0:
-        guided = class_sheet(model, args.per_class, args.steps, guidance_scale=scale)
+        guided = class_sheet(model, args.per_class, steps, guidance_scale=scale)
         guided.save(args.out / "samples-guided.png")
-    strip = trajectory_strip(model, labels, args.steps, guidance_scale=scale)
+    strip = trajectory_strip(model, labels, steps, guidance_scale=scale)
     strip.save(args.out / "trajectory.png")
 
 

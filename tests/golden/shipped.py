@@ -47,8 +47,11 @@ def kind_of_machine() -> str:
 
 
 def pictures(model: Checkpoint, runtime: str, dtype: Any) -> Pixels:
-    """[IMAGES, C, H, W], of seeds and classes from 0, in 8 steps of the sampler that makes no noise."""
-    plan = build_plan(model.schedule, "ddim", STEPS)
+    """[IMAGES, C, H, W], of seeds and classes from 0, in 8 steps of the sampler that makes no noise.
+
+    Of a distilled model in as many as it takes.
+    """
+    plan = build_plan(model.schedule, "ddim", min(STEPS, model.schedule.timesteps))
     conditional = model.unet.config.conditional
     chains = [Chain(plan, seed, seed if conditional else None) for seed in range(IMAGES)]
     made = RUNTIMES[runtime](model, dtype=dtype)

@@ -12,6 +12,7 @@ from model.evaluation.sampling import denoiser_of
 from model.samplers import build_plan
 from model.schedule import NoiseSchedule
 from model.sheets import GAP
+from model.training import student
 from model.unet import UNet, UNetConfig
 from tests.model.conftest import SCHEDULER, TINY, randomise
 
@@ -233,6 +234,13 @@ def test_the_program_draws_every_picture(tmp_path):
     plots.main(["--model", f"{tmp_path}/model", "--out", str(out), "--steps", "3", "--per-class", "2"])
     drawn = {path.name for path in out.iterdir()}
     assert drawn == {"samples.png", "samples-guided.png", "trajectory.png"}
+
+
+def test_a_distilled_model_is_drawn_in_its_own_steps(tmp_path):
+    checkpoint.save(tmp_path / "model", student.begin(tiny_model(), (99, 50), 2.0))
+    out = tmp_path / "pictures"
+    plots.main(["--model", f"{tmp_path}/model", "--out", str(out), "--per-class", "2"])
+    assert {path.name for path in out.iterdir()} == {"samples.png", "trajectory.png"}
 
 
 def test_a_rate_distortion_plot_draws_its_curve():
