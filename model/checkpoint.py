@@ -184,7 +184,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     config = checkpoint.unet.config.to_diffusers()
     library, _, class_name = config["_class_name"].rpartition(".")
     index: dict[str, Any] = {
-        "_class_name": "DDPMPipeline",
+        "_class_name": "DDIMPipeline" if checkpoint.schedule.distilled else "DDPMPipeline",
         "unet": [library or "diffusers", class_name],
         "scheduler": ["diffusers", checkpoint.scheduler_config.get("_class_name", DEFAULT_CLASS)],
     }

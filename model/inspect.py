@@ -183,7 +183,7 @@ def describe(report: Report, schedule: NoiseSchedule) -> str:
         f"ignored     {_some(report.ignored) or 'nothing'}",
         f"schedule    {report.scheduler or 'no class'}, T = {report.timesteps};"
         f" predicts {report.prediction_type}; x₀ {clip}; {report.variance_type}; {report.timestep_spacing}",
-        f"sampler     {report.sampler} by default",
+        f"sampler     {report.sampler} by default" + _distilled(schedule),
         f"forward     at t = {forward.t}: {forward.seconds * 1000:.0f} ms, mean {forward.mean:.3f},"
         f" standard deviation {forward.std:.3f}",
         "",
@@ -193,6 +193,14 @@ def describe(report: Report, schedule: NoiseSchedule) -> str:
     if report.warnings:
         lines += ["", *(f"warning: {warning}" for warning in report.warnings)]
     return "\n".join(lines)
+
+
+def _distilled(schedule: NoiseSchedule) -> str:
+    """What a student is, after its sampler."""
+    folded = schedule.distilled_guidance
+    if folded is None:
+        return ""
+    return f" and no other: distilled into {schedule.timesteps} steps, with guidance {folded:g} in them"
 
 
 def _some(names: Sequence[str]) -> str:

@@ -22,6 +22,7 @@ from contextlib import closing
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.files import replace_text
-from model.runtimes import RuntimeUnavailableError
+from model.runtimes import RuntimeName, RuntimeUnavailableError
 from model.samplers import SAMPLERS, Guidance
 from model.training import data, loop, student
 from model.training.loop import ResumableTrainer, attended, batch_indices, learning_rate
@@ -253,7 +254,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         type=lambda text: tuple(int(number) for number in text.split(",")),
         help="the teacher's that become the student's, falling, like 999,649,353,124 (default: spaced)",
     )
-    add("--runtime", default="auto", help="of the teacher: auto, torch, openvino")
+    add("--runtime", default="auto", choices=get_args(RuntimeName), help="of the teacher")
     add("--optimizer-steps", type=int, default=4000, help="of the training")
     add("--sampler", choices=tuple(SAMPLERS), help="the teacher's (default: dpmpp_2m; a student's is ddim)")
     for name, value in asdict(DistillConfig(())).items():
@@ -277,6 +278,8 @@ def prepare(args: argparse.Namespace) -> Distiller:
     timesteps = args.timesteps or student.default_timesteps(teacher.schedule.timesteps, args.steps)
     if len(timesteps) != args.steps:
         raise ConfigError(f"--timesteps are {len(timesteps)}, where --steps is {args.steps}")
+    if not 1 <= args.fresh <= args.pool:
+        raise ConfigError(f"--fresh must be from 1 to --pool, which is {args.pool}")
     names = asdict(DistillConfig(())).keys() - {"steps", "timesteps", "sampler", "guidance_scale"}
     config = DistillConfig(
         timesteps,

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, UNet2DModel
 from PIL import Image
 
-from model import checkpoint, diffusion
+from model import checkpoint, diffusion, inspect
 from model.chain import Chain, InitialLatent
 from model.denoiser import generate
 from model.evaluation.sampling import denoiser_of
@@ -322,10 +322,8 @@ def test_an_unconditional_student_is_a_ddim_pipeline(tmp_path: Path) -> None:
     it.step()
     it.save(tmp_path / "student")
     model = checkpoint.load(tmp_path / "student")
-    pipeline = DDIMPipeline(
-        UNet2DModel.from_pretrained(tmp_path / "student", subfolder="unet"),
-        DDIMScheduler.from_pretrained(tmp_path / "student", subfolder="scheduler"),
-    )
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "student")
+    assert isinstance(pipeline, DDIMPipeline)
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(
         batch_size=2,
@@ -350,7 +348,7 @@ def pictures(folder: Path) -> Path:
     return folder
 
 
-def test_the_command_distils_and_resumes(tmp_path: Path) -> None:
+def test_the_command_distils_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint.save(tmp_path / "teacher", tiny_checkpoint())
     command = [
         "--teacher", str(tmp_path / "teacher"), "--data", str(pictures(tmp_path / "data")),
@@ -362,7 +360,14 @@ def test_the_command_distils_and_resumes(tmp_path: Path) -> None:
     assert record["step"] == 50
     assert len(record["loss_by_level"]) == 4
     assert record["taught"] == 16 + 50 * 4
+    capsys.readouterr()
+    assert main([*command, "--optimizer-steps", "52"]) == 0
+    assert "resumed at step 50" in capsys.readouterr().out
     found = checkpoint.load(tmp_path / "four")
+    report, schedule = inspect.inspect(str(tmp_path / "four"))
+    assert "ddim by default and no other: distilled into 4 steps, with guidance 2" in inspect.describe(
+        report, schedule
+    )
     assert found.schedule.distilled_guidance == 2.0
     assert found.class_names == ("cat", "dog", "fox")
     assert found.null_class == 3
@@ -386,6 +391,7 @@ def test_the_command_distils_and_resumes(tmp_path: Path) -> None:
         (["--steps", "1001"], "a teacher of 1000 timesteps has no student of 1001"),
         (["--steps", "2", "--timesteps", "5,5"], "fall strictly"),
         (["--data", "nowhere"], "no such folder"),
+        (["--fresh", "9", "--pool", "8"], "--fresh must be from 1 to --pool, which is 8"),
     ],
 )
 def test_the_command_says_what_it_cannot_do(
