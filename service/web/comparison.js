@@ -15,7 +15,7 @@ export class SamplerComparison {
     const counts = model.distilled_guidance === null ? STEP_COUNTS : DISTILLED_COUNTS;
     this.counts = counts.filter((count) => count <= model.timesteps);
     this.samplers = samplers;
-    const head = this.counts.map((count) => cell("th", `${count} steps`, "col"));
+    const head = this.counts.map((count) => cell("th", named(count), "col"));
     $("counts").replaceChildren(document.createElement("td"), ...head);
     this.frames = samplers.map(() => this.counts.map(() => frame()));
     const rows = samplers.map((sampler, i) => {
@@ -36,7 +36,7 @@ export class SamplerComparison {
     const consume = async () => {
       for (const { steps, sampler, target } of queue) {
         const [url] = await generate({ ...fields, sampler, num_inference_steps: steps }, signal);
-        show(target, url, `${sampler}, ${steps} steps, seed ${fields.seed}`);
+        show(target, url, `${sampler}, ${named(steps)}, seed ${fields.seed}`);
       }
     };
     await Promise.all(Array.from({ length: CONCURRENCY }, consume));
@@ -67,6 +67,10 @@ export class GuidanceComparison {
     }
     this.cache.get(name).forEach((url, i) => show(this.frames[i], url, `seed ${fields.seed + i}, guidance ${scale}`));
   }
+}
+
+function named(steps) {
+  return steps === 1 ? "1 step" : `${steps} steps`;
 }
 
 function frame() {
