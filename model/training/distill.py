@@ -22,7 +22,7 @@ from contextlib import closing
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ from model.training.loop import ResumableTrainer, attended, batch_indices, learn
 from model.training.segments import Teacher
 from model.unet import ConfigError
 
+Objective = Literal["landing", "v"]
 LOG = "distill.jsonl"
 RECORD_STEPS = 50
 FIRST_BATCHES = 8
@@ -50,8 +51,9 @@ class DistillConfig:
     """How to distil. Times are in seconds.
 
     timesteps: the teacher's, from the highest, that become the student's levels. substeps: of the teacher
-    between two of them. pool: pairs that are kept; fresh: how many of them are replaced in each step.
-    label_dropout: the fraction taught without a class, and so without guidance, where there is a null class.
+    between two of them. objective: the squared error of v, or of where a step lands. pool: pairs that are
+    kept; fresh: how many of them are replaced in each step. label_dropout: the fraction taught without a
+    class, and so without guidance, where there is a null class.
     """
 
     timesteps: tuple[int, ...]
@@ -62,6 +64,7 @@ class DistillConfig:
     clip_norm: float = 1.0
     ema_decay: float = 0.998
     label_dropout: float = 0.05
+    objective: Objective = "landing"
     sampler: str = "dpmpp_2m"
     substeps: int = 4
     guidance_scale: float = 2.0
@@ -134,8 +137,11 @@ class Distiller(ResumableTrainer[DistillConfig]):
         super().__init__(net, optimizer, config)
         self.pool = Pool(config.pool, model.shape)
         self.forward = torch.compile(net) if config.compile else net
+        weights = student.landing_weights(model.schedule)
+        weights = weights if config.objective == "landing" else np.ones_like(weights)
+        self.weights = torch.as_tensor(weights, dtype=torch.float32, device=self.device)
         self.losses = np.zeros(model.schedule.timesteps)
-        """The latest loss of each level."""
+        """The latest squared error of v at each level."""
 
     def step(self) -> float:
         """One optimizer step. Returns its loss; raises RuntimeError, changing nothing, if not finite."""
@@ -155,11 +161,12 @@ class Distiller(ResumableTrainer[DistillConfig]):
         with torch.autocast(self.device, torch.bfloat16, enabled=config.bf16):
             out = self.forward(x, level, y if self.model.unet.config.conditional else None)
         each = (out.float() - target.float()).square().flatten(1).mean(1)
-        value = float(each.detach().mean())
+        loss = (self.weights[level] * each).mean()
+        value = float(loss.detach())
         if not math.isfinite(value):
             raise RuntimeError(f"the loss is {value} at step {self.step_number}")
         self.optimizer.zero_grad(set_to_none=True)
-        each.mean().backward()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), config.clip_norm)
         self.optimizer.step()
         decay = min(config.ema_decay, (1 + self.step_number) / (10 + self.step_number))
@@ -232,7 +239,7 @@ def run(trainer: Distiller, folder: Path) -> Iterator[dict[str, object]]:
                     "taught": int(trainer.pool.written),
                     "seconds": round(trainer.seconds, 1),
                     "loss": sum(losses) / len(losses),
-                    "loss_by_level": [round(float(each), 6) for each in np.mean(levels, axis=0)],
+                    "v_by_level": [round(float(each), 6) for each in np.mean(levels, axis=0)],
                     "learning_rate": learning_rate(config, trainer.step_number),
                 }
                 losses, levels = [], []
@@ -261,7 +268,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         flag = "--" + name.replace("_", "-")
         if name in ("steps", "timesteps", "sampler"):
             continue
-        if isinstance(value, bool):
+        if name == "objective":
+            add(flag, default=value, choices=get_args(Objective), help="whose squared error is minimised")
+        elif isinstance(value, bool):
             add(flag, action=argparse.BooleanOptionalAction, default=value)
         else:
             add(flag, type=type(value), default=value)

@@ -165,6 +165,17 @@ def v_target(schedule: NoiseSchedule, x: Tensor, level: Tensor, end: Tensor) -> 
     return (of_x * x.double() + of_end * end.double()).to(x.dtype)
 
 
+def landing_weights(schedule: NoiseSchedule) -> Array:
+    """What a squared error of v is worth at each level, 1 on average: [N].
+
+    In proportion to the squared error of where the step lands, which is that of v times `a_end`^-2. At the
+    highest level hardly anything of x₀ is in x′, and to be exact about it would cost most of the effort.
+    """
+    _, a_end = target_coefficients(schedule)
+    weights = np.square(1 / a_end)
+    return np.asarray(weights / weights.mean())
+
+
 def target_coefficients(schedule: NoiseSchedule) -> tuple[Array, Array]:
     """(a_x, a_end), each [N]: v = a_x·x + a_end·end of `v_target`."""
     ac, after = schedule.alphas_cumprod, schedule.alphas_cumprod_prev

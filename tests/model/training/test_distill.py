@@ -179,6 +179,28 @@ def test_a_step_of_ddim_with_the_target_lands_where_the_teacher_does() -> None:
         torch.testing.assert_close(stepped.pred_original_sample, x0[i], rtol=1e-3, atol=1e-3)
 
 
+def test_an_error_of_v_is_worth_where_the_step_lands() -> None:
+    schedule = NoiseSchedule.from_diffusers(
+        student.scheduler_config(NoiseSchedule.from_diffusers(SCHEDULER), LEVELS, 2.0)
+    )
+    theirs = DDIMScheduler.from_config(student.scheduler_config(schedule, (3, 2, 1, 0), 2.0))
+    theirs.set_timesteps(4)
+    x, v, error = torch.tensor([0.3]), torch.tensor([0.2]), 0.01
+    off = [
+        float(theirs.step(v + error, t, x).prev_sample - theirs.step(v, t, x).prev_sample) for t in range(4)
+    ]
+    squares = np.square(off)
+    np.testing.assert_allclose(student.landing_weights(schedule), squares / squares.mean(), rtol=1e-3)
+
+
+def test_the_objective_weights_the_levels() -> None:
+    both = {name: distiller(replace(CONFIG, objective=name)) for name in ("landing", "v")}
+    losses = {name: it.step() for name, it in both.items()}
+    assert losses["landing"] != losses["v"]
+    assert both["v"].weights.tolist() == [1, 1, 1, 1]
+    assert np.array_equal(both["v"].losses, both["landing"].losses)  # before the step the same network
+
+
 # ----------------------------------------------------------------------------------------------------
 # The teacher
 
@@ -358,7 +380,7 @@ def test_the_command_distils_and_resumes(tmp_path: Path, capsys: pytest.CaptureF
     assert main([*command, "--optimizer-steps", "50"]) == 0
     record = json.loads((tmp_path / "four" / "training" / "distill.jsonl").read_text())
     assert record["step"] == 50
-    assert len(record["loss_by_level"]) == 4
+    assert len(record["v_by_level"]) == 4
     assert record["taught"] == 16 + 50 * 4
     capsys.readouterr()
     assert main([*command, "--optimizer-steps", "52"]) == 0
