@@ -9,10 +9,11 @@ from model.checkpoint import Checkpoint
 from model.denoiser import generate, to_pixels
 from model.evaluation import plots
 from model.evaluation.sampling import denoiser_of
-from model.samplers import build_plan
+from model.samplers import Guidance, build_plan
 from model.schedule import NoiseSchedule
 from model.sheets import GAP
 from model.training import student
+from model.training.data import Dataset
 from model.unet import UNet, UNetConfig
 from tests.model.conftest import SCHEDULER, TINY, randomise
 
@@ -249,3 +250,20 @@ def test_a_rate_distortion_plot_draws_its_curve():
     for key in curve:
         changed = {**curve, key: [curve[key][0], curve[key][1] * 1.5, curve[key][2]]}
         assert (picture != pixels(plots.rate_distortion(changed, 1000))).any(), key
+
+
+def test_real_images_and_samples_are_shuffled_and_told_apart_by_the_key():
+    model = tiny_model()
+    real = Dataset(np.full((80, 1, 8, 8), 77, np.uint8), np.arange(80) % 3, model.class_names)
+    sheet, samples = plots.real_or_sample(model, real, Guidance(), runtime="torch")
+    assert len(set(samples)) == len(plots.ROWS) * plots.COLUMNS // 2
+    again, _ = plots.real_or_sample(model, real, Guidance(), runtime="torch")
+    assert sheet.tobytes() == again.tobytes()
+    # A real image is one flat colour here; the sheet's last places are its images.
+    step = 64 + GAP
+    left, top = sheet.width - plots.COLUMNS * step, sheet.height - len(plots.ROWS) * step
+    for row, name in enumerate(plots.ROWS):
+        for column in range(plots.COLUMNS):
+            x, y = left + column * step, top + row * step
+            colours = sheet.crop((x, y, x + 64, y + 64)).getcolors()
+            assert (colours != [(64 * 64, (77, 77, 77))]) == (f"{name}{column + 1}" in samples)
