@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from model import checkpoint
@@ -46,8 +47,18 @@ def test_a_shipped_model_passes_its_self_test(folder: Path, runtime: RuntimeName
     assert result.passed, result
 
 
-def test_there_are_two_of_them():
-    assert [folder.name for folder in MODELS] == ["avatars", "fashion-mnist"]
+def test_there_are_three_of_them():
+    assert [folder.name for folder in MODELS] == ["avatars", "fashion-mnist", "fashion-mnist-4"]
+
+
+def test_the_student_has_the_classes_and_levels_of_its_teacher():
+    teacher, student = (
+        checkpoint.load(ROOT / "weights" / name) for name in ("fashion-mnist", "fashion-mnist-4")
+    )
+    assert student.schedule.distilled_guidance == 2.0
+    assert student.class_names == teacher.class_names
+    levels = teacher.schedule.alphas_cumprod[[124, 353, 649, 999]]
+    assert np.allclose(student.schedule.alphas_cumprod, levels, rtol=1e-9)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
