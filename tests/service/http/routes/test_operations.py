@@ -162,6 +162,7 @@ def test_info(serve: Serve) -> None:
         "sha256": "",
         "timesteps": 100,
         "prediction_type": "epsilon",
+        "distilled_guidance": None,
     }
     assert info["model"]["parameters"] > 100
     assert info["samplers"] == ["ddpm", "ddim", "dpmpp_2m", "sde_dpmpp_2m"]
