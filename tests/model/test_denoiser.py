@@ -143,7 +143,7 @@ def by_hand(runtime: Any, one: Chain, null: int | None) -> Tensor:
             x = x + weight * torch.from_numpy(noise.normal(seed, noise.START, SHAPE))
     previous = torch.zeros_like(x)
     for step, row in enumerate(plan.table):
-        t, w, clip = int(row["t"]), float(row["w"]), float(row["clip"])
+        t, w, r, clip = int(row["t"]), float(row["w"]), float(row["r"]), float(row["clip"])
         names = ("a_x", "a_o", "q", "c_x", "c_0", "c_u", "c_p", "c_n", "c_v")
         a_x, a_o, q, c_x, c_0, c_u, c_p, c_n, c_v = (float(row[name]) for name in names)
 
@@ -155,7 +155,8 @@ def by_hand(runtime: Any, one: Chain, null: int | None) -> Tensor:
         variance_frac = (out[:, 1:] + 1) / 2
         if w != 1:
             unconditional = call(null)[:, :1]
-            out = unconditional + w * (out[:, :1] - unconditional)
+            given, out = out[:, :1], unconditional + w * (out[:, :1] - unconditional)
+            out = out * (r * given.std() / out.std() + 1 - r)
         unclipped = a_x * x + a_o * out[:, :1]
         x0 = unclipped.clamp(-clip, clip)
         if q:
@@ -166,8 +167,8 @@ def by_hand(runtime: Any, one: Chain, null: int | None) -> Tensor:
         x = c_x * x + c_0 * x0 + c_u * unclipped + c_p * previous + c_n * scale * z
         if one.known is not None:
             other = torch.from_numpy(noise.normal(one.seed, step, SHAPE, NoiseStream.KNOWN_PIXELS))
-            given = float(row["k_0"]) * torch.from_numpy(one.known.image) + float(row["k_n"]) * other
-            x = torch.where(torch.from_numpy(one.known.mask), given, x)
+            known = float(row["k_0"]) * torch.from_numpy(one.known.image) + float(row["k_n"]) * other
+            x = torch.where(torch.from_numpy(one.known.mask), known, x)
         previous = x0
     return x
 

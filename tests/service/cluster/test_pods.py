@@ -29,7 +29,7 @@ from tests.service.live import sse
 
 pytestmark = [pytest.mark.slow]
 UP_S = 120.0
-LONG = "/stream?sampler=ddpm&num_inference_steps=100&preview_every=20&seed=5&n=64&model=avatars"
+LONG = "/stream?sampler=ddpm&num_inference_steps=100&preview_every=20&seed=5&n=12&model=avatars"
 DEADLINE_S = 40
 TOKEN = "a-token-of-ray-that-has-some-length"
 RAY = {"x-ray-authorization": f"Bearer {TOKEN}"}
