@@ -29,8 +29,8 @@ from tests.service.live import sse
 
 pytestmark = [pytest.mark.slow]
 UP_S = 120.0
-LONG = "/stream?sampler=ddpm&num_inference_steps=100&preview_every=20&seed=5&n=12&model=avatars"
-DEADLINE_S = 40
+LONG = "/stream?sampler=ddpm&num_inference_steps=100&preview_every=20&seed=5&n=32&model=avatars"
+DEADLINE_S = 60
 TOKEN = "a-token-of-ray-that-has-some-length"
 RAY = {"x-ray-authorization": f"Bearer {TOKEN}"}
 KEY = {"Authorization": "Bearer secret"}
