@@ -172,6 +172,7 @@ def test_info(serve: Serve) -> None:
         "steps_by_sampler": {"ddpm": 50, "ddim": 50, "dpmpp_2m": 20, "sde_dpmpp_2m": 20},
         "eta": 0.0,
         "guidance_scale": 2.0,
+        "guidance_rescale": 0.0,
         "guidance_sigma_min": 0.3,
         "guidance_sigma_max": 5.0,
         "classifier_scale": 0.0,
