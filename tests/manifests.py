@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,16 @@ def kustomized(folder: Path, overlay: str, *components: str) -> list[Manifest]:
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""  # where deprecated fields are reported
     return list(yaml.safe_load_all(result.stdout))
+
+
+def builder(folders: pytest.TempPathFactory) -> Callable[..., list[Manifest]]:
+    """A function that builds an overlay with components, as an overlay of the reader's own would."""
+
+    @cache
+    def build(overlay: str, *components: str) -> list[Manifest]:
+        return kustomized(folders.mktemp("overlay").resolve(), overlay, *components)
+
+    return build
 
 
 def one(manifests: list[Manifest], kind: str, name: str | None = None) -> Manifest:

@@ -8,7 +8,6 @@ import subprocess
 import tomllib
 from collections.abc import Iterator
 from copy import deepcopy
-from functools import cache
 from pathlib import Path
 
 import kubernetes_validate  # type: ignore[import-untyped]  # has no annotations
@@ -18,7 +17,7 @@ import yaml
 from service.server import FLUSH_S
 from service.settings import Settings
 from tests.manifests import COMPONENTS as ALL_COMPONENTS
-from tests.manifests import FOLDER, ROOT, Manifest, kustomized, needs_kubectl, one, read, selects
+from tests.manifests import FOLDER, ROOT, Manifest, builder, needs_kubectl, one, read, selects
 from tests.prometheus_rule import ALERTS, RULE, prometheus_rule
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -35,12 +34,7 @@ COMPONENTS = tuple(name for name in ALL_COMPONENTS if not name.startswith("ray-"
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
     """A function that builds an overlay with components, as an overlay of the reader's own would."""
-
-    @cache
-    def build(overlay: str, *components: str) -> list[Manifest]:
-        return kustomized(tmp_path_factory.mktemp("overlay").resolve(), overlay, *components)
-
-    return build
+    return builder(tmp_path_factory)
 
 
 @pytest.fixture(scope="module", params=OVERLAYS)

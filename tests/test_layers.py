@@ -120,13 +120,13 @@ SERVICE = {
     "service.cluster.front": (
         "service.cluster.forwarding service.cluster.metrics service.cluster.naming service.errors"
         " service.http.middleware"
-        " service.http.openai service.http.problems service.settings service.telemetry"
+        " service.http.openai service.http.problems service.http.respond service.settings service.telemetry"
         " fastapi msgspec ray starlette"
     ),
     "service.cluster.metrics": "prometheus_client",
     "service.cluster.replica": (
         "service.app service.engine.connection service.engine.messages service.engine.worker"
-        " service.http.state service.settings service.telemetry prometheus_client ray starlette"
+        " service.http.state service.settings service.telemetry ray starlette"
     ),
     "service.cluster.routing": "service.cluster.policies ray",
     "service.cluster.forwarding": "service.http.event_ids starlette",

@@ -6,7 +6,6 @@ import re
 import tomllib
 from collections.abc import Callable
 from copy import deepcopy
-from functools import cache
 from typing import Any
 
 import jsonschema  # type: ignore[import-untyped]  # has no annotations
@@ -15,7 +14,7 @@ import pytest
 import yaml
 
 from service.settings import Settings
-from tests.manifests import FOLDER, ROOT, Manifest, kustomized, needs_kubectl, one, read, selects
+from tests.manifests import FOLDER, ROOT, Manifest, builder, needs_kubectl, one, read, selects
 from tests.prometheus_rule import ALERTS
 from tests.ray_service import built, check, environment, pods, serve_config, templates
 
@@ -32,12 +31,7 @@ VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["versi
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
     """A function that builds an overlay with components."""
-
-    @cache
-    def build(overlay: str, *components: str) -> list[Manifest]:
-        return kustomized(tmp_path_factory.mktemp("overlay").resolve(), overlay, *components)
-
-    return build
+    return builder(tmp_path_factory)
 
 
 @pytest.fixture(scope="module", params=OVERLAYS)

@@ -80,6 +80,16 @@ def compared(measured: Sequence[float], simulated: Sequence[float]) -> list[str]
     return found
 
 
+def wait_until_ready(popen: subprocess.Popen[bytes], url: str) -> None:
+    """Wait for a service, and for its other engines or replicas. Raises RuntimeError if it never is ready."""
+    limit = time.monotonic() + START_S
+    while ask(url, "/readyz") == float("inf"):
+        if popen.poll() is not None or time.monotonic() > limit:
+            raise RuntimeError("the service did not become ready")
+        time.sleep(0.2)
+    time.sleep(3.0)
+
+
 @contextmanager
 def served(devices: int, rows: int = ROWS, step_ms: float = STEP_MS) -> Iterator[str]:
     """The service over so many devices, once it is ready. Raises RuntimeError if it never is."""
@@ -87,13 +97,9 @@ def served(devices: int, rows: int = ROWS, step_ms: float = STEP_MS) -> Iterator
     device = "--devices", str(devices), "--rows", str(rows), "--step-ms", str(step_ms)
     command = [sys.executable, "-m", "bench.fleet.check", *device, "--serve", str(port)]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as popen:
-        url, limit = f"http://127.0.0.1:{port}", time.monotonic() + START_S
+        url = f"http://127.0.0.1:{port}"
         try:
-            while ask(url, "/readyz") == float("inf"):
-                if popen.poll() is not None or time.monotonic() > limit:
-                    raise RuntimeError("the service did not become ready")
-                time.sleep(0.2)
-            time.sleep(2.0)  # the other engines
+            wait_until_ready(popen, url)
             yield url
         finally:
             popen.terminate()

@@ -25,16 +25,15 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from bench.fleet.arrivals import Flash, arrivals
-from bench.fleet.check import LONGEST, PATIENCE_S, ROWS, STEP_MS, latencies, served
+from bench.fleet.check import LONGEST, PATIENCE_S, ROWS, STEP_MS, latencies, served, wait_until_ready
 from bench.http import saturate
 from bench.load import Endpoint, drive
-from bench.overload import ask
 from bench.servers import ROOT, free_port
 from bench.simulate import table
 from bench.workload import Request
 
 CAPACITY = ROWS / (STEP_MS / 1000)
-START_S, STOP_S = 120.0, 60.0
+STOP_S = 60.0
 LOADS = (0.7, 0.95)
 CLIENTS, STEPS, FAST_ROWS, FAST_MS = 96, 20, 64, 10.0
 WAYS = {
@@ -70,13 +69,9 @@ def on_ray(*arguments: str) -> Iterator[str]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     ) as popen:
-        url, limit = f"http://127.0.0.1:{port}", time.monotonic() + START_S
+        url = f"http://127.0.0.1:{port}"
         try:
-            while ask(url, "/readyz") == float("inf"):
-                if popen.poll() is not None or time.monotonic() > limit:
-                    raise RuntimeError("the fleet did not become ready")
-                time.sleep(0.2)
-            time.sleep(3.0)  # the other replicas
+            wait_until_ready(popen, url)
             yield url
         finally:
             whole = psutil.Process(popen.pid).children(recursive=True)

@@ -14,7 +14,6 @@ student may be a teacher too, of one with fewer steps.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Iterator, Mapping
@@ -31,7 +30,6 @@ from torch import Tensor, nn
 
 from model import checkpoint
 from model.checkpoint import Checkpoint
-from model.files import replace_text
 from model.runtimes import RuntimeName, RuntimeUnavailableError
 from model.samplers import SAMPLERS, Guidance
 from model.training import data, loop, student
@@ -326,17 +324,12 @@ def main(argv: list[str] | None = None) -> int:
     except (data.DataError, checkpoint.CheckpointError, ValueError, RuntimeUnavailableError) as error:
         print(error, file=sys.stderr)
         return 3
-    log = args.out / "training" / LOG
-    log.parent.mkdir(parents=True, exist_ok=True)
-    lines = log.read_text().splitlines() if log.exists() else []
-    kept = [line for line in lines if json.loads(line)["step"] <= trainer.step_number]
-    replace_text(log, "".join(f"{line}\n" for line in kept))
+    log = loop.Log(args.out / "training" / LOG, trainer.step_number)
     print(f"levels at the teacher's timesteps {', '.join(map(str, trainer.config.timesteps))};"
           f" rows of the teacher for a pair: {trainer.teacher.rows()}")  # fmt: skip
     with attended(trainer, smoothing=0.05, mininterval=5) as bar:
         for record in run(trainer, args.out):
-            with log.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            log.add(record)
             bar.update(trainer.step_number - bar.n)
             bar.set_postfix(loss=f"{record['loss']:.4f}")
     if trainer.stopping:

@@ -27,7 +27,7 @@ from torch import nn
 from tqdm import tqdm
 
 from model.checkpoint import CheckpointError
-from model.files import replacing
+from model.files import replace_text, replacing
 
 OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
 """What AdamW keeps for each parameter."""
@@ -201,6 +201,23 @@ def train(trainer: AnyTrainer, folder: Path, budget_s: float = math.inf) -> Gene
                 last_save = time.monotonic()
     finally:
         trainer.save(folder)
+
+
+class Log:
+    """Records of a training, a line of JSON each; a run that resumes keeps those up to its step."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        self.records: list[dict[str, Any]] = [record for record in found if record["step"] <= step]
+        replace_text(path, "".join(json.dumps(record) + "\n" for record in self.records))
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Append a record."""
+        self.records.append(record)
+        with self._path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
 
 
 @contextmanager

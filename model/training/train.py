@@ -13,7 +13,6 @@ resume from, the log, the loss curve and sample sheets. The sheets and the curve
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -32,7 +31,6 @@ from model import checkpoint, diffusion
 from model.checkpoint import Checkpoint
 from model.diffusion import OBJECTIVES, Objective
 from model.evaluation import plots
-from model.files import replace_text
 from model.schedule import PREDICTION_TYPES, NoiseSchedule
 from model.training import data, loop
 from model.training.averaging import PowerAverages
@@ -316,21 +314,14 @@ def main(argv: list[str] | None = None) -> int:
     except (data.DataError, checkpoint.CheckpointError, ConfigError) as error:
         print(error, file=sys.stderr)
         return 3
-    log = args.out / "training" / LOG
-    log.parent.mkdir(parents=True, exist_ok=True)
-    records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    records = [record for record in records if record["step"] <= trainer.step_number]
-    replace_text(log, "".join(json.dumps(record) + "\n" for record in records))
-
+    log = loop.Log(args.out / "training" / LOG, trainer.step_number)
     with attended(trainer, smoothing=0.05, mininterval=5) as bar:
         for record in run(trainer, args.out, held_out):
-            records.append(record)
-            with log.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            log.add(record)
             bar.update(int(record["step"]) - bar.n)
             bar.set_postfix(loss=f"{record['loss']:.4f}", images=int(record["images"]))
             if record["step"] % 500 == 0:
-                plots.loss_curve(records).save(log.with_name("loss.png"))
+                plots.loss_curve(log.records).save(args.out / "training" / "loss.png")
     if trainer.stopping:
         print(f"stopped and saved at step {trainer.step_number}")
     return 0

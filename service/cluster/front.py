@@ -25,10 +25,11 @@ from starlette.types import Message, Receive, Scope, Send
 from service.cluster.forwarding import Forwarding, NotContinuedError
 from service.cluster.metrics import merged
 from service.cluster.naming import model_named
-from service.errors import QueueFullError, RefusedError
+from service.errors import CancelledError, QueueFullError, RefusedError
 from service.http.middleware import MAX_UPLOAD_BYTES
 from service.http.openai import openai_error
 from service.http.problems import ErrorFormats, register_handlers
+from service.http.respond import while_connected
 from service.settings import Settings
 from service.telemetry import configure_logging
 
@@ -95,18 +96,15 @@ class Front:
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
-        body = await self._body(request)
+        try:
+            body = await self._body(request)
+        except ClientDisconnect:
+            return
         name = await model_named(dict(scope), body)
         handle = self._models.get(name or "", self._default)
-        answering = asyncio.create_task(self._answer(handle, Forwarding(dict(scope), body), send))
-        leaving = asyncio.create_task(_left(receive))
-        try:
-            await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            leaving.cancel()
-            answering.cancel()
-            with suppress(asyncio.CancelledError):
-                await answering
+        with suppress(CancelledError):  # of a client that has left, and reads no answer
+            async with while_connected(receive):
+                await self._answer(handle, Forwarding(dict(scope), body), send)
 
     async def _body(self, request: Request) -> bytes:
         """The whole of it. Raises HTTPException for one that is larger than any route takes, or too slow."""
@@ -119,8 +117,6 @@ class Front:
                         raise HTTPException(413, f"A body has at most {MAX_UPLOAD_BYTES} bytes.")
         except TimeoutError:
             raise HTTPException(408, "The body did not come in time.") from None
-        except ClientDisconnect:
-            return b""
         return bytes(body)
 
     async def _answer(self, handle: DeploymentHandle[Any], request: Forwarding, send: Send) -> None:
@@ -159,8 +155,3 @@ class _Whole:
         """One message of it."""
         self.status = message.get("status", self.status)
         self.body += message.get("body", b"")
-
-
-async def _left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

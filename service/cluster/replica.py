@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
-from prometheus_client import generate_latest
 from ray import serve
 from starlette.types import Message
 
@@ -79,9 +78,13 @@ class Replica:
             await gone.wait()
             return {"type": "http.disconnect"}
 
+        async def send(message: Message) -> None:
+            if not gone.is_set():
+                await messages.put(message)
+
         async def answer() -> None:
             try:
-                await self._app(scope, receive, messages.put)
+                await self._app(scope, receive, send)
             finally:
                 if not gone.is_set():
                     await messages.put(None)
@@ -98,16 +101,13 @@ class Replica:
                     yield found
         finally:
             gone.set()
-            while not answering.done():  # what it still sends is read by nobody
-                if not messages.empty():
-                    messages.get_nowait()
-                await asyncio.sleep(0)
-            answering.result()
+            while not messages.empty():  # or what waits to send would wait for ever
+                messages.get_nowait()
+            await answering
 
     def metrics(self) -> tuple[str, str]:
         """Id of the replica, and its metrics in Prometheus's text format."""
-        registry = self._state.telemetry.registry
-        return serve.get_replica_context().replica_id.unique_id, generate_latest(registry).decode()
+        return serve.get_replica_context().replica_id.unique_id, self._state.telemetry.render().decode()
 
     def record_routing_stats(self) -> dict[str, float]:
         """What a router may know: the work that remains, at which rate it is done, and free slots."""

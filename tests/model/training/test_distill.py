@@ -24,6 +24,7 @@ from model.training.distill import DistillConfig, Distiller, Pool, in_range, mai
 from model.training.segments import Teacher, segment_plans
 from model.unet import ConfigError
 from tests.model.conftest import SCHEDULER, tiny_checkpoint
+from tests.model.training.states import states
 from tests.model.training.test_train import dataset
 
 LEVELS = (999, 649, 353, 124)
@@ -51,15 +52,6 @@ def distiller(config: DistillConfig = CONFIG, **unet: Any) -> Distiller:
         runtime="torch",
     )
     return Distiller(student.begin(model, config.timesteps, config.guidance_scale), guide, dataset(), config)
-
-
-def states(it: Distiller) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = {}
-    for prefix, module in it.modules().items():
-        tensors |= {f"{prefix}.{name}": value for name, value in module.state_dict().items()}
-    for name, parameter in it.net.named_parameters():
-        tensors |= {f"{name}.{key}": value for key, value in it.optimizer.state[parameter].items()}
-    return {name: value.detach().clone() for name, value in tensors.items()}
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from model.training.loop import learning_rate
 from model.training.train import TrainConfig, Trainer, run
 from model.unet import UNetConfig
 from tests.model.conftest import SCHEDULER, randomise, tiny_checkpoint
+from tests.model.training.states import states
 
 ROOT = Path(__file__).parent.parent.parent.parent
 CONFIG = TrainConfig(steps=8, batch_size=4, warmup_steps=2, learning_rate=1e-3, label_dropout=0.5)
@@ -41,16 +42,6 @@ def dataset(count: int = 10) -> Dataset:
 
 def trainer(config: TrainConfig = CONFIG, **unet: Any) -> Trainer:
     return Trainer(tiny_checkpoint(**unet), dataset(), config)
-
-
-def states(it: Trainer) -> dict[str, torch.Tensor]:
-    """Everything that training changes, by name."""
-    tensors: dict[str, torch.Tensor] = {}
-    for prefix, module in it.modules().items():
-        tensors |= {f"{prefix}.{name}": value for name, value in module.state_dict().items()}
-    for name, parameter in it.net.named_parameters():
-        tensors |= {f"{name}.{key}": value for key, value in it.optimizer.state[parameter].items()}
-    return {name: value.detach().clone() for name, value in tensors.items()}
 
 
 @pytest.fixture(autouse=True)
