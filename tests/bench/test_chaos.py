@@ -62,7 +62,8 @@ def test_what_a_disturbance_leaves_behind_is_found(
     left = []
 
     async def leak(scene: Scene) -> None:
-        left.append(socket.create_connection(("127.0.0.1", scene.service.port)))
+        # More than connections of the baseline that may have been about to close.
+        left.extend(socket.create_connection(("127.0.0.1", scene.service.port)) for _ in range(16))
 
     async def fail(_: Scene) -> None:
         raise DisturbanceError("it came out otherwise")

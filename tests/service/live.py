@@ -90,7 +90,13 @@ class Threaded:
         return self
 
     def metric(self, name: str, **labels: str) -> float:
-        return self.state.telemetry.registry.get_sample_value(name, labels) or 0.0
+        """What it counts. On its loop, after whatever has been answered: a client reads the last byte first."""
+
+        def read() -> float:
+            return self.state.telemetry.registry.get_sample_value(name, labels) or 0.0
+
+        apart = self._thread.is_alive() and threading.current_thread() is not self._thread
+        return self.call(read) if apart else read()
 
     def wait_for_exit(self) -> None:
         self._thread.join(PATIENCE_S)

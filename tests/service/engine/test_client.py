@@ -392,11 +392,16 @@ def test_the_gauges_fall_when_the_last_job_is_cancelled(start: Start) -> None:
     def cancel_at_the_first_preview(event: Event) -> None:
         served.events.append(event)
         if isinstance(event, Preview) and not seen:
-            seen.append(served.metric("ddpm_samples_running"))
+            running = served.metric("ddpm_samples_running")
             served.of_client.cancel(event.job_id)
+            seen.append(running)
 
     served.publish = cancel_at_the_first_preview
+    served.gate.shut()
     served.client.submit(job := job_of("a", [1, 2], steps=9, preview="x0"))
+    served.gate.allow(1)
+    until(lambda: seen)
+    served.gate.open()
     assert served.end_of(job) == Cancelled("a")
     assert seen == [2]
     until(lambda: served.metric("ddpm_samples_running") == 0)
