@@ -227,9 +227,14 @@ def kept_busy(url: str, accept: str, body: Mapping[str, object], clients: int) -
 
 def row_rate(url: str, seconds: float) -> float:
     """Rows per second that a service counts, over so many seconds."""
-    before, begun = metric(url, "ddpm_batch_rows_sum"), time.perf_counter()
+    return rate(url, "ddpm_batch_rows_sum", seconds)
+
+
+def rate(url: str, name: str, seconds: float) -> float:
+    """How much a counter of a service rises per second, over so many seconds."""
+    before, begun = metric(url, name), time.perf_counter()
     time.sleep(seconds)
-    return (metric(url, "ddpm_batch_rows_sum") - before) / (time.perf_counter() - begun)
+    return (metric(url, name) - before) / (time.perf_counter() - begun)
 
 
 def metric(url: str, name: str) -> float:

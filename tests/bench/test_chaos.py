@@ -59,7 +59,7 @@ def test_what_a_disturbance_leaves_behind_is_found(
     prepared: chaos.Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chaos, "SETTLE_S", 1.0)
-    left = []
+    left: list[socket.socket] = []
 
     async def leak(scene: Scene) -> None:
         # More than connections of the baseline that may have been about to close.

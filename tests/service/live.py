@@ -90,7 +90,7 @@ class Threaded:
         return self
 
     def metric(self, name: str, **labels: str) -> float:
-        """What it counts. On its loop, after whatever has been answered: a client reads the last byte first."""
+        """What it counts, read on its loop: a client has an answer before it is counted there."""
 
         def read() -> float:
             return self.state.telemetry.registry.get_sample_value(name, labels) or 0.0
