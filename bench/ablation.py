@@ -185,7 +185,7 @@ def run(args: argparse.Namespace) -> int:
     config = checkpoint.load(args.judge).unet.config
     _, test_set = load_splits(args.data, config.shape[1:], config.in_channels, None)
     judge = Judge(args.judge, args.data, args.samples)
-    for choice in CHOICES:
+    for choice in (choice for choice in CHOICES if choice.folder in args.choices):
         folder = args.work / choice.folder
         if steps_done(folder) < args.steps:
             print(f"\n{folder}", flush=True)
@@ -223,6 +223,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--work", type=Path, default=Path("build/ablation"), help="where networks and measures are kept")
     add("--judge", type=Path, default=Path("weights/fashion-mnist"), help="model folder whose judge it is")
     add("--steps", type=int, default=800, help="of every training")
+    names = [choice.folder for choice in CHOICES]
+    add("--choices", nargs="+", choices=names, default=names, metavar="CHOICE", help=f"of {', '.join(names)}")
     add(
         "--train",
         default="--channels 16,32,64 --attention 8 --learning-rate 2e-3 --warmup-steps 100 --ema-decay 0.99",

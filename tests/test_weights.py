@@ -47,15 +47,16 @@ def test_a_shipped_model_passes_its_self_test(folder: Path, runtime: RuntimeName
     assert result.passed, result
 
 
-def test_there_are_three_of_them():
-    assert [folder.name for folder in MODELS] == ["avatars", "fashion-mnist", "fashion-mnist-4"]
+def test_there_are_two_of_them_and_a_student_of_each():
+    names = ["avatars", "avatars-4", "fashion-mnist", "fashion-mnist-4"]
+    assert [folder.name for folder in MODELS] == names
 
 
-def test_the_student_has_the_classes_and_levels_of_its_teacher():
-    teacher, student = (
-        checkpoint.load(ROOT / "weights" / name) for name in ("fashion-mnist", "fashion-mnist-4")
-    )
-    assert student.schedule.distilled_guidance == 2.0
+@pytest.mark.parametrize(("name", "guidance"), [("avatars", 1.25), ("fashion-mnist", 2.0)])
+def test_a_student_has_the_classes_and_levels_of_its_teacher(name: str, guidance: float):
+    teacher, student = (checkpoint.load(ROOT / "weights" / folder) for folder in (name, f"{name}-4"))
+    assert student.schedule.distilled_guidance == guidance
+    assert teacher.schedule.guidance_scale in (guidance, None)
     assert student.class_names == teacher.class_names
     levels = teacher.schedule.alphas_cumprod[[124, 353, 649, 999]]
     assert np.allclose(student.schedule.alphas_cumprod, levels, rtol=1e-9)

@@ -69,13 +69,18 @@ def real_or_sample(
 ) -> tuple[Image.Image, list[str]]:
     """Real images and samples in any order, for people to tell apart; and the places of the samples (`a3`).
 
-    As many of each, of classes drawn alike, COLUMNS in a row: samples by DPM-Solver++(2M) in 20 steps.
+    As many of each, of classes drawn alike, COLUMNS in a row: samples by DPM-Solver++(2M) in 20 steps, or in
+    the steps that a model is distilled into.
     """
     rng = np.random.default_rng(seed)
     chosen = rng.choice(len(real), len(ROWS) * COLUMNS, replace=False)
     is_sample = rng.permutation(np.arange(len(chosen)) % 2).astype(bool)
     images = real.images[chosen].copy()
-    plan = build_plan(model.schedule, "dpmpp_2m", min(20, model.schedule.timesteps), guidance=guidance)
+    schedule = model.schedule
+    if schedule.distilled:
+        plan = build_plan(schedule, "ddim", schedule.timesteps)
+    else:
+        plan = build_plan(schedule, "dpmpp_2m", min(20, schedule.timesteps), guidance=guidance)
     wanted = np.flatnonzero(is_sample)
     denoiser = denoiser_of(model, runtime)
     labels = [int(label) if model.class_names else None for label in real.labels[chosen[wanted]]]
@@ -362,6 +367,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, help="test images: draws real-or-sample.png with some of them")
     args = parser.parse_args(argv)
     model = checkpoint.load(args.model)
+    args.out.mkdir(parents=True, exist_ok=True)
     if args.data is not None:
         channels, *size = model.shape
         real = load(args.data, (size[0], size[1]), channels, held_out_split(args.data))
@@ -371,7 +377,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         sheet.save(args.out / "real-or-sample.png")
         print(f"samples: {' '.join(samples)}")
         return
-    args.out.mkdir(parents=True, exist_ok=True)
     steps = min(args.steps, model.schedule.timesteps)
     class_sheet(model, args.per_class, steps).save(args.out / "samples.png")
     labels: list[int | None] = [*range(len(model.class_names))][-3:] or [None] * 3

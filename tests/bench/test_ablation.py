@@ -42,11 +42,9 @@ def test_everything_is_trained_sampled_and_judged_once(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    chosen = (Choice("epsilon", "vlb"), Choice("epsilon", "simple", learned=True))
-    assert set(chosen) < set(CHOICES)
-    monkeypatch.setattr(ablation, "CHOICES", chosen)
+    chosen = ("--choices", "epsilon-simple-learned", "epsilon-vlb")
     threads = torch.get_num_threads()
-    assert command(model, data, tmp_path / "work") == 0
+    assert command(model, data, tmp_path / "work", *chosen) == 0
     assert torch.get_num_threads() == threads
     rows = json.loads((tmp_path / "work" / "ablation.json").read_text())["rows"]
     assert [(row["objective"], row["learned"], row["variance"]) for row in rows] == [
@@ -68,14 +66,12 @@ def test_everything_is_trained_sampled_and_judged_once(
     # Once more, and there is nothing left to do; another budget is another comparison.
     monkeypatch.setattr(train, "main", None)
     monkeypatch.setattr(ablation, "sampled", None)
-    assert command(model, data, tmp_path / "work") == 0
+    assert command(model, data, tmp_path / "work", *chosen) == 0
     assert capsys.readouterr().out.splitlines()[-5:] == printed.splitlines()[-5:]
-    monkeypatch.setattr(
-        ablation, "CHOICES", chosen[::-1]
-    )  # the table's order is theirs, not that of the work
-    assert command(model, data, tmp_path / "work") == 0
+    monkeypatch.setattr(ablation, "CHOICES", CHOICES[::-1])  # the table's order is theirs, not the work's
+    assert command(model, data, tmp_path / "work", *chosen) == 0
     assert "L_hybrid" in capsys.readouterr().out.splitlines()[-3]
-    assert command(model, data, tmp_path / "work", "--samples", "15") == 3
+    assert command(model, data, tmp_path / "work", *chosen, "--samples", "15") == 3
     assert "another budget" in capsys.readouterr().err
 
 

@@ -27,7 +27,7 @@ from model.samplers import build_plan
 
 FILE = Path(__file__).with_name("shipped.json")
 WEIGHTS = Path(__file__).parents[2] / "weights"
-MODELS = ("avatars", "fashion-mnist", "fashion-mnist-4")
+MODELS = ("avatars", "avatars-4", "fashion-mnist", "fashion-mnist-4")
 RUNTIMES = {"torch": TorchRuntime, "openvino": OpenVinoRuntime}
 DTYPES = ("float32", "bfloat16")
 NAMES = [f"{model} {runtime} {dtype}" for model in MODELS for runtime in RUNTIMES for dtype in DTYPES]

@@ -252,6 +252,20 @@ def test_a_rate_distortion_plot_draws_its_curve():
         assert (picture != pixels(plots.rate_distortion(changed, 1000))).any(), key
 
 
+def test_samples_of_a_distilled_model_are_made_as_it_makes_them(monkeypatch):
+    made = []
+    model = student.begin(tiny_model(), (999, 649, 353, 124), 2.0)
+    real = Dataset(np.zeros((80, 1, 8, 8), np.uint8), np.arange(80) % 3, model.class_names)
+
+    def built(schedule, sampler, count, **how):
+        made.append((sampler, count, how))
+        return build_plan(schedule, sampler, count, **how)
+
+    monkeypatch.setattr(plots, "build_plan", built)
+    plots.real_or_sample(model, real, Guidance(2.0), runtime="torch")
+    assert made == [("ddim", 4, {})]
+
+
 def test_real_images_and_samples_are_shuffled_and_told_apart_by_the_key():
     model = tiny_model()
     real = Dataset(np.full((80, 1, 8, 8), 77, np.uint8), np.arange(80) % 3, model.class_names)
