@@ -43,6 +43,7 @@ NAMES = {
     "v_prediction": "v",
     "simple": "L_simple",
     "min_snr": "min-SNR",
+    "debiased": "debiased",
     "vlb": "L_vlb",
 }
 
@@ -87,6 +88,7 @@ CHOICES = (
     Choice("epsilon", "vlb"),
     Choice("epsilon", "simple"),
     Choice("epsilon", "min_snr"),
+    Choice("epsilon", "debiased"),
     Choice("sample", "simple"),
     Choice("sample", "vlb"),
     Choice("v_prediction", "simple"),

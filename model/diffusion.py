@@ -15,8 +15,8 @@ from torch import Tensor
 
 from model.schedule import DATA_RANGE, Array, DataRange, NoiseSchedule, VarianceType
 
-Objective = Literal["simple", "min_snr", "vlb"]
-OBJECTIVES: tuple[Objective, ...] = ("simple", "min_snr", "vlb")
+Objective = Literal["simple", "min_snr", "debiased", "vlb"]
+OBJECTIVES: tuple[Objective, ...] = ("simple", "min_snr", "debiased", "vlb")
 MIN_SNR_GAMMA = 5.0
 """The signal-to-noise ratio above which timesteps count no more (Hang et al. 2023, §3.4)."""
 VLB_WEIGHT = 0.001
@@ -128,6 +128,8 @@ def objective(
 
     *min_snr* weights the squared error of the x₀ prediction by min(ᾱ/(1 − ᾱ), 5) (Hang et al. 2023,
     eq. 8), whatever the network predicts: with ε that is L_simple with less weight on the least noisy steps.
+    *debiased* weights it by √(ᾱ/(1 − ᾱ)) (Yu et al. 2024): with ε, L_simple by √((1 − ᾱ)/ᾱ), so that the
+    noisy steps, at which shapes and classes are decided, count for more.
     *simple* is L_simple, and for a network that learns its variance L_hybrid = L_simple + 0.001 L_vlb, where
     the bound moves the variance alone, the mean being detached (Nichol & Dhariwal 2021, eq. 16). *vlb* is the
     bound's own term at t, in bits per dimension: its weight of the squared error is β²/(2σ²α(1 − ᾱ)) for ε
@@ -140,8 +142,8 @@ def objective(
         x0_pred = predict_x0(schedule, x, t, mean)
         return vlb_terms(schedule, x0, x0_pred, t, schedule.variance_type, log_variance).float()
     simple = l_simple(training_target(schedule, x0, t, eps), mean)
-    if kind == "min_snr":
-        simple = simple * min_snr_weight(schedule, t).to(simple)
+    if kind in ("min_snr", "debiased"):
+        simple = simple * snr_weight(schedule, kind, t).to(simple)
     if log_variance is None:
         return simple
     x0_pred = bounded_x0(schedule, predict_x0(schedule, x, t, mean.detach()))
@@ -149,12 +151,12 @@ def objective(
     return simple + VLB_WEIGHT * schedule.timesteps * terms.float()
 
 
-def min_snr_weight(schedule: NoiseSchedule, t: Tensor) -> Tensor:
-    """What min-SNR weights the squared error of the network's output by: [B] int64 → [B] float64."""
-    ac = schedule.alphas_cumprod
+def snr_weight(schedule: NoiseSchedule, kind: Objective, t: Tensor) -> Tensor:
+    """What *min_snr* or *debiased* weights the network's squared error by: [B] int64 → [B] float64."""
+    snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
     _, a_o = schedule.x0_coefficients  # an error e of the output is one of a_o·e of the x₀ prediction
-    weight = np.minimum(ac / (1 - ac), MIN_SNR_GAMMA) * a_o**2
-    return torch.as_tensor(weight, device=t.device)[t]
+    of_x0 = np.minimum(snr, MIN_SNR_GAMMA) if kind == "min_snr" else np.sqrt(snr)
+    return torch.as_tensor(of_x0 * a_o**2, device=t.device)[t]
 
 
 def l_simple(target: Tensor, out: Tensor) -> Tensor:

@@ -189,22 +189,25 @@ def test_the_simple_objective_is_l_simple(kind: PredictionType) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "weight"),
+    ("kind", "loss", "weight"),
     [
-        ("epsilon", lambda snr: np.minimum(snr, 5) / snr),
-        ("v_prediction", lambda snr: np.minimum(snr, 5) / (snr + 1)),
-        ("sample", lambda snr: np.minimum(snr, 5)),
+        ("epsilon", "min_snr", lambda snr: np.minimum(snr, 5) / snr),
+        ("v_prediction", "min_snr", lambda snr: np.minimum(snr, 5) / (snr + 1)),
+        ("sample", "min_snr", lambda snr: np.minimum(snr, 5)),
+        ("epsilon", "debiased", lambda snr: snr**-0.5),
+        ("v_prediction", "debiased", lambda snr: snr**0.5 / (snr + 1)),
+        ("sample", "debiased", lambda snr: snr**0.5),
     ],
 )
-def test_min_snr_weights_are_those_of_the_paper(
-    kind: PredictionType, weight: Callable[[Array], Array]
+def test_the_weights_over_the_signal_to_noise_ratio_are_those_of_the_papers(
+    kind: PredictionType, loss: Objective, weight: Callable[[Array], Array]
 ) -> None:
     schedule = NoiseSchedule(linear_betas(1000), prediction_type=kind)
     t = torch.tensor([0, 100, 400, 999])
     x0, x, t, eps, out = noisy(schedule, t)
     snr = AC[t] / (1 - AC[t])
     expected = torch.from_numpy(weight(snr)) * l_simple(training_target(schedule, x0, t, eps), out)
-    torch.testing.assert_close(objective(schedule, "min_snr", x0, x, t, eps, out), expected.float())
+    torch.testing.assert_close(objective(schedule, loss, x0, x, t, eps, out), expected.float())
 
 
 def test_the_bounds_weight_of_the_squared_error_is_that_of_the_paper() -> None:
