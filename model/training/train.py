@@ -285,7 +285,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                 flag,
                 default=value,
                 choices=OBJECTIVES,
-                help="L_simple, weighted by min-SNR or debiased, or the variational bound itself",
+                help="L_simple, weighted by min-SNR or debiased estimation, or the variational bound itself",
             )
         else:
             add(flag, type=type(value), default=value)
