@@ -50,6 +50,7 @@ ROW = np.dtype([(name, np.float64) for name in COLUMNS])
 COEFFICIENTS = COLUMNS[1:]
 """The columns that the update computes with, as float32."""
 Table = NDArray[np.void]
+Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,10 +189,11 @@ def _ancestral(at: _Steps, variance: VarianceType) -> _Update:
     return _Update(c_x, c_0, noise, c_v=c_v)
 
 
-def _ddim(at: _Steps, eta: float, *, clipped_eps: bool = True) -> _Update:
+def _ddim(at: _Steps, eta: float, clipped_eps: Mask) -> _Update:
     """DDIM (Song et al. 2021, eq. 12 and 16): η = 0 is deterministic, η = 1 is DDPM, fixed small.
 
-    √ᾱ' x₀ + √(1 − ᾱ' − σ²) ε + σ z. clipped_eps: ε is that of the clipped x₀ instead of the network's.
+    √ᾱ' x₀ + √(1 − ᾱ' − σ²) ε + σ z. clipped_eps: the steps [steps] whose ε is that of the clipped x₀ instead
+    of the network's.
     """
     sigma = np.zeros_like(at.here)
     if eta:  # without it a step may also go up
@@ -200,9 +202,8 @@ def _ddim(at: _Steps, eta: float, *, clipped_eps: bool = True) -> _Update:
     direction = np.sqrt(np.maximum(1 - at.next - sigma**2, 0))
     c_x = direction / np.sqrt(1 - at.here)
     of_eps = -c_x * np.sqrt(at.here)  # ε's term is c_x·x + of_eps·x₀
-    if clipped_eps:
-        return _Update(c_x, np.sqrt(at.next) + of_eps, sigma)
-    return _Update(c_x, np.sqrt(at.next), sigma, c_u=of_eps)
+    of_clipped = np.where(clipped_eps, of_eps, 0.0)
+    return _Update(c_x, np.sqrt(at.next) + of_clipped, sigma, c_u=of_eps - of_clipped)
 
 
 def _dpmpp_2m(at: _Steps, *, sde: bool) -> _Update:
@@ -233,14 +234,14 @@ class _Options:
 
     eta: float
     variance: VarianceType
-    clipped_eps: bool
+    clipped_eps: Mask
 
 
 Builder = Callable[[_Steps, _Options], _Update]
 
 SAMPLERS: dict[str, Builder] = {
     "ddpm": lambda at, options: _ancestral(at, options.variance),
-    "ddim": lambda at, options: _ddim(at, options.eta, clipped_eps=options.clipped_eps),
+    "ddim": lambda at, options: _ddim(at, options.eta, options.clipped_eps),
     "dpmpp_2m": lambda at, _: _dpmpp_2m(at, sde=False),
     "sde_dpmpp_2m": lambda at, _: _dpmpp_2m(at, sde=True),
 }
@@ -263,10 +264,11 @@ def build_plan(
 ) -> Plan:
     """Build the table for a sampler (a key of SAMPLERS) over `steps` of the schedule's timesteps.
 
-    eta: DDIM's η in [0, 1]. use_clipped_model_output: DDIM's ε is re-derived from the clipped x₀. variance
-    and spacing default to the schedule's. timesteps: an explicit falling sequence instead of `steps` spaced
-    ones. strength: the fraction of the steps that is run, the last ones, from an image with noise (SDEdit,
-    Meng et al. 2022); at least one is.
+    eta: DDIM's η in [0, 1]. use_clipped_model_output: DDIM's ε is re-derived from the clipped x₀ in every
+    step. It always is in guided ones: guidance drives x₀ far out of range, and where only x₀ is brought back,
+    its excess stays in ε, hence in x. variance and spacing default to the schedule's. timesteps: an explicit
+    falling sequence instead of `steps` spaced ones. strength: the fraction of the steps that is run, the last
+    ones, from an image with noise (SDEdit, Meng et al. 2022); at least one is.
     Raises KeyError for an unknown sampler, ScheduleError for an impossible number of steps, ValueError for an
     η outside [0, 1], a strength outside (0, 1] or timesteps not falling in [0, T).
     """
@@ -284,9 +286,8 @@ def build_plan(
     here = schedule.alphas_cumprod[chosen]
     # An ancestral chain ends in x₀ itself, as diffusers' does, whatever the schedule says of the others.
     final = 1.0 if sampler == "ddpm" else schedule.final_alpha_cumprod
-    options = _Options(
-        eta, variance or schedule.variance_type, use_clipped_model_output or not schedule.bounded
-    )
+    clipped = _guided(here, guidance) | use_clipped_model_output | (not schedule.bounded)
+    options = _Options(eta, variance or schedule.variance_type, clipped)
     # Each step ends where the next one begins. diffusers' DDIM ends T // steps lower: with *linspace*, and
     # with *trailing* where that does not divide T, at another timestep (its issue 11347).
     update = builder(_Steps(here, np.append(here[1:], final)), options)
@@ -305,7 +306,7 @@ def build_inversion(schedule: NoiseSchedule, steps: int, *, spacing: Spacing | N
     chosen = schedule.spaced_timesteps(steps, spacing)[::-1]
     rising = np.unique(np.concatenate(([0], chosen)))
     ac = schedule.alphas_cumprod[rising]
-    update = _ddim(_Steps(ac[:-1], ac[1:]), 0.0)
+    update = _ddim(_Steps(ac[:-1], ac[1:]), 0.0, np.full(len(ac) - 1, True))
     return Plan(_table(schedule, rising[:-1], Guidance(), update, ac[1:]), 1.0).unclipped()
 
 
@@ -384,24 +385,29 @@ def build_measurement(schedule: NoiseSchedule, timesteps: Sequence[int]) -> Plan
     return Plan(table, math.sqrt(ac[0]))
 
 
+def _guided(ac: Array, guidance: Guidance) -> Mask:
+    """The steps, of this ᾱ, in which either kind of guidance applies."""
+    low, high = guidance.sigmas
+    with np.errstate(divide="ignore"):  # σ is infinite where there is no signal at all
+        sigma = np.sqrt((1 - ac) / ac)
+    return (low <= sigma) & (sigma <= high) & (guidance.scale != 1 or guidance.classifier_scale != 0)
+
+
 def _table(
     schedule: NoiseSchedule, chosen: NDArray[np.int64], guidance: Guidance, update: _Update, after: Array
 ) -> Table:
     """The rows at these timesteps. after: ᾱ at the end of each step."""
     a_x, a_o = schedule.x0_coefficients
     ac = schedule.alphas_cumprod[chosen]
-    low, high = guidance.sigmas
-    with np.errstate(divide="ignore"):  # σ is infinite where there is no signal at all
-        sigma = np.sqrt((1 - ac) / ac)
-    inside = (low <= sigma) & (sigma <= high)
+    guided = _guided(ac, guidance)
     table = np.empty(len(chosen), ROW)
     table["t"] = chosen
     table["a_x"], table["a_o"] = a_x[chosen], a_o[chosen]
     # x₀ = (x + (1 − ᾱ) ∇ log p(x)) / √ᾱ (Tweedie), so a term of the score moves it by (1 − ᾱ) / √ᾱ. Where
     # ᾱ is 0, x says nothing of the class.
     moved = np.divide(1 - ac, np.sqrt(ac), out=np.zeros_like(ac), where=ac > 0)
-    table["a_g"] = np.where(inside, guidance.classifier_scale * moved, 0.0)
-    table["w"] = np.where(inside, guidance.scale, 1.0)
+    table["a_g"] = np.where(guided, guidance.classifier_scale * moved, 0.0)
+    table["w"] = np.where(guided, guidance.scale, 1.0)
     table["r"] = np.where(table["w"] != 1, guidance.rescale, 0.0)
     table["clip"], table["q"] = schedule.clip, schedule.dynamic_thresholding_ratio
     for field in fields(update):

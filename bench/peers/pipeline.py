@@ -83,7 +83,7 @@ class Diffusers:
                 eps = unconditional + scale * (conditional - unconditional)
             else:
                 eps = self.unet(x, t, class_labels=labels).sample
-            x = self.scheduler.step(eps, t, x).prev_sample
+            x = self.scheduler.step(eps, t, x, use_clipped_model_output=guided).prev_sample
         pixels = ((x / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).numpy()
         return [png(image) for image in pixels]
 

@@ -673,7 +673,8 @@ def test_a_classifier_guides_towards_its_class(tiny: Checkpoint) -> None:
 
     def log_p(scale: float) -> float:
         """How sure it is of class 1 at the end."""
-        plan = build_plan(SCHEDULE, "ddim", 20, guidance=Guidance(classifier_scale=scale))
+        guidance = Guidance(classifier_scale=scale)
+        plan = build_plan(SCHEDULE, "ddim", 20, guidance=guidance, use_clipped_model_output=True)
         x = generate(denoiser, [Chain(plan, seed, 1) for seed in range(8)])
         found = torch.log_softmax(classifier(x, torch.zeros(8, dtype=torch.int64)), dim=1)
         return float(found[:, 1].mean())

@@ -135,6 +135,36 @@ def test_ddim_follows_diffusers(
     assert_same_chain(follow(plan, eps), drive(scheduler.timesteps, eps, step), within)
 
 
+@pytest.mark.parametrize(
+    ("guidance", "guided"),
+    [
+        (Guidance(2.0, (0.3, 5.0)), True),
+        (Guidance(classifier_scale=2.0, sigmas=(0.3, 5.0)), True),
+        (Guidance(sigmas=(0.3, 5.0)), False),
+    ],
+    ids=["classifier-free", "by a classifier", "none"],
+)
+def test_guided_steps_of_ddim_take_the_epsilon_of_the_clipped_x0(guidance: Guidance, guided: bool) -> None:
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(50)
+    schedule = NoiseSchedule.from_diffusers(dict(scheduler.config))
+    scheduler.alphas_cumprod = torch.from_numpy(schedule.alphas_cumprod)
+    sigmas = np.sqrt(1 / schedule.alphas_cumprod - 1)
+    clipped = []
+
+    def step(out: Tensor, t: int, x: Tensor, z: Tensor) -> Tensor:
+        clipped.append(guided and 0.3 <= sigmas[t] <= 5)
+        result: Tensor = scheduler.step(out, t, x, use_clipped_model_output=clipped[-1]).prev_sample
+        return result
+
+    plan = build_plan(
+        schedule, "ddim", 50, guidance=guidance, timesteps=[int(t) for t in scheduler.timesteps]
+    )
+    eps = network(schedule)
+    assert_same_chain(follow(plan, eps), drive(scheduler.timesteps, eps, step), 1e-7)
+    assert set(clipped) == {False, guided}
+
+
 @pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy:DeprecationWarning:diffusers"
 )
