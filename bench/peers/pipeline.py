@@ -56,7 +56,10 @@ Pipeline = Callable[[Sequence[Wanted]], list[str]]
 
 
 class Diffusers:
-    """UNet2DModel and DDIMScheduler in the loop of diffusers' documentation, with guidance as it has it."""
+    """UNet2DModel and DDIMScheduler in the loop of diffusers' documentation, with guidance as it has it.
+
+    Guided steps take the ε of the clipped x₀, as the service does, which is not diffusers' default.
+    """
 
     def __init__(self, folder: Path) -> None:
         torch.set_num_threads(len(os.sched_getaffinity(0)))  # some frameworks leave their workers only one
